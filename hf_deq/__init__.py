@@ -1,0 +1,34 @@
+"""hf_deq: deep equilibrium language models as Hugging Face Transformers models."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_deq import DEQConfig
+from .configuration_deq_transformer import DEQTransformerConfig
+from .equilibrium import ImplicitGradient, PhantomGradient, UnrolledGradient, equilibrium
+from .fixed_point import AndersonSolver, BroydenSolver, ConvergenceWarning, FixedPointSolution, PicardSolver
+from .jacobian import jacobian_regularization, spectral_radius
+from .modeling_deq_transformer import DEQTransformerForCausalLM, DEQTransformerModel
+
+AutoConfig.register("deq_transformer", DEQTransformerConfig)
+AutoModel.register(DEQTransformerConfig, DEQTransformerModel)
+AutoModelForCausalLM.register(DEQTransformerConfig, DEQTransformerForCausalLM)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AndersonSolver",
+    "BroydenSolver",
+    "ConvergenceWarning",
+    "DEQConfig",
+    "DEQTransformerConfig",
+    "DEQTransformerForCausalLM",
+    "DEQTransformerModel",
+    "FixedPointSolution",
+    "ImplicitGradient",
+    "PhantomGradient",
+    "PicardSolver",
+    "UnrolledGradient",
+    "equilibrium",
+    "jacobian_regularization",
+    "spectral_radius",
+]

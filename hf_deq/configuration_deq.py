@@ -1,0 +1,101 @@
+# Copyright 2026 The hf_deq authors. Licensed under the Apache License, Version 2.0.
+"""Configuration that every deep equilibrium model shares: how it is solved, differentiated and trained."""
+
+from dataclasses import fields
+from difflib import get_close_matches
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .fixed_point import SOLVERS
+
+SOLVER_SCOPES = ("causal", "sequence")
+GRADIENTS = ("implicit", "phantom", "unrolled")
+OWN_PREFIXES = ("solver_", "backward_", "phantom_", "jacobian_", "shallow_")
+
+
+@strict
+class DEQConfig(PreTrainedConfig):
+    """Base configuration; `DEQTransformerConfig` and others add their architecture.
+
+    Args:
+        solver: how the equilibrium is found: `"anderson"`, `"broyden"` or `"picard"`.
+        solver_scope: `"causal"` (default; the output at t depends on tokens <= t at any tolerance and
+            budget) or `"sequence"` (the literature's sequence-wide inner products; leaks from later
+            tokens until converged and must not be used with a cache).
+        solver_tolerance: relative residual `||f(z) - z|| / ||f(z)||` at which a position is solved.
+        solver_max_evaluations: budget of calls of f per forward pass, the last one (which gives the
+            output) included; with `gradient="unrolled"` the number of applications.
+        solver_history: past iterates that Anderson or Broyden remember.
+        solver_damping: fraction of each solver step that is taken, in (0, 1].
+        gradient: `"implicit"` (exact), `"phantom"` (through the last steps) or `"unrolled"` (an
+            explicit weight-tied stack; it has no equilibrium to cache, so it generates without cache).
+        backward_solver, backward_tolerance, backward_max_evaluations: the same for the linear
+            solve of the implicit gradient; evaluations are vector-Jacobian products.
+        phantom_steps, phantom_damping: length and damping of the phantom gradient's path.
+        jacobian_loss_weight: weight of the Jacobian regularization in the training loss; 0 is off.
+        jacobian_loss_frequency: fraction of training steps that apply it, in (0, 1].
+        shallow_steps: optimizer steps of shallow pretraining before the switch to the equilibrium.
+        shallow_depth: applications of f that those steps unroll.
+
+    Raises:
+        ValueError: a field is out of range, or an unknown key looks like one of these.
+    """
+
+    # The solver's reports are about the solve, not predictions: a Trainer should not gather them.
+    keys_to_ignore_at_inference = ["past_key_values", "residual", "num_evaluations", "converged", "jacobian_loss"]
+
+    solver: str = "anderson"
+    solver_scope: str = "causal"
+    solver_tolerance: int | float = 1e-3
+    solver_max_evaluations: int = 30
+    solver_history: int = 5
+    solver_damping: int | float = 1.0
+    gradient: str = "implicit"
+    backward_solver: str = "anderson"
+    backward_tolerance: int | float = 1e-2
+    backward_max_evaluations: int = 30
+    phantom_steps: int = 5
+    phantom_damping: int | float = 0.5
+    jacobian_loss_weight: int | float = 0.0
+    jacobian_loss_frequency: int | float = 1.0
+    shallow_steps: int = 0
+    shallow_depth: int = 2
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelt(kwargs)
+        super().__post_init__(**kwargs)
+        if self.gradient == "unrolled" and getattr(self, "use_cache", False):
+            self.use_cache = False
+
+    def _refuse_misspelt(self, unknown: dict) -> None:
+        """PreTrainedConfig keeps unknown keys as attributes; ours among them would be silently ignored."""
+        own = [field.name for field in fields(self) if field.name not in PreTrainedConfig.__dataclass_fields__]
+        for key in unknown:
+            similar = get_close_matches(key, own, n=1, cutoff=0.85)
+            if key.startswith(OWN_PREFIXES) or similar:
+                hint = similar or get_close_matches(key, own, n=1, cutoff=0.0)
+                raise ValueError(f"{type(self).__name__} has no field {key!r}; did you mean {hint[0]!r}?")
+
+    def validate_equilibrium(self):
+        """Ranges of the shared fields; called by `@strict` after construction."""
+        _one_of("solver", self.solver, SOLVERS)
+        _one_of("backward_solver", self.backward_solver, SOLVERS)
+        _one_of("solver_scope", self.solver_scope, SOLVER_SCOPES)
+        _one_of("gradient", self.gradient, GRADIENTS)
+        for name in ("solver_tolerance", "backward_tolerance", "jacobian_loss_weight", "shallow_steps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or positive")
+        for name in ("solver_max_evaluations", "backward_max_evaluations", "solver_history", "phantom_steps", "shallow_depth"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("solver_damping", "phantom_damping", "jacobian_loss_frequency"):
+            _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")
+
+
+def _one_of(name: str, value: str, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {sorted(allowed)}, got {value!r}.")
+
+
+def _require(holds: bool, name: str, value, what: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {what}, got {value}.")

@@ -1,0 +1,97 @@
+# Copyright 2026 The hf_deq authors. Licensed under the Apache License, Version 2.0.
+"""DEQ-Transformer configuration."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.modeling_rope_utils import RopeParameters
+
+from .configuration_deq import DEQConfig
+
+NORM_POSITIONS = ("pre", "post")
+POSITION_EMBEDDING_TYPES = ("rotary", "relative")
+
+
+@strict
+class DEQTransformerConfig(DEQConfig):
+    """Configuration of a DEQ-Transformer; see `DEQConfig` for the fields of the equilibrium.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width of the state and of the token embeddings.
+        intermediate_size: width inside the feed-forward sub-layer.
+        num_hidden_layers: transformer layers in one application of f (and in the key/value cache).
+            The effective depth is this times the number of evaluations.
+        num_attention_heads: must divide `hidden_size`.
+        hidden_act: activation of the feed-forward sub-layer.
+        norm_position: `"post"` (layer norm after each residual sum) or `"pre"` (in front of each
+            sub-layer, and one more that closes f: without it f(z + c) = f(z) + c for any shift c of
+            all features, and no isolated fixed point exists).
+        position_embedding_type: `"rotary"`, or `"relative"` (Transformer-XL, as in the paper).
+        rope_parameters: Transformers' rotary parameters, `rope_theta` 10000 by default.
+        max_position_embeddings: longest sequence the model is meant for; nothing is allocated.
+        sliding_window: tokens that a position attends to, itself included; `None` for all.
+        layer_norm_eps: epsilon of every layer norm.
+        initializer_range: standard deviation of the token embeddings; by default `hidden_size ** -0.5`.
+        embedding_dropout: on the token embeddings.
+        hidden_dropout: on the output of each sub-layer of f, one mask for all evaluations of a solve.
+        output_dropout: on the equilibrium, in front of the output layer.
+        tie_word_embeddings: use the token embeddings as output layer.
+        use_cache: whether a forward pass outside of training returns keys and values.
+    """
+
+    model_type = "deq_transformer"
+    base_model_tp_plan = None
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 8
+    hidden_act: str = "gelu"
+    norm_position: str = "post"
+    position_embedding_type: str = "rotary"
+    rope_parameters: RopeParameters | dict | None = None
+    max_position_embeddings: int = 2048
+    sliding_window: int | None = None
+    layer_norm_eps: float = 1e-5
+    initializer_range: float | None = None
+    embedding_dropout: int | float = 0.0
+    hidden_dropout: int | float = 0.0
+    output_dropout: int | float = 0.0
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.initializer_range is None:
+            self.initializer_range = self.hidden_size**-0.5
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Shapes and names; called by `@strict` after construction."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}."
+            )
+        if self.norm_position not in NORM_POSITIONS:
+            raise ValueError(f"norm_position must be one of {NORM_POSITIONS}, got {self.norm_position!r}.")
+        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+            raise ValueError(
+                f"position_embedding_type must be one of {POSITION_EMBEDDING_TYPES}, got {self.position_embedding_type!r}."
+            )
+        if self.position_embedding_type == "rotary" and (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                "Rotary positions rotate pairs of channels: hidden_size / num_attention_heads = "
+                f"{self.hidden_size // self.num_attention_heads} must be even. Change num_attention_heads."
+            )
+        if self.position_embedding_type == "relative" and self.hidden_size % 2:
+            raise ValueError(f"Relative positions need an even hidden_size, got {self.hidden_size}.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1 (or None), got {self.sliding_window}.")
+        for name in ("embedding_dropout", "hidden_dropout", "output_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")

@@ -1,0 +1,192 @@
+"""A differentiable equilibrium: one solver finds it, one gradient estimator trains through it.
+
+    solution = equilibrium(f, z0, solver=AndersonSolver(), gradient=ImplicitGradient())
+    loss(solution.value).backward()      # reaches everything that f closes over
+
+The estimators differ in what they backpropagate through:
+
+    ImplicitGradient    the equilibrium itself, by the implicit function theorem
+    PhantomGradient     the last few damped applications of f (one of them: "Jacobian-free")
+    UnrolledGradient    every application: an explicit stack with tied weights, no solver
+
+Each evaluates f once more at the solver's iterate z, and that image f(z) is the value, with and
+without gradients: what is trained is what is used.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .fixed_point import AndersonSolver, FixedPointSolution, FixedPointSolver, SequenceMap
+
+
+def equilibrium(
+    f: SequenceMap,
+    z0: Tensor,
+    solver: FixedPointSolver | None = None,
+    gradient: "GradientEstimator | None" = None,
+) -> FixedPointSolution:
+    """Solve z = f(z) and return f(z) with gradients to everything f closes over.
+
+    Args:
+        f: maps a state `(batch, sequence, features)` to one of the same shape, deterministically
+            (draw dropout masks outside of it).
+        z0: where the solver starts; receives no gradient, except from `UnrolledGradient`.
+        solver: how the equilibrium is found. Default: `AndersonSolver()`.
+        gradient: how it is differentiated. Default: `ImplicitGradient()`.
+
+    Returns:
+        `FixedPointSolution` with `value` = f(z), `residual` = ||f(z) - z|| / ||f(z)|| and all calls
+        of f counted, the last one too.
+    """
+    return (gradient or ImplicitGradient())(f, z0, solver or AndersonSolver())
+
+
+@dataclass(frozen=True)
+class ImplicitGradient:
+    """The exact gradient at the equilibrium (Bai et al. 2019, theorem 1).
+
+    f is evaluated once with a graph at z; backward solves w = J'w + g for the incoming gradient g
+    with vector-Jacobian products on that one graph, and hands w on to it. Memory is that of one
+    application of f, whatever the number of iterations in either direction.
+
+    Args:
+        solver: solves for w. J' looks the other way in time, so a `"causal"` scope is mirrored.
+        on_backward: called with the solution for w after every backward pass, for logging.
+    """
+
+    solver: FixedPointSolver = field(default_factory=AndersonSolver)
+    on_backward: Callable[[FixedPointSolution], None] | None = None
+
+    def __call__(self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver) -> FixedPointSolution:
+        solution = solver(f, z0)
+        z, f_z = evaluate_with_graph(f, solution.value)
+        value = f_z
+        if f_z.requires_grad:
+            value = _ImplicitFunction.apply(f_z, z, self._transposed_solver(), self.on_backward)
+        return _solution_at(z, f_z, value, solution, solver)
+
+    def _transposed_solver(self) -> FixedPointSolver:
+        return replace(self.solver, scope="anticausal") if self.solver.scope == "causal" else self.solver
+
+
+@dataclass(frozen=True)
+class PhantomGradient:
+    """Backpropagation through a few damped steps taken at the equilibrium (Geng et al. 2021).
+
+    z <- (1 - damping) z + damping f(z), `steps` times from the solver's iterate. `steps=1` and
+    `damping=1` is Jacobian-free backpropagation (Fung et al. 2022). Memory grows with `steps`.
+
+    Args:
+        steps: applications of f with a graph, at least 1.
+        damping: fraction of each step that is taken, in (0, 1].
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"PhantomGradient needs steps >= 1, got {self.steps}.")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"PhantomGradient needs damping in (0, 1], got {self.damping}.")
+
+    def __call__(self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver) -> FixedPointSolution:
+        solution = solver(f, z0)
+        if not torch.is_grad_enabled():
+            z, f_z = evaluate_with_graph(f, solution.value)
+            return _solution_at(z, f_z, f_z, solution, solver)
+        value = solution.value
+        for _ in range(self.steps):
+            z = value
+            f_z = f(z)
+            value = torch.lerp(z, f_z, self.damping)
+        return _solution_at(z, f_z, value, solution, solver, evaluations=self.steps)
+
+
+@dataclass(frozen=True)
+class UnrolledGradient:
+    """Ordinary backpropagation through `steps` applications of f from z0: the explicit weight-tied stack.
+
+    The solver is not used, but its tolerance still says whether the last state counts as converged.
+    Memory grows with `steps`; with activation checkpointing only the states are kept.
+
+    Args:
+        steps: applications of f, at least 1.
+        activation_checkpointing: recompute f in backward instead of keeping its activations.
+    """
+
+    steps: int
+    activation_checkpointing: bool = False
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"UnrolledGradient needs steps >= 1, got {self.steps}.")
+
+    def __call__(self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver) -> FixedPointSolution:
+        rows = torch.zeros(z0.shape[0], device=z0.device)
+        start = FixedPointSolution(z0, rows, rows.long(), rows.bool())
+        value = z0
+        for _ in range(self.steps):
+            z = value
+            value = checkpoint(f, z, use_reentrant=False) if self.activation_checkpointing else f(z)
+        return _solution_at(z, value, value, start, solver, evaluations=self.steps)
+
+
+GradientEstimator = ImplicitGradient | PhantomGradient | UnrolledGradient
+
+
+def evaluate_with_graph(f: SequenceMap, state: Tensor) -> tuple[Tensor, Tensor]:
+    """(z, f(z)) with z a fresh leaf at `state`, so that products with the Jacobian of f can be taken."""
+    if torch.is_autocast_enabled(state.device.type):
+        # Casts cached while solving without gradients would cut the parameters off from this graph.
+        torch.clear_autocast_cache()
+    z = state.detach()
+    if torch.is_grad_enabled():
+        z.requires_grad_()
+    return z, f(z)
+
+
+class _ImplicitFunction(torch.autograd.Function):
+    """Identity on f(z) forward; backward replaces the gradient g by w = J'w + g.
+
+    A Function rather than a tensor hook: hooks deadlock when they differentiate the graph they
+    sit on, and wrappers that shard parameters run their own hooks at an unsuitable moment.
+    """
+
+    @staticmethod
+    def forward(ctx, f_z, z, solver, on_backward):
+        ctx.f_z, ctx.z, ctx.solver, ctx.on_backward = f_z, z, solver, on_backward
+        return f_z.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Inside backward f_z arrives without its history's owner; the graph itself is still alive.
+        def transposed(w: Tensor) -> Tensor:
+            (product,) = torch.autograd.grad(ctx.f_z, ctx.z, w, retain_graph=True)
+            return product.add_(grad)
+
+        solution = ctx.solver(transposed, grad)
+        if ctx.on_backward is not None:
+            ctx.on_backward(solution)
+        return solution.value, None, None, None
+
+
+def _solution_at(
+    z: Tensor,
+    f_z: Tensor,
+    value: Tensor,
+    solution: FixedPointSolution,
+    solver: FixedPointSolver,
+    evaluations: int = 1,
+) -> FixedPointSolution:
+    """The solution that `value` is, its residual measured at the last z and f(z)."""
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(f_z.double(), dim=(1, 2))
+        difference = torch.linalg.vector_norm((f_z - z).double(), dim=(1, 2))
+        residual = torch.where(difference == 0, 0, difference / norm)
+        converged = solution.converged | (residual <= solver.attainable_tolerance(z.dtype))
+    return FixedPointSolution(value, residual, solution.num_evaluations + evaluations, converged)

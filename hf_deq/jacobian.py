@@ -1,0 +1,65 @@
+"""The Jacobian of f at the equilibrium, without ever forming it.
+
+`jacobian_regularization` keeps f contractive during training; `spectral_radius` tells afterwards
+how contractive it is (below 1: plain iteration converges locally).
+"""
+
+import torch
+from torch import Tensor
+
+from .fixed_point import SequenceMap
+
+
+def jacobian_regularization(f_z: Tensor, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Hutchinson estimate of ||J||_F^2 / numel(z), J = df/dz, with one Gaussian vector.
+
+    Source: Bai, Koltun & Kolter 2021 (arXiv 2106.14342), equation 6. Differentiable to whatever
+    `f_z` depends on, so it can be added to a loss; the operations of f must then be twice
+    differentiable (for attention: the "math" backend of scaled dot product attention).
+
+    Args:
+        f_z: f(z), shape `(batch, sequence, features)`, computed from `z` with gradients enabled.
+        z: the state, a tensor that requires gradients.
+        generator: source of the random vector.
+
+    Returns:
+        A scalar, in expectation the mean squared row norm of J.
+
+    Raises:
+        ValueError: `f_z` was not computed from `z` with gradients.
+    """
+    if not (f_z.requires_grad and z.requires_grad):
+        raise ValueError("jacobian_regularization needs f_z = f(z) computed with gradients from a z that requires them.")
+    noise = torch.randn(f_z.shape, dtype=f_z.dtype, device=f_z.device, generator=generator)
+    (product,) = torch.autograd.grad(f_z, z, noise, create_graph=True)
+    return product.square().sum() / z.numel()
+
+
+def spectral_radius(f: SequenceMap, z: Tensor, steps: int = 50) -> Tensor:
+    """Spectral radius of df/dz at `z`, row by row, by power iteration with vector-Jacobian products.
+
+    The estimate is the geometric mean growth over the second half of the steps, which also
+    settles when the dominant eigenvalues are a complex pair. The Jacobian of a causal f is block
+    triangular, far from normal: the estimate approaches slowly from above.
+
+    Args:
+        f: maps a state `(batch, sequence, features)` to one of the same shape; rows independent.
+        z: where, usually an equilibrium.
+        steps: vector-Jacobian products, at least 2.
+
+    Returns:
+        Shape `(batch,)`.
+    """
+    if steps < 2:
+        raise ValueError(f"spectral_radius needs at least 2 steps, got {steps}.")
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        f_z = f(z)
+    vector = torch.randn_like(f_z)
+    log_growth = torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
+    for step in range(steps):
+        vector = vector / torch.linalg.vector_norm(vector, dim=(1, 2), keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+        (vector,) = torch.autograd.grad(f_z, z, vector, retain_graph=True)
+        if step >= steps // 2:
+            log_growth += torch.linalg.vector_norm(vector, dim=(1, 2)).log()
+    return (log_growth / (steps - steps // 2)).exp()

@@ -1,0 +1,353 @@
+"""What every deep equilibrium language model shares: one way to solve, to report, and to be a language model.
+
+`DEQLayer` owns a solve, `DEQModel` goes from token ids to equilibrium states, `DEQForCausalLM`
+to logits. A model family adds its f (a `DEQLayer`) and names what f needs per call.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_deq import DEQConfig
+from .equilibrium import (
+    GradientEstimator,
+    ImplicitGradient,
+    PhantomGradient,
+    UnrolledGradient,
+    equilibrium,
+    evaluate_with_graph,
+)
+from .fixed_point import SOLVERS, FixedPointSolution, FixedPointSolver, PicardSolver, SequenceMap
+from .jacobian import jacobian_regularization
+
+
+@dataclass
+class DEQModelOutputWithPast(BaseModelOutputWithPast):
+    """Transformers' output and the report of the solve.
+
+    Attributes:
+        residual: relative residual per sequence, `(batch,)`.
+        num_evaluations: calls of f per sequence, `(batch,)`.
+        converged: whether the tolerance was reached, `(batch,)`.
+        jacobian_loss: unweighted Jacobian regularization, scalar; only in training and when it is on.
+    """
+
+    residual: Tensor | None = None
+    num_evaluations: Tensor | None = None
+    converged: Tensor | None = None
+    jacobian_loss: Tensor | None = None
+
+
+@dataclass
+class DEQCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Transformers' output and the report of the solve, as in `DEQModelOutputWithPast`."""
+
+    residual: Tensor | None = None
+    num_evaluations: Tensor | None = None
+    converged: Tensor | None = None
+    jacobian_loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The quality/compute dial of one call; `None` leaves the configured value.
+
+    Attributes:
+        solver_tolerance, solver_max_evaluations: as in `DEQConfig`.
+        unroll_steps: apply f that many times with ordinary backpropagation instead of solving, as
+            in shallow pretraining.
+    """
+
+    solver_tolerance: float | None = None
+    solver_max_evaluations: int | None = None
+    unroll_steps: int | None = None
+
+
+def make_solver(
+    name: str, tolerance: float, max_evaluations: int, history: int, damping: float, scope: str
+) -> FixedPointSolver:
+    """The solver of that name (`SOLVERS`); Picard iteration has no history."""
+    arguments = {"tolerance": tolerance, "max_evaluations": max_evaluations, "damping": damping, "scope": scope}
+    if SOLVERS[name] is not PicardSolver:
+        arguments["history"] = history
+    return SOLVERS[name](**arguments)
+
+
+class DEQLayer(nn.Module):
+    """The container of one equilibrium: holds the modules of f and knows how to solve.
+
+    It, not f, is called as a module: f runs many times and carries no hooks. Subclasses define
+    `forward(hidden_states, dial, past_key_values, **context)`, which returns `(z, attention weights,
+    solution, jacobian_loss)` with z of shape `(batch, sequence, state size)`.
+
+    Attributes:
+        last_backward: solution of the most recent implicit backward solve, for logging.
+    """
+
+    def __init__(self, config: DEQConfig):
+        super().__init__()
+        self.config = config
+        self.last_backward: FixedPointSolution | None = None
+
+    def solve(self, f: SequenceMap, z0: Tensor, dial: Dial) -> tuple[FixedPointSolution, Tensor | None]:
+        """The differentiable equilibrium of f, and its Jacobian regularization if this step has one."""
+        solution = equilibrium(f, z0, self.forward_solver(dial), self.gradient_estimator(dial))
+        return solution, self._jacobian_loss(f, solution.value, dial)
+
+    def forward_solver(self, dial: Dial) -> FixedPointSolver:
+        """The configured solver; one evaluation of its budget is kept for the output."""
+        config = self.config
+        tolerance = config.solver_tolerance if dial.solver_tolerance is None else dial.solver_tolerance
+        scope, history, damping = config.solver_scope, config.solver_history, config.solver_damping
+        return make_solver(config.solver, tolerance, self._budget(dial) - 1, history, damping, scope)
+
+    def gradient_estimator(self, dial: Dial) -> GradientEstimator:
+        """The configured estimator, or the unrolled one where the dial asks for it."""
+        config = self.config
+        if dial.unroll_steps is not None:
+            return UnrolledGradient(dial.unroll_steps)
+        if config.gradient == "unrolled":
+            return UnrolledGradient(self._budget(dial))
+        if config.gradient == "phantom":
+            return PhantomGradient(config.phantom_steps, config.phantom_damping)
+        solver = make_solver(
+            config.backward_solver,
+            config.backward_tolerance,
+            config.backward_max_evaluations,
+            config.solver_history,
+            config.solver_damping,
+            config.solver_scope,
+        )
+        return ImplicitGradient(solver, self._record_backward)
+
+    def _budget(self, dial: Dial) -> int:
+        budget = self.config.solver_max_evaluations if dial.solver_max_evaluations is None else dial.solver_max_evaluations
+        if budget < 1:
+            raise ValueError(f"solver_max_evaluations must be at least 1, got {budget}.")
+        return budget
+
+    def _record_backward(self, solution: FixedPointSolution) -> None:
+        self.last_backward = solution
+
+    def _jacobian_loss(self, f: SequenceMap, value: Tensor, dial: Dial) -> Tensor | None:
+        config = self.config
+        wanted = self.training and torch.is_grad_enabled() and config.jacobian_loss_weight > 0
+        if not wanted or dial.unroll_steps is not None or torch.rand(()).item() >= config.jacobian_loss_frequency:
+            return None
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be differentiated twice
+            z, f_z = evaluate_with_graph(f, value)
+            return jacobian_regularization(f_z, z)
+
+
+class DEQPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation as in Transformers; see the subclasses."""
+
+    config: DEQConfig
+    base_model_prefix = "model"
+    _no_split_modules = []
+    _skip_keys_device_placement = ["past_key_values"]
+
+
+class DEQModel(DEQPreTrainedModel):
+    """Token ids to equilibrium states: embed, solve, normalise.
+
+    Subclasses set `layer_class` and define `_context`. `hidden_states` holds two entries: what is
+    injected (the embedded input) and the equilibrium after `norm`.
+    """
+
+    layer_class: type[DEQLayer]
+
+    def __init__(self, config: DEQConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList([self.layer_class(config)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.post_init()
+
+    def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs) -> dict:
+        """What the layer's forward needs besides its input, computed once per call."""
+        raise TypeError(f"{type(self).__name__} must define _context.")
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        solver_tolerance: float | None = None,
+        solver_max_evaluations: int | None = None,
+        unroll_steps: int | None = None,
+        **kwargs,
+    ) -> DEQModelOutputWithPast:
+        """Solve for the states of the given tokens.
+
+        Args:
+            input_ids: `(batch, sequence)`; or `inputs_embeds`, `(batch, sequence, hidden_size)`.
+            attention_mask: `(batch, past + sequence)`, 0 on padding (left or right), or a prepared 4D
+                mask; padded positions get the zero state and influence nothing.
+            position_ids: `(batch, sequence)`; default: counted from the start of the cache.
+            past_key_values: what earlier calls returned; only the new positions are solved.
+            use_cache: return the cache, default `config.use_cache`.
+            solver_tolerance, solver_max_evaluations: override the config for this call.
+            unroll_steps: apply f so many times with ordinary backpropagation instead of solving.
+
+        Raises:
+            ValueError: no input or both kinds, an empty sequence, ids out of range, a cache with a
+                model that has no equilibrium to cache.
+        """
+        _check_inputs(self.config, input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        _check_cacheable(self.config, past_key_values)
+        context = self._context(inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
+        dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
+        hidden_states = self.embedding_dropout(inputs_embeds)
+        hidden_states, _, solution, jacobian_loss = self.layers[0](hidden_states, dial, past_key_values, **context)
+        return DEQModelOutputWithPast(
+            last_hidden_state=self.output_dropout(self.norm(hidden_states)),
+            past_key_values=past_key_values if use_cache else None,
+            residual=solution.residual,
+            num_evaluations=solution.num_evaluations,
+            converged=solution.converged,
+            jacobian_loss=jacobian_loss,
+        )
+
+
+class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
+    """A language model on a `DEQModel`; subclasses set `model_class`."""
+
+    model_class: type[DEQModel]
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DEQConfig):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        if not config.use_cache:
+            self.generation_config.use_cache = False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        solver_tolerance: float | None = None,
+        solver_max_evaluations: int | None = None,
+        unroll_steps: int | None = None,
+        **kwargs,
+    ) -> DEQCausalLMOutputWithPast:
+        """Logits of the next token; arguments as in `DEQModel.forward`, and:
+
+        Args:
+            labels: `(batch, sequence)`, shifted inside, -100 ignored: also return the mean
+                cross-entropy in nats, plus the weighted Jacobian regularization in training.
+            logits_to_keep: logits of the last so many positions only (0: all), or their indices.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            solver_tolerance=solver_tolerance,
+            solver_max_evaluations=solver_max_evaluations,
+            unroll_steps=unroll_steps,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self._add_jacobian_loss(loss, outputs.jacobian_loss, labels, kwargs.get("num_items_in_batch"))
+        return DEQCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            residual=outputs.residual,
+            num_evaluations=outputs.num_evaluations,
+            converged=outputs.converged,
+            jacobian_loss=outputs.jacobian_loss,
+        )
+
+    def _add_jacobian_loss(self, loss, jacobian_loss, labels, num_items_in_batch):
+        """Under gradient accumulation every micro-batch brings its share of the tokens, and of the penalty."""
+        if jacobian_loss is None:
+            return loss
+        share = 1.0
+        if num_items_in_batch is not None:
+            share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+        return loss + self.config.jacobian_loss_weight * share * jacobian_loss
+
+
+def token_mask(attention_mask: Tensor | None, first_query: int, length: int) -> Tensor | None:
+    """Which of the `length` newest positions are tokens, bool `(batch, length, 1)`; `None` if all are.
+
+    A prepared 4D mask says it on its diagonal: padding does not attend to itself. `first_query` is
+    the index among the mask's keys of the first of these positions.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 4:
+        diagonal = attention_mask[:, 0].diagonal(first_query, -2, -1)[:, :length]
+        tokens = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    else:
+        tokens = attention_mask[:, -length:].bool()
+    if not torch.compiler.is_compiling() and bool(tokens.all()):
+        return None
+    return tokens[..., None]
+
+
+def _check_inputs(config: DEQConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+    given = inputs_embeds if input_ids is None else input_ids
+    if given.shape[1] == 0:
+        raise ValueError("The input is empty: give at least one token (a beginning-of-text token will do).")
+    if input_ids is not None and not torch.compiler.is_compiling():
+        smallest, largest = input_ids.aminmax()
+        if smallest < 0 or largest >= config.vocab_size:
+            raise ValueError(
+                f"input_ids must lie in [0, vocab_size={config.vocab_size}), got {int(smallest)} to {int(largest)}. "
+                "Do the tokenizer and the model belong together?"
+            )
+
+
+def _check_cacheable(config: DEQConfig, past_key_values: Cache | None) -> None:
+    if past_key_values is None:
+        return
+    if config.gradient == "unrolled":
+        raise ValueError(
+            'A model with gradient="unrolled" has no equilibrium whose keys and values could be cached: every step sees '
+            'other ones. Pass use_cache=False, or set gradient="implicit" to solve for its equilibrium.'
+        )
+    if config.solver_scope == "sequence":
+        raise ValueError(
+            'solver_scope="sequence" lets later tokens change earlier states until convergence, so a prefix has no final '
+            'state to cache. Pass use_cache=False, or set solver_scope="causal".'
+        )

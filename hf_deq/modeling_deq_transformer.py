@@ -1,0 +1,229 @@
+"""DEQ-Transformer: the equilibrium of one (or a few) weight-tied transformer layers (Bai et al. 2019, section 4.1)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+from .cache_deq import EquilibriumCacheView
+from .configuration_deq_transformer import DEQTransformerConfig
+from .modeling_deq import DEQForCausalLM, DEQLayer, DEQModel, DEQPreTrainedModel, Dial, token_mask
+from .weight_tying import apply_mask, draw_dropout_mask
+
+
+class DEQTransformerAttention(nn.Module):
+    """Causal multi-head attention whose queries, keys and values are f's state projected, plus the injection."""
+
+    def __init__(self, config: DEQTransformerConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = 1
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        if config.position_embedding_type == "relative":
+            self.relative_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.content_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
+            self.position_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
+
+    def forward(
+        self, z: Tensor, injection: Tensor, positions, attention_mask: Tensor | None, view, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """State and injection `(batch, sequence, hidden)` and `(..., 3 hidden)` to output and attention weights."""
+        batch, length, _ = z.shape
+        qkv = (self.qkv_proj(z) + injection).view(batch, length, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        if self.config.position_embedding_type == "rotary":
+            query, key = apply_rotary_pos_emb(query, key, *positions)
+        if view is not None:
+            key, value = view.update(key, value, self.layer_idx)
+        if self.config.position_embedding_type == "relative":
+            attention_mask = self._relative_scores(query, positions) + attention_mask
+            query = query + self.content_bias[:, None]
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.config.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def _relative_scores(self, query: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """Scores `(batch, heads, queries, keys)` of content against distance (Dai et al. 2019, terms b and d)."""
+        encodings, distances = positions
+        relative = self.relative_proj(encodings).view(-1, self.num_heads, self.head_dim).permute(1, 2, 0)
+        by_distance = (query + self.position_bias[:, None]) @ relative * self.scaling
+        return by_distance.gather(-1, distances.expand(*by_distance.shape[:2], -1, -1))
+
+
+class DEQTransformerBlock(nn.Module):
+    """One transformer layer of f: attention and feed-forward, the input injected into both streams."""
+
+    def __init__(self, config: DEQTransformerConfig, layer_idx: int):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.self_attn = DEQTransformerAttention(config, layer_idx)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, z: Tensor, injection: tuple[Tensor, Tensor], masks: tuple, **context) -> tuple[Tensor, Tensor | None]:
+        """State `(batch, sequence, hidden)` to state and attention weights."""
+        into_attention, into_residual = injection
+        attended, weights = self.self_attn(self.attention_norm(z) if self.pre_norm else z, into_attention, **context)
+        z = z + into_residual + apply_mask(attended, masks[0])
+        if not self.pre_norm:
+            z = self.attention_norm(z)
+        fed = self.feed_forward_norm(z) if self.pre_norm else z
+        z = z + apply_mask(self.down_proj(self.act_fn(self.up_proj(fed))), masks[1])
+        if not self.pre_norm:
+            z = self.feed_forward_norm(z)
+        return z, weights
+
+
+class DEQTransformerLayer(DEQLayer):
+    """f and its equilibrium. What f does not change is computed once per solve: injection, positions, masks."""
+
+    def __init__(self, config: DEQTransformerConfig):
+        super().__init__(config)
+        self.injection = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.blocks = nn.ModuleList([DEQTransformerBlock(config, i) for i in range(config.num_hidden_layers)])
+        # A pre-norm f without this norm commutes with shifts of all features and has no isolated fixed point.
+        self.closing_norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_position == "pre" else None
+        )
+
+    def forward(self, hidden_states: Tensor, dial: Dial, past_key_values=None, tokens=None, **context):
+        """Embedded input `(batch, sequence, hidden)` to `(equilibrium, attention weights, solution, jacobian loss)`."""
+        hidden_size = self.config.hidden_size
+        injection = self.injection(hidden_states).split([3 * hidden_size, hidden_size], dim=-1)
+        masks = [self._dropout_masks(hidden_states) for _ in self.blocks]
+        view = None if past_key_values is None else EquilibriumCacheView(past_key_values)
+        weights = None
+
+        def f(z: Tensor) -> Tensor:
+            nonlocal weights
+            for block, block_masks in zip(self.blocks, masks, strict=True):
+                z, weights = block(z, injection, block_masks, view=view, **context)
+            if self.closing_norm is not None:
+                z = self.closing_norm(z)
+            return apply_mask(z, tokens)
+
+        solution, jacobian_loss = self.solve(f, torch.zeros_like(hidden_states), dial)
+        if view is not None:
+            view.commit()
+        return solution.value, weights, solution, jacobian_loss
+
+    def _dropout_masks(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        probability = self.config.hidden_dropout
+        return tuple(draw_dropout_mask(like, probability, self.training) for _ in ("attention", "feed-forward"))
+
+
+class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
+    config: DEQTransformerConfig
+    config_class = DEQTransformerConfig
+    _no_split_modules = ["DEQTransformerLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(DEQTransformerLayer, index=0),
+        "attentions": OutputRecorder(DEQTransformerLayer, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+        if isinstance(module, DEQTransformerAttention) and self.config.position_embedding_type == "relative":
+            init.zeros_(module.content_bias)
+            init.zeros_(module.position_bias)
+
+
+class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
+    """The base model: token ids to equilibrium states."""
+
+    layer_class = DEQTransformerLayer
+
+    def __init__(self, config: DEQTransformerConfig):
+        super().__init__(config)
+        self.rotary_emb = LlamaRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
+
+    def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs) -> dict:
+        length = inputs_embeds.shape[1]
+        past_length, first_key = 0, 0
+        if past_key_values is not None:
+            past_length = past_key_values.get_seq_length()
+            _, first_key = past_key_values.get_mask_sizes(length, 0)  # a sliding cache has dropped the keys before
+        if position_ids is None:
+            position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past_length
+        relative = self.config.position_embedding_type == "relative"
+        make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        mask = make_mask(
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
+            position_ids=position_ids,
+            **({"allow_is_causal_skip": False} if relative else {}),
+        )
+        if relative:
+            mask = _additive(mask, inputs_embeds.dtype)
+            positions = _relative_positions(inputs_embeds, past_length - first_key, mask.shape[-1])
+        else:
+            positions = self.rotary_emb(inputs_embeds, position_ids)
+        tokens = token_mask(attention_mask, past_length - first_key, length)
+        return {"tokens": tokens, "positions": positions, "attention_mask": mask, **kwargs}
+
+
+class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, DEQForCausalLM):
+    """The language model."""
+
+    model_class = DEQTransformerModel
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean attention mask (True: attend) as numbers to add to scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _relative_positions(inputs_embeds: Tensor, first_query: int, keys: int) -> tuple[Tensor, Tensor]:
+    """Sinusoids `(distances, hidden)`, all sines first, and the distance of every query and key `(queries, keys)`.
+
+    `first_query` is the index among the keys of the first query's own key.
+    """
+    length, hidden_size = inputs_embeds.shape[1:]
+    device, dtype = inputs_embeds.device, torch.promote_types(inputs_embeds.dtype, torch.float32)
+    frequencies = 10000 ** -(torch.arange(0, hidden_size, 2, device=device, dtype=dtype) / hidden_size)
+    angles = torch.arange(keys, device=device, dtype=dtype)[:, None] * frequencies
+    encodings = torch.cat([angles.sin(), angles.cos()], -1).to(inputs_embeds.dtype)
+    queries = torch.arange(length, device=device)[:, None] + first_query
+    distances = (queries - torch.arange(keys, device=device)).clamp_(0, keys - 1)
+    return encodings, distances
