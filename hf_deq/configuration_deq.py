@@ -85,7 +85,13 @@ class DEQConfig(PreTrainedConfig):
         _one_of("gradient", self.gradient, GRADIENTS)
         for name in ("solver_tolerance", "backward_tolerance", "jacobian_loss_weight", "shallow_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or positive")
-        for name in ("solver_max_evaluations", "backward_max_evaluations", "solver_history", "phantom_steps", "shallow_depth"):
+        for name in (
+            "solver_max_evaluations",
+            "backward_max_evaluations",
+            "solver_history",
+            "phantom_steps",
+            "shallow_depth",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("solver_damping", "phantom_damping", "jacobian_loss_frequency"):
             _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")

@@ -118,7 +118,9 @@ class FixedPointSolver:
         for evaluation in range(self.max_evaluations):
             f_z = f(z)
             if f_z.shape != z.shape:
-                raise ValueError(f"f maps a state of shape {tuple(z.shape)} to {tuple(f_z.shape)}; it must keep the shape.")
+                raise ValueError(
+                    f"f maps a state of shape {tuple(z.shape)} to {tuple(f_z.shape)}; it must keep the shape."
+                )
             residual = f_z - z
             record.observe(z, f_z, residual)
             last = evaluation + 1 == self.max_evaluations
@@ -160,7 +162,7 @@ class FixedPointSolver:
             "tolerance, or make f more contractive (Jacobian regularization, damping). Shown once; `converged` and "
             "`residual` tell every time.",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -345,7 +347,9 @@ class _BroydenUpdate:
         used = min(self.count, self.solver.history)
         residual = residual.flatten(0, 1).to(self.steps.dtype)
         step_residual = _products(residual, self.steps[:, :used], self.shape)
-        in_time = torch.tensor([i % self.solver.history for i in range(self.count - used, self.count)], device=residual.device)
+        in_time = torch.tensor(
+            [i % self.solver.history for i in range(self.count - used, self.count)], device=residual.device
+        )
         weights = torch.empty_like(step_residual)
         weights[in_time] = self._weights(
             self.step_step[in_time][:, in_time], self.step_change[in_time][:, in_time], step_residual[in_time]

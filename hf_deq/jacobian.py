@@ -29,7 +29,9 @@ def jacobian_regularization(f_z: Tensor, z: Tensor, generator: torch.Generator |
         ValueError: `f_z` was not computed from `z` with gradients.
     """
     if not (f_z.requires_grad and z.requires_grad):
-        raise ValueError("jacobian_regularization needs f_z = f(z) computed with gradients from a z that requires them.")
+        raise ValueError(
+            "jacobian_regularization needs f_z = f(z) computed with gradients from a z that requires them."
+        )
     noise = torch.randn(f_z.shape, dtype=f_z.dtype, device=f_z.device, generator=generator)
     (product,) = torch.autograd.grad(f_z, z, noise, create_graph=True)
     return product.square().sum() / z.numel()
@@ -58,7 +60,9 @@ def spectral_radius(f: SequenceMap, z: Tensor, steps: int = 50) -> Tensor:
     vector = torch.randn_like(f_z)
     log_growth = torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
     for step in range(steps):
-        vector = vector / torch.linalg.vector_norm(vector, dim=(1, 2), keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+        vector = vector / torch.linalg.vector_norm(vector, dim=(1, 2), keepdim=True).clamp_min(
+            torch.finfo(z.dtype).tiny
+        )
         (vector,) = torch.autograd.grad(f_z, z, vector, retain_graph=True)
         if step >= steps // 2:
             log_growth += torch.linalg.vector_norm(vector, dim=(1, 2)).log()

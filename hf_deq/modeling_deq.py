@@ -128,7 +128,9 @@ class DEQLayer(nn.Module):
         return ImplicitGradient(solver, self._record_backward)
 
     def _budget(self, dial: Dial) -> int:
-        budget = self.config.solver_max_evaluations if dial.solver_max_evaluations is None else dial.solver_max_evaluations
+        budget = (
+            self.config.solver_max_evaluations if dial.solver_max_evaluations is None else dial.solver_max_evaluations
+        )
         if budget < 1:
             raise ValueError(f"solver_max_evaluations must be at least 1, got {budget}.")
         return budget
@@ -166,7 +168,8 @@ class DEQModel(DEQPreTrainedModel):
 
     def __init__(self, config: DEQConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embedding_scale = 1.0
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList([self.layer_class(config)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -216,7 +219,7 @@ class DEQModel(DEQPreTrainedModel):
         _check_cacheable(self.config, past_key_values)
         context = self._context(inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
         dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
-        hidden_states = self.embedding_dropout(inputs_embeds)
+        hidden_states = self.embedding_dropout(inputs_embeds * self.embedding_scale)
         hidden_states, _, solution, jacobian_loss = self.layers[0](hidden_states, dial, past_key_values, **context)
         return DEQModelOutputWithPast(
             last_hidden_state=self.output_dropout(self.norm(hidden_states)),
@@ -343,11 +346,11 @@ def _check_cacheable(config: DEQConfig, past_key_values: Cache | None) -> None:
         return
     if config.gradient == "unrolled":
         raise ValueError(
-            'A model with gradient="unrolled" has no equilibrium whose keys and values could be cached: every step sees '
-            'other ones. Pass use_cache=False, or set gradient="implicit" to solve for its equilibrium.'
+            'A model with gradient="unrolled" has no equilibrium whose keys and values could be cached: every step '
+            'sees other ones. Pass use_cache=False, or set gradient="implicit" to solve for its equilibrium.'
         )
     if config.solver_scope == "sequence":
         raise ValueError(
-            'solver_scope="sequence" lets later tokens change earlier states until convergence, so a prefix has no final '
-            'state to cache. Pass use_cache=False, or set solver_scope="causal".'
+            'solver_scope="sequence" lets later tokens change earlier states until convergence, so a prefix has no '
+            'final state to cache. Pass use_cache=False, or set solver_scope="causal".'
         )

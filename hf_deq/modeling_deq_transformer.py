@@ -20,6 +20,17 @@ from .configuration_deq_transformer import DEQTransformerConfig
 from .modeling_deq import DEQForCausalLM, DEQLayer, DEQModel, DEQPreTrainedModel, Dial, token_mask
 from .weight_tying import apply_mask, draw_dropout_mask
 
+# Standard deviations of initial weights, relative to fan_in ** -0.5. With these a new f contracts: 10
+# evaluations to 1e-3, and training keeps it below 15; at 1.0 a new f needs 25 to 60.
+STATE_GAIN = 0.5
+
+
+def _contractive_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
+    """A linear map on the state's way through f, initialised with `STATE_GAIN`."""
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    linear.initializer_gain = STATE_GAIN
+    return linear
+
 
 class DEQTransformerAttention(nn.Module):
     """Causal multi-head attention whose queries, keys and values are f's state projected, plus the injection."""
@@ -33,8 +44,8 @@ class DEQTransformerAttention(nn.Module):
         self.num_key_value_groups = 1
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv_proj = _contractive_linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = _contractive_linear(config.hidden_size, config.hidden_size)
         if config.position_embedding_type == "relative":
             self.relative_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
             self.content_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
@@ -88,10 +99,12 @@ class DEQTransformerBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = _contractive_linear(config.intermediate_size, config.hidden_size)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, z: Tensor, injection: tuple[Tensor, Tensor], masks: tuple, **context) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, z: Tensor, injection: tuple[Tensor, Tensor], masks: tuple, **context
+    ) -> tuple[Tensor, Tensor | None]:
         """State `(batch, sequence, hidden)` to state and attention weights."""
         into_attention, into_residual = injection
         attended, weights = self.self_attn(self.attention_norm(z) if self.pre_norm else z, into_attention, **context)
@@ -159,7 +172,7 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
+            init.normal_(module.weight, std=getattr(module, "initializer_gain", 1.0) * module.in_features**-0.5)
         if isinstance(module, DEQTransformerAttention) and self.config.position_embedding_type == "relative":
             init.zeros_(module.content_bias)
             init.zeros_(module.position_bias)
@@ -172,6 +185,9 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
 
     def __init__(self, config: DEQTransformerConfig):
         super().__init__(config)
+        self.embedding_scale = (
+            config.hidden_size**0.5
+        )  # to unit size, as the states have; the output layer wants it small
         self.rotary_emb = LlamaRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
 
     def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs) -> dict:

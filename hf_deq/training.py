@@ -1,0 +1,549 @@
+"""Train a deep equilibrium language model with accelerate: the loop behind `scripts/train.py`.
+
+    result = train(DataArguments(), TrainingArguments(output_dir="out"), model_fields)
+
+The run is a function of its arguments: the batch of step k depends on the seed and k alone, so a
+run that stops and resumes takes the same steps as one that does not, and several processes take
+the steps of one.
+"""
+
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+
+from .data import (
+    BUILT_IN_CORPUS,
+    SequenceBlocks,
+    TokenStream,
+    corpus_fingerprint,
+    encode_corpus,
+    load_corpus,
+    train_tokenizer,
+)
+from .evaluation import evaluate_perplexity, ngram_bits_per_byte
+
+# What may differ between a run and its continuation.
+FREE_ON_RESUME = (
+    "output_dir",
+    "resume",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+    "report_to",
+    "sample_prompt",
+    "sample_tokens",
+)
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    corpus: str = field(
+        default=BUILT_IN_CORPUS,
+        metadata={"help": "cpython_docs (built in, no network), a local text file, or a Hub dataset."},
+    )
+    corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    validation_file: str | None = field(default=None, metadata={"help": "Local text file to validate on."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "An existing tokenizer (folder or Hub name); default: train one of vocab_size."}
+    )
+    sequence_length: int = field(default=128, metadata={"help": "Predicted tokens per training sequence."})
+
+
+@dataclass
+class TrainingArguments:
+    """How to train."""
+
+    output_dir: str = field(
+        default="deq-model", metadata={"help": "Folder for the model, metrics.jsonl and checkpoints."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in output_dir."})
+    seed: int = field(default=0, metadata={"help": "Seed of initialisation, data order and dropout."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=16, metadata={"help": "Sequences per optimizer step, over all processes."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches that a batch is split into."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
+    warmup_steps: int = field(default=100, metadata={"help": "Steps of linear warm-up; cosine decay to zero follows."})
+    weight_decay: float = field(default=0.1, metadata={"help": "On weight matrices; not on norms, biases, embeddings."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "Second-moment decay of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm to clip at; 0 does not clip."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
+    train_solver_tolerance: float | None = field(
+        default=None, metadata={"help": "Tolerance while training; default: the model's solver_tolerance."}
+    )
+    logging_steps: int = field(default=10, metadata={"help": "Steps between lines of metrics.jsonl."})
+    eval_steps: int = field(default=0, metadata={"help": "Steps between validations; 0 validates at the end only."})
+    save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0 saves on interruption only."})
+    report_to: str | None = field(default=None, metadata={"help": "An accelerate tracker: tensorboard, wandb, ..."})
+    sample_prompt: str = field(default="The ", metadata={"help": "Prompt of the text sample at the end."})
+    sample_tokens: int = field(default=80, metadata={"help": "Tokens of the text sample at the end."})
+
+    def __post_init__(self):
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.train_solver_tolerance is not None and self.train_solver_tolerance < 0:
+            raise ValueError(f"train_solver_tolerance must not be negative, got {self.train_solver_tolerance}.")
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal; a checkpoint has been saved."""
+
+
+def train(
+    data: DataArguments, training: TrainingArguments, model_fields: dict, model_type: str = "deq_transformer"
+) -> dict:
+    """Train, save, evaluate against n-gram baselines and sample a text.
+
+    Args:
+        data, training: see there.
+        model_fields: fields of the model's configuration that differ from the defaults.
+        model_type: which configuration, as registered with `AutoConfig`.
+
+    Returns:
+        The last line of metrics.jsonl: validation metrics, baselines, wall time.
+
+    Raises:
+        ValueError: arguments that do not fit each other, or a checkpoint of other arguments.
+        OSError: `output_dir` cannot be written to; found out before anything else is done.
+        Interrupted: after a checkpoint was saved on SIGINT or SIGTERM.
+    """
+    folder = _writable_folder(training.output_dir)
+    accelerator = _make_accelerator(training, folder)
+    set_seed(training.seed)
+    with accelerator.main_process_first():
+        task = _prepare_task(data, training, model_fields, model_type, accelerator.print)
+    _check_divisible(training, accelerator.num_processes)
+    set_seed(training.seed, device_specific=True)  # from here on: dropout, which processes must not share
+    return _Trainer(task, training, folder, accelerator).run()
+
+
+@dataclass
+class _Task:
+    """What a run has before it starts, and the arguments it is bound to."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    train: TokenStream
+    validation: TokenStream
+    blocks: SequenceBlocks
+    sequence_length: int
+    identity: dict
+
+
+def _prepare_task(data: DataArguments, training: TrainingArguments, model_fields: dict, model_type: str, say) -> _Task:
+    corpus = load_corpus(data.corpus, data.corpus_config, data.validation_file)
+    fingerprint = corpus_fingerprint(corpus)
+    if data.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+    else:
+        tokenizer = train_tokenizer(corpus["train"], model_fields.get("vocab_size", 2048))
+    streams = {split: encode_corpus(corpus[split], tokenizer) for split in ("train", "validation")}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model(model_type, **(model_fields | {"vocab_size": len(tokenizer)} | special))
+    tokenizer.model_max_length = config.max_position_embeddings
+    model = AutoModelForCausalLM.from_config(config)
+    say(
+        f"{data.corpus} ({fingerprint}): {len(streams['train'].ids):,} training and {len(streams['validation'].ids):,} "
+        f"validation tokens of {len(tokenizer):,} kinds; {model_type} with {model.num_parameters():,} parameters"
+    )
+    bound = {name: value for name, value in asdict(training).items() if name not in FREE_ON_RESUME}
+    identity = (
+        asdict(data)
+        | bound
+        | {"model_type": model_type, "corpus_fingerprint": fingerprint, "model": config.to_diff_dict()}
+    )
+    blocks = SequenceBlocks(streams["train"].ids, data.sequence_length)
+    return _Task(model, tokenizer, streams["train"], streams["validation"], blocks, data.sequence_length, identity)
+
+
+class StepBatches(torch.utils.data.Sampler):
+    """Index batches of steps `first` to `last`: contiguous pieces of seeded permutations, one per epoch."""
+
+    def __init__(self, num_blocks: int, batch_size: int, seed: int, first: int, last: int):
+        self.num_blocks, self.batch_size, self.seed, self.first, self.last = num_blocks, batch_size, seed, first, last
+        self.drop_last = True  # accelerate asks; every batch is full
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, torch.empty(0)
+        for position in range(self.first * self.batch_size, self.last * self.batch_size, self.batch_size):
+            batch = []
+            for place in range(position, position + self.batch_size):
+                if place // self.num_blocks != epoch:
+                    epoch = place // self.num_blocks
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(self.num_blocks, generator=generator)
+                batch.append(int(order[place % self.num_blocks]))
+            yield batch
+
+
+class _Trainer:
+    """One run: optimizer, data and progress, the steps, checkpoints, and the report at the end."""
+
+    def __init__(self, task: _Task, training: TrainingArguments, folder: Path, accelerator: Accelerator):
+        self.task, self.arguments, self.folder, self.accelerator = task, training, folder, accelerator
+        self.config = task.model.config
+        self.step = 0
+        self.stop_requested = False
+        self.meter = _Meter(accelerator.device)
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(task.model, training.weight_decay),
+            lr=training.learning_rate,
+            betas=(0.9, training.adam_beta2),
+        )
+        schedule = get_cosine_schedule_with_warmup(optimizer, training.warmup_steps, training.max_steps)
+        self.model, self.optimizer, self.schedule = accelerator.prepare(task.model, optimizer, schedule)
+
+    def run(self) -> dict:
+        if self.arguments.resume:
+            self._load_checkpoint()
+        elif self.accelerator.is_main_process:
+            (self.folder / "metrics.jsonl").write_text("")
+        started = time.perf_counter()
+        with _signals_as_requests(self):
+            self._take_steps()
+        seconds = time.perf_counter() - started
+        self._save_model()
+        return self._report(seconds)
+
+    def _take_steps(self) -> None:
+        arguments = self.arguments
+        batches = iter(self._loader())
+        bar = tqdm(
+            total=arguments.max_steps,
+            initial=self.step,
+            desc="train",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+        while self.step < arguments.max_steps:
+            self._optimize([next(batches) for _ in range(arguments.gradient_accumulation_steps)])
+            self.step += 1
+            bar.update()
+            if self.step % arguments.logging_steps == 0 or self.step == arguments.max_steps:
+                self._log(bar)
+            if arguments.eval_steps and self.step % arguments.eval_steps == 0 and self.step < arguments.max_steps:
+                self._write({"step": self.step, **_prefixed("validation", asdict(self._validate()))})
+            if arguments.save_steps and self.step % arguments.save_steps == 0:
+                self._save_checkpoint()
+            self._stop_if_requested(bar)
+        bar.close()
+
+    def _loader(self) -> DataLoader:
+        accumulation = self.arguments.gradient_accumulation_steps
+        batches = StepBatches(
+            len(self.task.blocks),
+            self.arguments.batch_size // accumulation,
+            self.arguments.seed,
+            self.step * accumulation,
+            self.arguments.max_steps * accumulation,
+        )
+        return self.accelerator.prepare(DataLoader(self.task.blocks, batch_sampler=batches))
+
+    def _optimize(self, micro_batches: list[dict]) -> None:
+        """One optimizer step. Shallow pretraining unrolls; afterwards the equilibrium is solved."""
+        shallow = self.step < self.config.shallow_steps
+        dial = {"unroll_steps": self.config.shallow_depth} if shallow else {}
+        if self.arguments.train_solver_tolerance is not None:
+            dial["solver_tolerance"] = self.arguments.train_solver_tolerance
+        self.model.train()
+        for batch in micro_batches:
+            with self.accelerator.accumulate(self.model):
+                ids = batch["input_ids"]
+                outputs = self.model(ids, labels=ids, use_cache=False, **dial)
+                self.accelerator.backward(outputs.loss)
+                if self.accelerator.sync_gradients and self.arguments.max_grad_norm:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
+                    self.meter.add(gradient_norm=norm)
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+            self._measure(outputs, ids, shallow)
+
+    def _measure(self, outputs, ids, shallow: bool) -> None:
+        meter = self.meter
+        meter.tokens += ids.shape[0] * (ids.shape[1] - 1) * self.accelerator.num_processes
+        meter.add(
+            loss=outputs.loss.detach(),
+            forward_evaluations=outputs.num_evaluations.double().mean(),
+            residual=outputs.residual.mean(),
+            converged=outputs.converged.double().mean(),
+        )
+        if outputs.jacobian_loss is not None:
+            meter.add(jacobian_loss=outputs.jacobian_loss.detach())
+        backward = _unwrapped(self.accelerator, self.model).model.layers[0].last_backward
+        if backward is not None and not shallow:
+            meter.add(backward_evaluations=backward.num_evaluations.double().mean())
+
+    def _log(self, bar: tqdm) -> None:
+        line = {"step": self.step, "learning_rate": self.schedule.get_last_lr()[0]}
+        line |= self.meter.means(self.accelerator)
+        line["perplexity"] = math.exp(min(line["loss"], 700))
+        line["tokens_per_second"] = self.meter.tokens / self.meter.seconds()
+        self.meter.reset()
+        if not math.isfinite(line["loss"]):
+            raise ValueError(
+                f"The loss is {line['loss']} at step {self.step}: lower learning_rate or max_grad_norm, "
+                "or raise warmup_steps."
+            )
+        bar.set_postfix_str(_summary(line))
+        self._write(line)
+
+    def _write(self, line: dict) -> None:
+        self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=self.step)
+        if self.accelerator.is_main_process:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _stop_if_requested(self, bar: tqdm) -> None:
+        if self.stop_requested:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger():  # all processes leave at the same step
+            bar.close()
+            if self.step < self.arguments.max_steps:
+                path = self._save_checkpoint()
+                self.accelerator.end_training()
+                raise Interrupted(
+                    f"stopped at step {self.step} of {self.arguments.max_steps}; saved {path}; continue with --resume"
+                )
+
+    # Checkpoints: accelerate saves model, optimizer, schedule and random states; the step is the data position.
+
+    def _save_checkpoint(self) -> Path:
+        path, fresh = self.folder / "checkpoint", self.folder / "checkpoint.new"
+        meter = self.meter.state(self.accelerator)
+        self.accelerator.save_state(str(fresh))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state = {"step": self.step, "meter": meter, "identity": self.task.identity}
+            (fresh / "run.json").write_text(json.dumps(state, indent=1, default=str))
+            shutil.rmtree(path, ignore_errors=True)  # only now that the new one is complete
+            fresh.rename(path)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _load_checkpoint(self) -> None:
+        path = self.folder / "checkpoint"
+        if not (path / "run.json").is_file():
+            raise ValueError(f"resume: {path} holds no checkpoint. Check output_dir, or start without --resume.")
+        state = json.loads((path / "run.json").read_text())
+        ours = json.loads(json.dumps(self.task.identity, default=str))
+        different = [name for name in ours if ours[name] != state["identity"].get(name)]
+        if different:
+            changes = "; ".join(f"{name}: {_difference(state['identity'].get(name), ours[name])}" for name in different)
+            raise ValueError(
+                f"resume: {path} belongs to a run with other arguments ({changes}); use the same, or another output_dir."
+            )
+        self.accelerator.load_state(str(path))
+        self.step = state["step"]
+        self.meter.resume(state["meter"])
+        _drop_lines_after(self.folder / "metrics.jsonl", self.step, self.accelerator)
+
+    def _save_model(self) -> None:
+        if self.accelerator.is_main_process:
+            _unwrapped(self.accelerator, self.model).save_pretrained(self.folder)
+            self.task.tokenizer.save_pretrained(self.folder)
+            (self.folder / "recipe.yaml").write_text(
+                yaml.safe_dump(json.loads(json.dumps(self.task.identity, default=str)))
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _validate(self):
+        return evaluate_perplexity(
+            _unwrapped(self.accelerator, self.model),
+            self.task.validation,
+            self.task.tokenizer.eos_token_id,
+            length=self.task.sequence_length,
+            accelerator=self.accelerator,
+            progress=True,
+        )
+
+    def _report(self, seconds: float) -> dict:
+        task, say = self.task, self.accelerator.print
+        report = self._validate()
+        names = ("unigram", "bigram", "trigram")
+        vocab_size, start = self.config.vocab_size, task.tokenizer.eos_token_id
+        baselines = {
+            name: ngram_bits_per_byte(task.train, task.validation, start, vocab_size, order)
+            for order, name in enumerate(names, start=1)
+        }
+        say(
+            f"\nvalidation: perplexity {report.perplexity:.2f} per token, {report.word_perplexity:.1f} per word; "
+            f"{report.bits_per_byte:.3f} bits per byte over {report.num_tokens:,} tokens\n"
+            "n-grams (Witten-Bell) on the same tokens: "
+            + ", ".join(f"{name} {bits:.3f}" for name, bits in baselines.items())
+            + f" bits per byte\nequilibrium: {report.num_evaluations:.1f} evaluations to a residual of "
+            f"{report.residual:.1e}, {report.converged:.0%} of the sequences converged; "
+            f"training took {seconds / 60:.1f} minutes"
+        )
+        self._say_sample()
+        say(
+            f"\nLoad it:\n  import hf_deq; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f'  model = AutoModelForCausalLM.from_pretrained("{self.folder}"); '
+            f'tokenizer = AutoTokenizer.from_pretrained("{self.folder}")'
+        )
+        line = {"step": self.step, "seconds": seconds, **_prefixed("validation", asdict(report))}
+        line |= _prefixed("bits_per_byte", baselines)
+        self._write(line)
+        self.accelerator.end_training()
+        return line
+
+    def _say_sample(self) -> None:
+        if not self.accelerator.is_main_process or not self.arguments.sample_tokens:
+            return
+        model, tokenizer = _unwrapped(self.accelerator, self.model).eval(), self.task.tokenizer
+        inputs = tokenizer(self.arguments.sample_prompt, return_tensors="pt", return_token_type_ids=False).to(
+            model.device
+        )
+        ids = model.generate(
+            **inputs, max_new_tokens=self.arguments.sample_tokens, do_sample=True, top_p=0.9, temperature=0.8
+        )
+        self.accelerator.print(f"\nsample:\n{tokenizer.decode(ids[0], skip_special_tokens=True)}")
+
+
+class _Meter:
+    """Means of what is logged since the last line, summed on the device so that nothing waits for it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.tokens = 0
+        self.started = time.perf_counter()
+
+    def add(self, **values: torch.Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        sums = accelerator.reduce(self.sums, "mean")
+        return {name: float(total) / self.counts[name] for name, total in sums.items()}
+
+    def state(self, accelerator: Accelerator) -> dict:
+        sums = accelerator.reduce(self.sums, "mean")
+        return {"sums": {name: float(total) for name, total in sums.items()}, "counts": self.counts}
+
+    def resume(self, state: dict) -> None:
+        self.sums = {name: torch.tensor(total, device=self.device) for name, total in state["sums"].items()}
+        self.counts = dict(state["counts"])
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+class _signals_as_requests:
+    """Within this context SIGINT and SIGTERM ask the trainer to stop after the step; a second one kills as usual."""
+
+    def __init__(self, trainer: _Trainer):
+        self.trainer, self.previous = trainer, {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._request)
+
+    def _request(self, number, frame):
+        self.trainer.stop_requested = True
+        signal.signal(number, self.previous[number])
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def _make_accelerator(training: TrainingArguments, folder: Path) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=training.mixed_precision,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        # A batch is split over the processes: their number changes speed, not the run.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with=training.report_to,
+        project_config=ProjectConfiguration(project_dir=str(folder)),
+    )
+    if training.report_to:
+        accelerator.init_trackers("hf_deq", config={k: v for k, v in asdict(training).items() if v is not None})
+    return accelerator
+
+
+def _writable_folder(output_dir: str) -> Path:
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-probe"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"output_dir {output_dir!r} cannot be written to ({error.strerror}); choose another.") from error
+    return folder
+
+
+def _check_divisible(training: TrainingArguments, num_processes: int) -> None:
+    pieces = training.gradient_accumulation_steps * num_processes
+    if training.batch_size % pieces:
+        raise ValueError(
+            f"batch_size={training.batch_size} must be divisible by gradient_accumulation_steps * processes = "
+            f"{training.gradient_accumulation_steps} * {num_processes}."
+        )
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay for the matrices of linear maps; none for embeddings, norms and biases."""
+    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
+    others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
+    return accelerator.unwrap_model(model)
+
+
+def _prefixed(prefix: str, values: dict) -> dict:
+    return {f"{prefix}_{name}": value for name, value in values.items()}
+
+
+def _summary(line: dict) -> str:
+    backward = f"/{line['backward_evaluations']:.1f}" if "backward_evaluations" in line else ""
+    return (
+        f"loss {line['loss']:.3f} ppl {line['perplexity']:.1f} evals {line['forward_evaluations']:.1f}{backward} "
+        f"res {line['residual']:.0e} {line['tokens_per_second']:.0f} tok/s"
+    )
+
+
+def _difference(theirs, ours) -> str:
+    """`theirs -> ours`, of dictionaries only the keys that differ."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+        return ", ".join(f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}" for key in sorted(keys))
+    return f"{theirs!r} -> {ours!r}"
+
+
+def _drop_lines_after(metrics: Path, step: int, accelerator: Accelerator) -> None:
+    """Steps after the checkpoint are taken again, so their lines go."""
+    if accelerator.is_main_process and metrics.is_file():
+        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+        metrics.write_text("".join(line + "\n" for line in lines))
+    accelerator.wait_for_everyone()

@@ -1,0 +1,89 @@
+"""Continue a text with a trained model, and say what it took.
+
+    python scripts/generate.py deq-model --prompt "The iterator " --max_new_tokens 100
+    python scripts/generate.py deq-model --prompt "The iterator " --solver_tolerance 1e-2 --do_sample false
+"""
+
+import sys
+import time
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer, set_seed
+
+import hf_deq  # noqa: F401  registers the model types
+
+
+@dataclass
+class GenerateArguments:
+    """What to continue and how."""
+
+    prompt: str = field(default="The ", metadata={"help": "Text to continue."})
+    max_new_tokens: int = field(default=100, metadata={"help": "Length of the continuation."})
+    do_sample: bool = field(default=True, metadata={"help": "Sample; false takes the likeliest token."})
+    temperature: float = field(default=0.8, metadata={"help": "Sampling temperature."})
+    top_p: float = field(default=0.9, metadata={"help": "Nucleus sampling mass."})
+    top_k: int = field(default=0, metadata={"help": "Sample among so many tokens; 0: all."})
+    num_beams: int = field(default=1, metadata={"help": "Beams of beam search; 1 does not search."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    solver_tolerance: float | None = field(default=None, metadata={"help": "Tolerance of the solver; default: the model's."})
+    solver_max_evaluations: int | None = field(default=None, metadata={"help": "Budget of the solver; default: the model's."})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ...; auto is what was saved."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu, cuda, mps."})
+
+
+class EvaluationCounter:
+    """Counts, over the forward passes of a base model, evaluations of f per position solved together."""
+
+    def __init__(self, base_model: torch.nn.Module):
+        self.per_pass: list[float] = []
+        self.converged = True
+        base_model.register_forward_hook(self._note)
+
+    def _note(self, module, inputs, outputs) -> None:
+        self.per_pass.append(outputs.num_evaluations.double().mean().item())
+        self.converged &= bool(outputs.converged.all())
+
+
+def main(model_folder: str, arguments: GenerateArguments) -> None:
+    set_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=arguments.dtype).to(arguments.device).eval()
+    inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        sys.exit("error: the prompt is empty; give at least one character with --prompt")
+    counter = EvaluationCounter(model.model)
+    sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
+    dial = {"solver_tolerance": arguments.solver_tolerance, "solver_max_evaluations": arguments.solver_max_evaluations}
+    started = time.perf_counter()
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=arguments.max_new_tokens,
+        do_sample=arguments.do_sample,
+        num_beams=arguments.num_beams,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True) if arguments.num_beams == 1 else None,
+        **(sampling if arguments.do_sample else {}),
+        **{name: value for name, value in dial.items() if value is not None},
+    )
+    seconds = time.perf_counter() - started
+    if arguments.num_beams > 1:
+        print(tokenizer.decode(ids[0], skip_special_tokens=True))
+    new = ids.shape[1] - inputs["input_ids"].shape[1]
+    prefill, *steps = counter.per_pass
+    per_token = sum(steps) / len(steps) if steps else float("nan")
+    print(
+        f"\n{new} tokens in {seconds:.1f} s ({new / seconds:.1f} tokens/s); evaluations of f: {prefill:.1f} for the prompt, "
+        f"{per_token:.1f} per new token; " + ("all solves converged" if counter.converged else "NOT all solves converged"),
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser(GenerateArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Model folder or Hub repository.")
+    parsed, positional = parser.parse_args_into_dataclasses()
+    try:
+        main(positional.model, parsed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

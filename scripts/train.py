@@ -1,0 +1,79 @@
+"""Train a deep equilibrium language model.
+
+    accelerate launch scripts/train.py                                          # the built-in corpus, minutes on a CPU
+    accelerate launch scripts/train.py model_cards/deq-transformer-small/recipe.yaml --max_steps 500
+    accelerate launch scripts/train.py --corpus my_text.txt --hidden_size 256
+
+A recipe is a YAML file of the same names as the flags; flags win over the recipe. Every field of
+the model's configuration is a flag too (`--help` lists them all).
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import field, fields, make_dataclass
+from pathlib import Path
+
+# One process, few cores: tokenizer threads next to data loading only produce warnings.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import yaml
+from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
+
+import hf_deq  # noqa: F401  registers the model types
+from hf_deq.training import DataArguments, Interrupted, TrainingArguments, train
+
+DEFAULT_RECIPE = Path(__file__).parents[1] / "model_cards" / "deq-transformer-tiny" / "recipe.yaml"
+
+
+def model_arguments(model_type: str) -> type:
+    """A dataclass of the flags that a model type's configuration fields become; unset ones keep their default."""
+    config_class = type(AutoConfig.for_model(model_type))
+    flags = []
+    for config_field in fields(config_class):
+        kind = flag_type(str(config_field.type))
+        if config_field.name in PreTrainedConfig.__dataclass_fields__ or kind is None:
+            continue
+        help_text = f"{config_class.__name__}.{config_field.name}, default {config_field.default}."
+        flags.append((config_field.name, kind | None, field(default=None, metadata={"help": help_text})))
+    return make_dataclass("ModelArguments", flags)
+
+
+def flag_type(annotation: str) -> type | None:
+    """The type of a flag for a field of that annotation; `None` for structures, which a command line cannot spell."""
+    for kind in (bool, float, int, str):
+        if kind.__name__ in annotation and "dict" not in annotation and "token_id" not in annotation:
+            return kind
+    return None
+
+
+def main(arguments: list[str]) -> None:
+    recipe_file = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
+    recipe = yaml.safe_load(recipe_file.read_text())
+    model_type = argparse.ArgumentParser(add_help=False)
+    model_type.add_argument("--model_type", default=recipe.pop("model_type", "deq_transformer"))
+    chosen, rest = model_type.parse_known_args(arguments)
+
+    parser = HfArgumentParser(
+        (DataArguments, TrainingArguments, model_arguments(chosen.model_type)),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    known = {action.dest for action in parser._actions}
+    unknown = sorted(set(recipe) - known)
+    if unknown:
+        parser.error(f"{recipe_file}: unknown names {unknown}; see --help for those that exist")
+    parser.set_defaults(**recipe)
+    data, training, model = parser.parse_args_into_dataclasses(rest)
+    model_fields = {name: value for name, value in vars(model).items() if value is not None}
+    try:
+        train(data, training, model_fields, chosen.model_type)
+    except Interrupted as interrupted:
+        print(f"\n{interrupted}")
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,188 @@
+"""Gradients of equilibria: against finite differences, against unrolled iterations, against dense linear algebra."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from hf_deq import AndersonSolver, BroydenSolver, ImplicitGradient, PhantomGradient, PicardSolver, UnrolledGradient, equilibrium
+
+TIGHT = dict(tolerance=1e-13, max_evaluations=300)
+
+
+def gradients(value, *inputs):
+    weight = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view_as(value)
+    return torch.autograd.grad((value * weight).sum() + value.square().sum(), inputs)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("solver_class", [PicardSolver, AndersonSolver, BroydenSolver])
+@pytest.mark.parametrize("scope", ["causal", "sequence"])
+def test_implicit_gradient_equals_200_unrolled_steps(causal_map, x, solver_class, scope):
+    solver = solver_class(**TIGHT, scope=scope)
+    inputs = (x, *causal_map.parameters())
+    implicit = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), solver, ImplicitGradient(solver))
+    unrolled = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=UnrolledGradient(200))
+    for ours, exact in zip(gradients(implicit.value, *inputs), gradients(unrolled.value, *inputs), strict=True):
+        assert torch.linalg.vector_norm(ours - exact) <= 1e-6 * torch.linalg.vector_norm(exact)
+
+
+def test_implicit_gradient_equals_the_dense_theorem(causal_map, x):
+    """Theorem 1 of Bai et al. 2019 with the Jacobian written out: w = (I - J')^-1 g, then through f once."""
+    solver = AndersonSolver(**TIGHT)
+    solution = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), solver, ImplicitGradient(solver))
+    z = solution.value.detach()
+    g = 3 * z**2  # of the loss below
+    jacobian = torch.autograd.functional.jacobian(lambda s: causal_map(s, x.detach()), z).view(z.numel(), z.numel())
+    w = torch.linalg.solve(torch.eye(z.numel(), dtype=z.dtype) - jacobian.t(), g.flatten()).view_as(z)
+    expected = torch.autograd.grad(causal_map(z, x), (x, *causal_map.parameters()), w)
+    ours = torch.autograd.grad(solution.value.pow(3).sum(), (x, *causal_map.parameters()))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [ImplicitGradient(AndersonSolver(**TIGHT)), UnrolledGradient(4), UnrolledGradient(4, activation_checkpointing=True)],
+    ids=["implicit", "unrolled", "unrolled-checkpointed"],
+)
+def test_gradcheck(causal_map, gradient):
+    x = torch.randn(1, 3, 6, dtype=torch.float64, requires_grad=True)
+
+    def value(x, own, past):
+        def f(z):
+            return torch.func.functional_call(causal_map, {"own": own, "past": past}, (z, x))
+
+        return equilibrium(f, torch.zeros_like(x), AndersonSolver(**TIGHT), gradient).value
+
+    own, past = (p.detach().clone().requires_grad_() for p in (causal_map.own, causal_map.past))
+    assert torch.autograd.gradcheck(value, (x, own, past), fast_mode=True)
+
+
+def test_phantom_gradient_is_backpropagation_through_damped_steps(causal_map, x):
+    solver, gradient = AndersonSolver(**TIGHT), PhantomGradient(steps=3, damping=0.6)
+    inputs = (x, *causal_map.parameters())
+    phantom = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), solver, gradient)
+    z = solver(lambda z: causal_map(z, x), torch.zeros_like(x)).value
+    for _ in range(3):
+        z = 0.4 * z + 0.6 * causal_map(z, x)
+    for ours, expected in zip(gradients(phantom.value, *inputs), gradients(z, *inputs), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_one_undamped_phantom_step_is_jacobian_free_backpropagation(causal_map, x):
+    solver = AndersonSolver(**TIGHT)
+    jfb = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), solver, PhantomGradient(1, 1.0))
+    once = causal_map(solver(lambda z: causal_map(z, x), torch.zeros_like(x)).value, x)
+    for ours, expected in zip(gradients(jfb.value, x), gradients(once, x), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_longer_phantom_gradients_approach_the_implicit_one(causal_map, x):
+    solver = AndersonSolver(**TIGHT)
+
+    def error(gradient):
+        value = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), solver, gradient).value
+        return torch.linalg.vector_norm(gradients(value, causal_map.own)[0] - exact)
+
+    exact = torch.zeros(())
+    exact = gradients(equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), solver, ImplicitGradient(solver)).value,
+                      causal_map.own)[0]
+    errors = [error(PhantomGradient(steps, 1.0)) for steps in (1, 4, 16)]
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+
+
+@pytest.mark.parametrize("gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(5)])
+def test_value_is_the_same_with_and_without_gradients(causal_map, x, gradient):
+    with torch.no_grad():
+        without = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=gradient)
+    value = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=gradient)
+    assert not without.value.requires_grad and value.value.requires_grad
+    if not isinstance(gradient, PhantomGradient):  # its path goes a few steps further
+        assert torch.equal(without.value, value.value)
+
+
+def test_every_call_of_f_is_counted_and_the_residual_is_measured_at_the_end(causal_map, x):
+    calls = 0
+
+    def f(z):
+        nonlocal calls
+        calls += 1
+        return causal_map(z, x)
+
+    for gradient in (ImplicitGradient(), PhantomGradient(3), UnrolledGradient(4)):
+        calls = 0
+        solution = equilibrium(f, torch.zeros_like(x), AndersonSolver(tolerance=1e-5), gradient)
+        assert solution.num_evaluations.max() == calls
+        assert (solution.residual < 1e-5).all() == solution.converged.all()
+
+
+def test_activations_of_one_application_whatever_the_depth(causal_map, x):
+    """Law 4: what autograd keeps for backward does not grow with the evaluations."""
+
+    def saved(gradient, evaluations):
+        sizes = []
+        solver = PicardSolver(tolerance=0.0, max_evaluations=evaluations)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), solver, gradient(evaluations))
+        return sum(sizes)
+
+    with pytest.warns(UserWarning):
+        assert saved(lambda n: ImplicitGradient(), 3) == saved(lambda n: ImplicitGradient(), 100)
+    assert saved(UnrolledGradient, 100) > 20 * saved(UnrolledGradient, 3)
+
+
+def test_graph_is_freed_with_its_solution(causal_map, x):
+    solution = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x))
+    node = weakref.ref(solution.value)
+    solution.value.sum().backward()
+    del solution
+    gc.collect()
+    assert node() is None
+
+
+def test_backward_reports_and_gradients_accumulate(causal_map, x):
+    reports = []
+    gradient = ImplicitGradient(AndersonSolver(**TIGHT), on_backward=reports.append)
+    for _ in range(2):
+        equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=gradient).value.sum().backward()
+    once = causal_map.own.grad / 2
+    causal_map.zero_grad()
+    equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=gradient).value.sum().backward()
+    torch.testing.assert_close(causal_map.own.grad, once)
+    assert len(reports) == 3 and reports[0].converged.all() and (reports[0].num_evaluations > 3).all()
+
+
+def test_autocast_does_not_cut_the_parameters_off():
+    """Casts cached in the solve (without gradients) must not serve the graph that is differentiated."""
+    linear = torch.nn.Linear(8, 8)
+    x = torch.randn(2, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = equilibrium(lambda z: torch.tanh(0.3 * linear(z) + x).float(), torch.zeros_like(x)).value
+    value.sum().backward()
+    assert linear.weight.grad is not None and linear.weight.grad.abs().sum() > 0
+
+
+def test_backward_works_when_only_the_input_needs_gradients():
+    matrix = 0.1 * torch.randn(4, 4, dtype=torch.float64)
+    x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    solution = equilibrium(lambda z: z @ matrix + x, torch.zeros_like(x), AndersonSolver(**TIGHT), ImplicitGradient(AndersonSolver(**TIGHT)))
+    (grad,) = torch.autograd.grad(solution.value.sum(), x)
+    expected = torch.linalg.solve(torch.eye(4, dtype=torch.float64) - matrix, torch.ones(3, 4, dtype=torch.float64).t()).t()
+    torch.testing.assert_close(grad[0], expected)
+
+
+@pytest.mark.parametrize("make", [lambda: PhantomGradient(0), lambda: UnrolledGradient(0)])
+def test_estimators_need_a_step(make):
+    with pytest.raises(ValueError, match="steps >= 1"):
+        make()
+
+
+def test_phantom_damping_is_checked():
+    with pytest.raises(ValueError, match=r"damping in \(0, 1\]"):
+        PhantomGradient(damping=0)

@@ -1,0 +1,250 @@
+"""Solvers: they solve, causally, row by row, and they never lose what they had."""
+
+import warnings
+
+import pytest
+import torch
+
+from hf_deq import AndersonSolver, BroydenSolver, ConvergenceWarning, PicardSolver
+from hf_deq.fixed_point import _eliminate
+
+SOLVERS = [PicardSolver, AndersonSolver, BroydenSolver]
+SCOPES = ["causal", "sequence"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
+
+
+def relative_residual(f, z):
+    return torch.linalg.vector_norm(f(z) - z, dim=(1, 2)) / torch.linalg.vector_norm(f(z), dim=(1, 2))
+
+
+def problem(causal_map, batch=3, length=9, scale=1.0):
+    x = scale * torch.randn(batch, length, 6, dtype=torch.float64)
+    return (lambda z: causal_map(z, x)), x, torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("damping", [1.0, 0.7])
+def test_solves_to_tolerance_and_reports_the_residual_of_what_it_returns(causal_map, solver_class, scope, damping):
+    f, _, z0 = problem(causal_map)
+    solver = solver_class(tolerance=1e-11, max_evaluations=150, scope=scope, damping=damping)
+    solution = solver(f, z0)
+    assert solution.converged.all()
+    assert relative_residual(f, solution.value).max() < 1e-11
+    torch.testing.assert_close(solution.residual, relative_residual(f, solution.value), rtol=1e-3, atol=1e-15)
+    assert not solution.value.requires_grad
+
+
+@pytest.mark.parametrize("solver_class", [AndersonSolver, BroydenSolver])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_acceleration_accelerates(solver_class, scope):
+    matrix = torch.diag(torch.linspace(-0.95, 0.95, 8, dtype=torch.float64))
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    arguments = dict(tolerance=1e-8, max_evaluations=1000, scope=scope)
+    plain = PicardSolver(**arguments)(lambda z: z @ matrix + x, torch.zeros_like(x))
+    fast = solver_class(**arguments)(lambda z: z @ matrix + x, torch.zeros_like(x))
+    exact = torch.linalg.solve(torch.eye(8, dtype=torch.float64) - matrix, x, left=False)
+    assert fast.converged.all()
+    assert (fast.num_evaluations * 4 < plain.num_evaluations).all()
+    torch.testing.assert_close(fast.value, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+@pytest.mark.parametrize("budget", [1, 2, 4, 8, 30])
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-3, 1e-12])
+def test_causal_scope_is_strictly_causal(causal_map, solver_class, budget, tolerance):
+    f, x, z0 = problem(causal_map, scale=2.0)
+    for position in (1, 4, 8):
+        changed = x.clone()
+        changed[:, position] += 3 * torch.randn_like(x[:, position])
+        solver = solver_class(tolerance=tolerance, max_evaluations=budget)
+        before, after = solver(f, z0).value, solver(lambda z, y=changed: causal_map(z, y), z0).value
+        assert (before - after)[:, :position].abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("solver_class", [AndersonSolver, BroydenSolver])
+def test_sequence_scope_leaks_before_convergence(causal_map, solver_class):
+    """The reason for the causal scope; if this fails, the test above proves nothing."""
+    f, x, z0 = problem(causal_map, scale=2.0)
+    changed = x.clone()
+    changed[:, 5] += 3
+    solver = solver_class(tolerance=1e-12, max_evaluations=5, scope="sequence")
+    before, after = solver(f, z0).value, solver(lambda z: causal_map(z, changed), z0).value
+    assert (before - after)[:, :5].abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+def test_anticausal_scope_mirrors_causal(causal_map, solver_class):
+    f, _, z0 = problem(causal_map)
+    forward = solver_class(tolerance=1e-9, max_evaluations=7)(f, z0)
+    mirrored = solver_class(tolerance=1e-9, max_evaluations=7, scope="anticausal")(lambda z: f(z.flip(1)).flip(1), z0)
+    torch.testing.assert_close(mirrored.value.flip(1), forward.value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_rows_are_independent_and_stop_on_their_own(causal_map, solver_class, scope):
+    x = torch.randn(3, 7, 6, dtype=torch.float64)
+    x[0] = 10  # saturated, hence quickly solved
+    solver = solver_class(tolerance=1e-8, max_evaluations=60, scope=scope)
+    together = solver(lambda z: causal_map(z, x), torch.zeros_like(x))
+    for row in range(3):
+        alone = solver(lambda z, y=x[row : row + 1]: causal_map(z, y), torch.zeros_like(x[:1]))
+        torch.testing.assert_close(together.value[row : row + 1], alone.value, rtol=0, atol=1e-12)
+        assert together.num_evaluations[row] == alone.num_evaluations
+    assert together.num_evaluations[0] < together.num_evaluations[1]
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+def test_a_stopped_row_keeps_its_value_whatever_the_budget(causal_map, solver_class):
+    f, _, z0 = problem(causal_map)
+    short = solver_class(tolerance=1e-4, max_evaluations=40)(f, z0)
+    assert short.converged.all()
+    longer = solver_class(tolerance=1e-4, max_evaluations=400)(f, z0)
+    assert torch.equal(short.value, longer.value) and torch.equal(short.num_evaluations, longer.num_evaluations)
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_best_iterate_is_returned_when_the_iteration_diverges(solver_class, scope):
+    def f(z):  # contracts once, then expands: the second iterate is the best
+        calls.append(z)
+        return z * 0 + 1 + (0.1 if len(calls) == 2 else 10.0 * len(calls)) * torch.sin(z * 50)
+
+    calls = []
+    z0 = torch.full((1, 1, 4), 0.3, dtype=torch.float64)
+    solution = solver_class(tolerance=1e-9, max_evaluations=6, scope=scope)(f, z0)
+    images = [1 + (0.1 if i == 1 else 10.0 * (i + 1)) * torch.sin(z * 50) for i, z in enumerate(calls)]
+    residuals = [((image - z).norm() / image.norm()).item() for z, image in zip(calls, images, strict=True)]
+    assert not solution.converged.any()
+    assert solution.residual.item() == pytest.approx(min(residuals))
+    assert torch.equal(solution.value, calls[residuals.index(min(residuals))])
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("first_bad_call", [1, 3])
+def test_a_row_that_turns_non_finite_keeps_its_best_and_leaves_others_alone(
+    causal_map, solver_class, scope, poison, first_bad_call
+):
+    healthy, x, z0 = problem(causal_map)
+    calls = 0
+
+    def f(z):
+        nonlocal calls
+        calls += 1
+        f_z = healthy(z)
+        if calls >= first_bad_call:
+            f_z[1, 4:] = poison
+        return f_z
+
+    solver = solver_class(tolerance=1e-9, max_evaluations=80, scope=scope)
+    solution, reference = solver(f, z0), solver(healthy, z0)
+    assert solution.converged.tolist() == [True, False, True]
+    torch.testing.assert_close(solution.value[::2], reference.value[::2], rtol=0, atol=1e-12)
+    assert solution.value.isfinite().all()
+    assert solution.num_evaluations[1] == first_bad_call or scope == "causal"
+    if scope == "causal":  # positions before the accident go on
+        torch.testing.assert_close(solution.value[1, :4], reference.value[1, :4], rtol=0, atol=1e-7)
+
+
+def test_history_is_bounded(causal_map):
+    f, _, z0 = problem(causal_map)
+    buffers = AndersonSolver(history=3)._proposer(z0)
+    for _ in range(10):
+        buffers(z0, f(z0), f(z0) - z0)
+    assert buffers.residuals.shape == buffers.images.shape == (27, 3, 6)
+
+
+@pytest.mark.parametrize("solver_class", [AndersonSolver, BroydenSolver])
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_scale_of_the_state_does_not_matter(causal_map, solver_class, scale):
+    """Backward solves have an arbitrary scale; an absolute regularisation would break them."""
+    matrix = 0.9 * torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    solver = solver_class(tolerance=1e-8, max_evaluations=100)
+    unit = solver(lambda z: z @ matrix + x, torch.zeros_like(x))
+    scaled = solver(lambda z: z @ matrix + scale * x, torch.zeros_like(x))
+    assert scaled.converged.all()
+    assert (scaled.num_evaluations - unit.num_evaluations).abs().max() <= 2
+    torch.testing.assert_close(scaled.value / scale, unit.value, rtol=1e-5, atol=1e-6)
+
+
+def test_zero_rows_count_as_solved_at_once():
+    """Padding: f keeps it at zero."""
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    x[0] = 0
+    solution = AndersonSolver()(lambda z: 0.5 * z + x, torch.zeros_like(x))
+    assert solution.num_evaluations[0] == 1 and solution.residual[0] == 0 and solution.converged.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_tolerance_below_round_off_is_clamped(dtype):
+    x = torch.randn(2, 8, 16).to(dtype)
+    solver = AndersonSolver(tolerance=0.0, max_evaluations=50)
+    solution = solver(lambda z: torch.tanh(0.5 * z + x), torch.zeros_like(x))
+    assert solution.converged.all() and solution.value.dtype == dtype
+
+
+def test_budget_zero_returns_the_start_unexamined():
+    z0 = torch.ones(2, 3, 4)
+    solution = AndersonSolver(max_evaluations=0)(lambda z: z / 0, z0)
+    assert torch.equal(solution.value, z0) and not solution.converged.any()
+    assert solution.num_evaluations.tolist() == [0, 0] and solution.residual.isinf().all()
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+def test_z0_is_left_alone(causal_map, solver_class):
+    f, x, _ = problem(causal_map)
+    z0 = x.clone()
+    solver_class(max_evaluations=5)(f, z0)
+    assert torch.equal(z0, x)
+
+
+def test_elimination_matches_a_dense_solve_and_skips_dead_pivots():
+    matrix = torch.randn(4, 4, 5, dtype=torch.float64) + 4 * torch.eye(4, dtype=torch.float64)[..., None]
+    right = torch.randn(4, 5, dtype=torch.float64)
+    expected = torch.linalg.solve(matrix.movedim(-1, 0), right.t()[..., None])[..., 0].t()
+    torch.testing.assert_close(_eliminate(matrix, right), expected)
+    matrix[3], matrix[:, 3] = 0, 0
+    solution = _eliminate(matrix, right)
+    assert (solution[3] == 0).all()
+    torch.testing.assert_close(_eliminate(matrix[:3, :3], right[:3]), solution[:3])
+
+
+@pytest.mark.filterwarnings("default::hf_deq.ConvergenceWarning")
+def test_non_convergence_warns_once_and_says_what_to_do():
+    z0 = torch.zeros(2, 3, 4)
+    with pytest.warns(ConvergenceWarning, match=r"2 of 2 sequences.*after 3 evaluations.*tolerance is 1.0e-03.*Raise max_"):
+        PicardSolver(max_evaluations=3)(lambda z: z + 1, z0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PicardSolver(max_evaluations=3)(lambda z: z + 1, z0)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"tolerance": -1e-3}, "tolerance must be zero or positive"),
+        ({"tolerance": float("nan")}, "tolerance must be zero or positive"),
+        ({"max_evaluations": -1}, "max_evaluations must be zero or positive"),
+        ({"damping": 0.0}, r"damping must lie in \(0, 1\]"),
+        ({"damping": 1.5}, r"damping must lie in \(0, 1\]"),
+        ({"history": 0}, "history must be at least 1"),
+        ({"scope": "prefix"}, "scope must be one of"),
+    ],
+)
+def test_bad_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AndersonSolver(**fields)
+
+
+def test_bad_states_are_refused():
+    with pytest.raises(ValueError, match=r"\(batch, sequence, features\).*\(2, 3\)"):
+        PicardSolver()(lambda z: z, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="floating point"):
+        PicardSolver()(lambda z: z, torch.zeros(2, 3, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="must keep the shape"):
+        PicardSolver()(lambda z: z[:, :1], torch.zeros(2, 3, 4))
