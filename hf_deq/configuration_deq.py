@@ -3,6 +3,7 @@
 
 from dataclasses import fields
 from difflib import get_close_matches
+from os.path import commonprefix
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -24,8 +25,8 @@ class DEQConfig(PreTrainedConfig):
             budget) or `"sequence"` (the literature's sequence-wide inner products; leaks from later
             tokens until converged and must not be used with a cache).
         solver_tolerance: relative residual `||f(z) - z|| / ||f(z)||` at which a position is solved.
-        solver_max_evaluations: budget of calls of f per forward pass, the last one (which gives the
-            output) included; with `gradient="unrolled"` the number of applications.
+        solver_max_evaluations: budget of calls of f per solve (gradients need one more, with a graph);
+            with `gradient="unrolled"` the number of applications.
         solver_history: past iterates that Anderson or Broyden remember.
         solver_damping: fraction of each solver step that is taken, in (0, 1].
         gradient: `"implicit"` (exact), `"phantom"` (through the last steps) or `"unrolled"` (an
@@ -74,8 +75,8 @@ class DEQConfig(PreTrainedConfig):
         for key in unknown:
             similar = get_close_matches(key, own, n=1, cutoff=0.85)
             if key.startswith(OWN_PREFIXES) or similar:
-                hint = similar or get_close_matches(key, own, n=1, cutoff=0.0)
-                raise ValueError(f"{type(self).__name__} has no field {key!r}; did you mean {hint[0]!r}?")
+                hint = similar[0] if similar else max(own, key=lambda name: len(commonprefix([name, key])))
+                raise ValueError(f"{type(self).__name__} has no field {key!r}; did you mean {hint!r}?")
 
     def validate_equilibrium(self):
         """Ranges of the shared fields; called by `@strict` after construction."""

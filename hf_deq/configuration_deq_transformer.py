@@ -7,6 +7,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from .configuration_deq import DEQConfig
 
 NORM_POSITIONS = ("pre", "post")
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 POSITION_EMBEDDING_TYPES = ("rotary", "relative")
 
 
@@ -88,6 +89,11 @@ class DEQTransformerConfig(DEQConfig):
             raise ValueError(
                 "Rotary positions rotate pairs of channels: hidden_size / num_attention_heads = "
                 f"{self.hidden_size // self.num_attention_heads} must be even. Change num_attention_heads."
+            )
+        if self.rope_parameters["rope_type"] in LENGTH_DEPENDENT_ROPE:
+            raise ValueError(
+                f"rope_type {self.rope_parameters['rope_type']!r} rotates early positions according to the length of the "
+                'whole text, so nothing computed for a prefix would be final: use "default", "linear", "yarn" or "llama3".'
             )
         if self.position_embedding_type == "relative" and self.hidden_size % 2:
             raise ValueError(f"Relative positions need an even hidden_size, got {self.hidden_size}.")

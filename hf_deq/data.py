@@ -46,7 +46,8 @@ def load_corpus(name: str, config_name: str | None = None, validation_file: str 
 
     Args:
         name: `"cpython_docs"` (built in: the English documentation inside the running Python), a
-            local text file, or a dataset on the Hub, such as `"Salesforce/wikitext"`.
+            local text file, or what `datasets.load_dataset` takes: a dataset on the Hub, such as
+            `"Salesforce/wikitext"`, or a local folder.
         config_name: configuration of a Hub dataset, such as `"wikitext-2-raw-v1"`.
         validation_file: text file to validate on; without it the last tenth of a local file is held out.
 
@@ -57,7 +58,8 @@ def load_corpus(name: str, config_name: str | None = None, validation_file: str 
         return _cpython_docs()
     if Path(name).is_file():
         return _local_text(name, validation_file)
-    if Path(name).suffix in (".txt", ".text", ".md") or name.startswith((".", "/", "~")):
+    looks_local = Path(name).suffix in (".txt", ".text", ".md") or name.startswith((".", "/", "~"))
+    if looks_local and not Path(name).exists():
         raise ValueError(f"corpus {name!r} looks like a local file, but there is no such file.")
     return _checked_hub_corpus(load_dataset(name, config_name), name)
 

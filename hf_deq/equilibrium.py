@@ -9,8 +9,8 @@ The estimators differ in what they backpropagate through:
     PhantomGradient     the last few damped applications of f (one of them: "Jacobian-free")
     UnrolledGradient    every application: an explicit stack with tied weights, no solver
 
-Each evaluates f once more at the solver's iterate z, and that image f(z) is the value, with and
-without gradients: what is trained is what is used.
+The value is always the image f(z) of the solver's iterate z, with and without gradients: what is
+trained is what is used. Gradients need one more call of f, with a graph.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,8 @@ def equilibrium(
         gradient: how it is differentiated. Default: `ImplicitGradient()`.
 
     Returns:
-        `FixedPointSolution` with `value` = f(z), `residual` = ||f(z) - z|| / ||f(z)|| and all calls
-        of f counted, the last one too.
+        `FixedPointSolution` whose `value` (and `image`) is f(z), with `residual` =
+        ||f(z) - z|| / ||f(z)|| and all calls of f counted, those that build a graph too.
     """
     return (gradient or ImplicitGradient())(f, z0, solver or AndersonSolver())
 
@@ -63,11 +63,13 @@ class ImplicitGradient:
 
     def __call__(self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver) -> FixedPointSolution:
         solution = solver(f, z0)
+        if not torch.is_grad_enabled():
+            return replace(solution, value=solution.image)
         z, f_z = evaluate_with_graph(f, solution.value)
         value = f_z
         if f_z.requires_grad:
             value = _ImplicitFunction.apply(f_z, z, self._transposed_solver(), self.on_backward)
-        return _solution_at(z, f_z, value, solution, solver)
+        return _solution_at(z, f_z, value, solution, 1, solver)
 
     def _transposed_solver(self) -> FixedPointSolver:
         return replace(self.solver, scope="anticausal") if self.solver.scope == "causal" else self.solver
@@ -97,14 +99,13 @@ class PhantomGradient:
     def __call__(self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver) -> FixedPointSolution:
         solution = solver(f, z0)
         if not torch.is_grad_enabled():
-            z, f_z = evaluate_with_graph(f, solution.value)
-            return _solution_at(z, f_z, f_z, solution, solver)
+            return replace(solution, value=solution.image)
         value = solution.value
         for _ in range(self.steps):
             z = value
             f_z = f(z)
             value = torch.lerp(z, f_z, self.damping)
-        return _solution_at(z, f_z, value, solution, solver, evaluations=self.steps)
+        return _solution_at(z, f_z, value, solution, self.steps, solver)
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,12 @@ class UnrolledGradient:
 
     def __call__(self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver) -> FixedPointSolution:
         rows = torch.zeros(z0.shape[0], device=z0.device)
-        start = FixedPointSolution(z0, rows, rows.long(), rows.bool())
+        start = FixedPointSolution(z0, z0, rows, rows.long(), rows.bool())
         value = z0
         for _ in range(self.steps):
             z = value
             value = checkpoint(f, z, use_reentrant=False) if self.activation_checkpointing else f(z)
-        return _solution_at(z, value, value, start, solver, evaluations=self.steps)
+        return _solution_at(z, value, value, start, self.steps, solver)
 
 
 GradientEstimator = ImplicitGradient | PhantomGradient | UnrolledGradient
@@ -144,9 +145,7 @@ def evaluate_with_graph(f: SequenceMap, state: Tensor) -> tuple[Tensor, Tensor]:
     if torch.is_autocast_enabled(state.device.type):
         # Casts cached while solving without gradients would cut the parameters off from this graph.
         torch.clear_autocast_cache()
-    z = state.detach()
-    if torch.is_grad_enabled():
-        z.requires_grad_()
+    z = state.detach().requires_grad_()
     return z, f(z)
 
 
@@ -164,7 +163,6 @@ class _ImplicitFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # Inside backward f_z arrives without its history's owner; the graph itself is still alive.
         def transposed(w: Tensor) -> Tensor:
             (product,) = torch.autograd.grad(ctx.f_z, ctx.z, w, retain_graph=True)
             return product.add_(grad)
@@ -180,13 +178,13 @@ def _solution_at(
     f_z: Tensor,
     value: Tensor,
     solution: FixedPointSolution,
+    evaluations: int,
     solver: FixedPointSolver,
-    evaluations: int = 1,
 ) -> FixedPointSolution:
-    """The solution that `value` is, its residual measured at the last z and f(z)."""
+    """The solution that `value` is after so many more evaluations, its residual measured at the last z and f(z)."""
     with torch.no_grad():
         norm = torch.linalg.vector_norm(f_z.double(), dim=(1, 2))
         difference = torch.linalg.vector_norm((f_z - z).double(), dim=(1, 2))
         residual = torch.where(difference == 0, 0, difference / norm)
         converged = solution.converged | (residual <= solver.attainable_tolerance(z.dtype))
-    return FixedPointSolution(value, residual, solution.num_evaluations + evaluations, converged)
+    return FixedPointSolution(value, value, residual, solution.num_evaluations + evaluations, converged)

@@ -49,6 +49,7 @@ class FixedPointSolution:
     Attributes:
         value: the state `(batch, sequence, features)`; of all iterates seen, the one with the
             smallest residual (judged per position, over its prefix, where the scope is causal).
+        image: f(value), known without another call.
         residual: relative residual `||f(z) - z|| / ||f(z)||` of `value`, shape `(batch,)`,
             float64; infinite where f was never finite.
         num_evaluations: calls of f until the row stopped, shape `(batch,)`, int64.
@@ -56,6 +57,7 @@ class FixedPointSolution:
     """
 
     value: Tensor
+    image: Tensor
     residual: Tensor
     num_evaluations: Tensor
     converged: Tensor
@@ -69,7 +71,7 @@ class FixedPointSolver:
         tolerance: relative residual `||f(z) - z|| / ||f(z)||` at which a position (its prefix)
             counts as solved and is frozen. Raised to half the unit round-off step of the state's
             dtype, below which no residual can fall (4e-3 in bfloat16, 5e-4 in float16).
-        max_evaluations: budget of calls of f; 0 returns `z0` unexamined.
+        max_evaluations: budget of calls of f, at least 1.
         damping: fraction of the proposed step that is taken, in (0, 1]; 1 is undamped.
         scope: whose residuals may influence position t. `"causal"`: positions <= t of its row;
             `"anticausal"`: positions >= t, for the transposed map of a backward solve;
@@ -88,8 +90,8 @@ class FixedPointSolver:
     def __post_init__(self):
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must be zero or positive, got {self.tolerance}.")
-        if self.max_evaluations < 0:
-            raise ValueError(f"max_evaluations must be zero or positive, got {self.max_evaluations}.")
+        if self.max_evaluations < 1:
+            raise ValueError(f"max_evaluations must be at least 1, got {self.max_evaluations}.")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], got {self.damping}; 1 takes the full step.")
         if self.scope not in SCOPES:
@@ -128,8 +130,7 @@ class FixedPointSolver:
                 break
             z = record.keep_stopped(propose(z, f_z, residual))
         solution = record.solution()
-        if self.max_evaluations > 0:
-            self._warn_unless_converged(solution, z0.dtype)
+        self._warn_unless_converged(solution, z0.dtype)
         return solution
 
     def attainable_tolerance(self, dtype: torch.dtype) -> float:
@@ -240,7 +241,7 @@ class _Record:
     def __init__(self, z0: Tensor, tolerance: float, scope: str):
         rows_and_positions = z0.shape[:2]
         self.tolerance, self.scope = tolerance, scope
-        self.best = z0
+        self.best, self.best_image = z0, z0
         self.best_relative = _full(z0, rows_and_positions, float("inf"))
         self.best_residual_square = _full(z0, rows_and_positions, float("inf"))
         self.best_image_square = _full(z0, rows_and_positions, 1.0)
@@ -257,6 +258,7 @@ class _Record:
         frozen = _all_before(self.frozen | (relative <= self.tolerance), self.scope)
         better = active & ((relative < self.best_relative) | frozen)
         self.best = torch.where(better[..., None], z, self.best)
+        self.best_image = torch.where(better[..., None], f_z, self.best_image)
         self.best_relative = torch.where(better, relative, self.best_relative)
         self.best_residual_square = torch.where(better, residual_square, self.best_residual_square)
         self.best_image_square = torch.where(better, image_square, self.best_image_square)
@@ -272,7 +274,7 @@ class _Record:
 
     def solution(self) -> FixedPointSolution:
         residual = _relative(self.best_residual_square.sum(1), self.best_image_square.sum(1))
-        return FixedPointSolution(self.best, residual, self.num_evaluations, self.frozen.all(1))
+        return FixedPointSolution(self.best, self.best_image, residual, self.num_evaluations, self.frozen.all(1))
 
 
 class _AndersonMixing:

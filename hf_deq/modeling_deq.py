@@ -102,11 +102,11 @@ class DEQLayer(nn.Module):
         return solution, self._jacobian_loss(f, solution.value, dial)
 
     def forward_solver(self, dial: Dial) -> FixedPointSolver:
-        """The configured solver; one evaluation of its budget is kept for the output."""
+        """The configured solver."""
         config = self.config
         tolerance = config.solver_tolerance if dial.solver_tolerance is None else dial.solver_tolerance
         scope, history, damping = config.solver_scope, config.solver_history, config.solver_damping
-        return make_solver(config.solver, tolerance, self._budget(dial) - 1, history, damping, scope)
+        return make_solver(config.solver, tolerance, self._budget(dial), history, damping, scope)
 
     def gradient_estimator(self, dial: Dial) -> GradientEstimator:
         """The configured estimator, or the unrolled one where the dial asks for it."""
@@ -216,7 +216,8 @@ class DEQModel(DEQPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        _check_cacheable(self.config, past_key_values)
+        if past_key_values is not None:
+            _check_cacheable(self.config, unroll_steps)
         context = self._context(inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
         dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
         hidden_states = self.embedding_dropout(inputs_embeds * self.embedding_scale)
@@ -341,13 +342,11 @@ def _check_inputs(config: DEQConfig, input_ids: Tensor | None, inputs_embeds: Te
             )
 
 
-def _check_cacheable(config: DEQConfig, past_key_values: Cache | None) -> None:
-    if past_key_values is None:
-        return
-    if config.gradient == "unrolled":
+def _check_cacheable(config: DEQConfig, unroll_steps: int | None) -> None:
+    if config.gradient == "unrolled" or unroll_steps is not None:
         raise ValueError(
-            'A model with gradient="unrolled" has no equilibrium whose keys and values could be cached: every step '
-            'sees other ones. Pass use_cache=False, or set gradient="implicit" to solve for its equilibrium.'
+            'Unrolled steps (gradient="unrolled", unroll_steps) have no equilibrium whose keys and values could be '
+            'cached: every step sees other ones. Pass use_cache=False, or solve with gradient="implicit".'
         )
     if config.solver_scope == "sequence":
         raise ValueError(

@@ -7,12 +7,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils.output_capturing import OutputRecorder
 
 from .cache_deq import EquilibriumCacheView
@@ -148,6 +145,8 @@ class DEQTransformerLayer(DEQLayer):
 
         solution, jacobian_loss = self.solve(f, torch.zeros_like(hidden_states), dial)
         if view is not None:
+            if not torch.is_grad_enabled() and not bool(solution.converged.all()):
+                f(solution.value)  # the last call was not at the state that is returned
             view.commit()
         return solution.value, weights, solution, jacobian_loss
 
@@ -188,7 +187,6 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         self.embedding_scale = (
             config.hidden_size**0.5
         )  # to unit size, as the states have; the output layer wants it small
-        self.rotary_emb = LlamaRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
 
     def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs) -> dict:
         length = inputs_embeds.shape[1]
@@ -209,10 +207,15 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             **({"allow_is_causal_skip": False} if relative else {}),
         )
         if relative:
+            if self.config._attn_implementation not in ("sdpa", "eager"):
+                raise ValueError(
+                    'position_embedding_type="relative" adds scores to the attention, which '
+                    f'{self.config._attn_implementation!r} cannot: use attn_implementation="sdpa" or "eager".'
+                )
             mask = _additive(mask, inputs_embeds.dtype)
             positions = _relative_positions(inputs_embeds, past_length - first_key, mask.shape[-1])
         else:
-            positions = self.rotary_emb(inputs_embeds, position_ids)
+            positions = _rotary_positions(self.config, position_ids, inputs_embeds.dtype)
         tokens = token_mask(attention_mask, past_length - first_key, length)
         return {"tokens": tokens, "positions": positions, "attention_mask": mask, **kwargs}
 
@@ -221,6 +224,36 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, DEQForCausalLM):
     """The language model."""
 
     model_class = DEQTransformerModel
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs) -> tuple[Tensor, Tensor]:
+    """Attention written out; `(batch, heads, sequence, head size)` to `(batch, sequence, heads, head size)` and weights.
+
+    The softmax is in single precision at least, but never below the model's own: rounding a double
+    precision model there would put a floor under its residual.
+    """
+    scores = query @ key.transpose(-2, -1) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def _rotary_positions(config: DEQTransformerConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `(batch, sequence, head size)`.
+
+    Computed anew for every call rather than kept in a buffer, which a cast of the model would round.
+    """
+    precise = torch.promote_types(dtype, torch.float32)
+    head_dim, scaling = config.hidden_size // config.num_attention_heads, 1.0
+    if config.rope_parameters["rope_type"] == "default":
+        channels = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=precise)
+        frequencies = config.rope_parameters["rope_theta"] ** -(channels / head_dim)
+    else:
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, position_ids.device)
+    angles = position_ids[..., None].to(precise) * frequencies
+    angles = torch.cat([angles, angles], -1)
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

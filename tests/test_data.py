@@ -1,0 +1,117 @@
+"""Corpora, tokenizers, streams and blocks."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_deq.data import (
+    END_OF_TEXT,
+    SequenceBlocks,
+    corpus_fingerprint,
+    encode_corpus,
+    load_corpus,
+    train_tokenizer,
+)
+from hf_deq.training import StepBatches
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    return load_corpus("cpython_docs")
+
+
+def test_built_in_corpus_is_english_documentation(built_in):
+    sizes = {split: sum(map(len, built_in[split]["text"])) for split in built_in}
+    assert 1.5e6 < sizes["train"] < 4e6 and 0.05 < sizes["validation"] / sizes["train"] < 0.2
+    text = "\n".join([*built_in["train"]["text"], *built_in["validation"]["text"]])
+    assert "Return the absolute value of the argument" not in text  # builtins are compiled, hence not read
+    assert "Raise KeyboardInterrupt" in text or "iterator" in text
+    assert not set(built_in["train"]["text"]) & set(built_in["validation"]["text"])
+
+
+def test_built_in_corpus_is_the_same_every_time(built_in):
+    assert corpus_fingerprint(load_corpus("cpython_docs")) == corpus_fingerprint(built_in)
+
+
+def test_fingerprint_sees_every_character(built_in):
+    changed = built_in["train"].to_dict()["text"]
+    changed[3] = changed[3][:-1] + "~"
+    other = type(built_in)(built_in | {"train": Dataset.from_dict({"text": changed})})
+    assert corpus_fingerprint(other) != corpus_fingerprint(built_in)
+
+
+def test_tokenizer_round_trips_any_text_and_is_reproducible(built_in, tmp_path):
+    tokenizer = train_tokenizer(built_in["train"], 400)
+    assert len(tokenizer) == 400 and tokenizer.eos_token == END_OF_TEXT
+    text = "Nothing is lost: naïve café, 日本, \t tabs\n\n and emoji 🙂"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    tokenizer.save_pretrained(tmp_path)
+    assert type(tokenizer).from_pretrained(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert train_tokenizer(built_in["train"], 400).get_vocab() == tokenizer.get_vocab()
+
+
+def test_stream_counts_and_ends_every_document():
+    split = Dataset.from_dict({"text": ["one two", "", "drei"]})
+    tokenizer = train_tokenizer(split, 257)
+    stream = encode_corpus(split, tokenizer)
+    assert (stream.num_bytes, stream.num_words) == (11, 3)
+    assert stream.ids.tolist().count(tokenizer.eos_token_id) == 2 and stream.ids[-1] == tokenizer.eos_token_id
+    assert len(stream.ids) == 11 + 2
+
+
+def test_local_files(tmp_path):
+    text, validation = tmp_path / "a.txt", tmp_path / "b.txt"
+    text.write_text("\n\n".join(f"paragraph {i}\nwith two lines" for i in range(30)))
+    validation.write_text("held out\n\nseparately")
+    held_out = load_corpus(str(text))
+    assert len(held_out["train"]) == 27 and held_out["validation"]["text"][0].startswith("paragraph 27")
+    assert load_corpus(str(text), validation_file=str(validation))["validation"]["text"] == ["held out", "separately"]
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(f"line {i}" for i in range(20)))
+    assert len(load_corpus(str(lines))["train"]) == 18
+
+
+def test_blocks_cover_the_stream_once_and_overlap_by_one():
+    blocks = SequenceBlocks(torch.arange(21), 5)
+    assert len(blocks) == 4
+    targets = torch.cat([blocks[i]["input_ids"][1:] for i in range(4)])
+    assert torch.equal(targets, torch.arange(1, 21)) and blocks[1]["input_ids"][0] == 5
+
+
+def test_batches_are_epochs_of_permutations_and_resume_anywhere():
+    batches = list(StepBatches(num_blocks=10, batch_size=4, seed=3, first=0, last=5))
+    flat = [index for batch in batches for index in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+    assert list(StepBatches(10, 4, 3, first=2, last=5)) == batches[2:]
+    assert list(StepBatches(10, 4, 4, first=0, last=5)) != batches
+
+
+def test_bad_corpora_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"missing.txt.*no such file"):
+        load_corpus(str(tmp_path / "missing.txt"))
+    text = tmp_path / "a.txt"
+    text.write_text("one line only")
+    with pytest.raises(ValueError, match="give validation_file"):
+        load_corpus(str(text))
+    with pytest.raises(ValueError, match="does not exist"):
+        load_corpus(str(text), validation_file=str(tmp_path / "missing.txt"))
+    with pytest.raises(ValueError, match="less than one sequence of 5"):
+        SequenceBlocks(torch.arange(5), 5)
+    with pytest.raises(ValueError, match="at least 257"):
+        train_tokenizer(Dataset.from_dict({"text": ["a"]}), 256)
+    with pytest.raises(ValueError, match="no text in this split"):
+        encode_corpus(Dataset.from_dict({"text": [""]}), train_tokenizer(Dataset.from_dict({"text": ["a"]}), 257))
+
+
+def test_hub_corpora_need_the_right_splits_and_column(tmp_path):
+    """The same check for any `datasets.load_dataset`, shown on a local folder of CSV files."""
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text("text\nhello world\n")
+    assert load_corpus(f"{tmp_path}/")["train"]["text"] == ["hello world"]
+    (tmp_path / "train.csv").write_text("sentence\nhello\n")
+    (tmp_path / "validation.csv").write_text("sentence\nhello\n")
+    with pytest.raises(ValueError, match=r"no column 'text'; it has \['sentence'\]"):
+        load_corpus(f"{tmp_path}/")
+    (tmp_path / "validation.csv").unlink()
+    with pytest.raises(ValueError, match="no split 'validation'"):
+        load_corpus(f"{tmp_path}/")

@@ -1,0 +1,219 @@
+"""Generation with the equilibrium cache: every way of decoding gives what the full forward pass gives."""
+
+import pytest
+import torch
+from conftest import random_ids, tiny_config, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, TextIteratorStreamer, pipeline
+
+from hf_deq.cache_deq import EquilibriumCacheView
+
+VARIANTS = [
+    {},
+    {"norm_position": "pre"},
+    {"position_embedding_type": "relative"},
+    {"num_hidden_layers": 2},
+    {"sliding_window": 4},
+    {"sliding_window": 4, "position_embedding_type": "relative", "num_hidden_layers": 2},
+    {"solver": "broyden"},
+    {"solver": "picard"},
+]
+variants = pytest.mark.parametrize("fields", VARIANTS, ids=lambda f: "-".join(map(str, f.values())) or "default")
+GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+
+
+@torch.no_grad()
+def greedy_without_cache(model, ids, steps):
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@variants
+@pytest.mark.parametrize("pieces", [[1] * 14, [6] + [1] * 8, [5, 4, 5]])
+@torch.no_grad()
+def test_cached_logits_equal_uncached_ones(fields, pieces):
+    model = tiny_model(**fields)
+    ids = random_ids(2, 14)
+    full = model(ids, use_cache=False)
+    cache, logits = None, []
+    for piece in ids.split(pieces, 1):
+        output = model(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    assert full.converged.all()
+    assert (torch.cat(logits, 1) - full.logits).abs().max() <= 1e-8
+
+
+@torch.no_grad()
+def test_cached_logits_at_the_default_tolerance():
+    """In float32 at tolerance 1e-3: apart by a few times the tolerance, relative to the size of the logits."""
+    model = tiny_model(solver_tolerance=1e-3).float()
+    ids = random_ids(4, 24)
+    full = model(ids, use_cache=False).logits
+    cache, logits = DynamicCache(config=model.config), []
+    for piece in ids.split([8] + [1] * 16, 1):
+        logits.append(model(piece, past_key_values=cache, use_cache=True).logits)
+    assert (torch.cat(logits, 1) - full).norm() <= 5e-3 * full.norm()
+
+
+@variants
+@torch.no_grad()
+def test_one_slot_per_token_and_layer_whatever_the_evaluations(fields):
+    model = tiny_model(**fields)
+    cache = DynamicCache(config=model.config)
+    output = model(random_ids(2, 3), past_key_values=cache, use_cache=True)
+    assert output.num_evaluations.min() > 5
+    assert len(cache.layers) == model.config.num_hidden_layers
+    assert [layer.keys.shape for layer in cache.layers] == [(2, 2, 3, 8)] * len(cache.layers)
+
+
+@torch.no_grad()
+def test_an_unconverged_solve_caches_the_state_it_returns():
+    model = tiny_model(solver_max_evaluations=3)
+    ids = random_ids(1, 6)
+    with pytest.warns(UserWarning, match="Raise max_evaluations"):
+        cache = model(ids, use_cache=True).past_key_values
+    exact = tiny_model()(ids, use_cache=True).past_key_values
+    error = (cache.layers[0].keys - exact.layers[0].keys).norm() / exact.layers[0].keys.norm()
+    assert error < 0.05 and cache.get_seq_length() == 6
+
+
+@pytest.mark.parametrize("fields", [{}, {"sliding_window": 4}])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "without config"])
+def test_the_view_reads_as_the_cache_would_and_writes_nothing(fields, kind):
+    def make():
+        config = None if kind == "without config" else tiny_config(**fields)
+        return StaticCache(config=config, max_cache_len=9) if kind == "static" else DynamicCache(config=config)
+
+    cache, reference = make(), make()
+    for length in (3, 1, 4, 1):
+        new = [torch.randn(2, 2, length, 8) for _ in range(2)]
+        view, before = EquilibriumCacheView(cache), int(cache.get_seq_length())
+        for _ in range(3):  # three evaluations of f, of which the last one counts
+            seen = view.update(new[0] + torch.randn(()), new[1], 0), view.update(*new, 0)
+        assert int(cache.get_seq_length()) == before
+        for ours, theirs in zip(seen[-1], reference.update(*new, 0), strict=True):
+            assert torch.equal(ours, theirs)
+        view.commit()
+        assert torch.equal(cache.layers[0].keys, reference.layers[0].keys)
+        assert int(cache.get_seq_length()) == before + length
+
+
+@variants
+def test_greedy_generation_equals_decoding_without_cache(fields):
+    model = tiny_model(**fields)
+    ids = random_ids(2, 5)
+    assert torch.equal(model.generate(ids, **GREEDY), greedy_without_cache(model, ids, 12))
+    assert torch.equal(model.generate(ids, **GREEDY, use_cache=False), greedy_without_cache(model, ids, 12))
+
+
+@variants
+def test_static_cache(fields):
+    model = tiny_model(**fields)
+    ids = random_ids(2, 5)
+    assert torch.equal(model.generate(ids, **GREEDY, cache_implementation="static"), greedy_without_cache(model, ids, 12))
+
+
+@variants
+def test_left_padded_batches(fields):
+    model = tiny_model(**fields)
+    rows = [random_ids(1, length) for length in (3, 7, 5)]
+    ids = torch.cat([torch.nn.functional.pad(row, (7 - row.shape[1], 0)) for row in rows])
+    mask = (ids != 0).long()
+    for cache in (None, "static"):
+        batch = model.generate(ids, attention_mask=mask, **GREEDY, cache_implementation=cache)
+        for tokens, row in zip(batch, rows, strict=True):
+            assert torch.equal(tokens[7:], model.generate(row, **GREEDY)[0, row.shape[1] :])
+
+
+@variants
+def test_beam_search(fields):
+    model = tiny_model(**fields)
+    beams = dict(GREEDY, num_beams=3, return_dict_in_generate=True, output_scores=True)
+    cached, uncached = (model.generate(ids, **beams, use_cache=use) for ids in [random_ids(2, 4)] for use in (True, False))
+    assert torch.equal(cached.sequences, uncached.sequences)
+    torch.testing.assert_close(cached.sequences_scores, uncached.sequences_scores, rtol=0, atol=1e-5)
+
+
+@variants
+def test_prompt_lookup_and_assisted_decoding_crop_the_cache(fields):
+    model = tiny_model(**fields)
+    ids = random_ids(1, 4).repeat(1, 3)
+    expected = greedy_without_cache(model, ids, 12)
+    assert torch.equal(model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3), expected)
+    torch.manual_seed(1)
+    assistant = type(model)(tiny_config(**fields)).double().eval()
+    assert torch.equal(model.generate(ids, **GREEDY, assistant_model=assistant), expected)
+
+
+def test_sampling_follows_the_seed():
+    model = tiny_model()
+    ids = random_ids(2, 4)
+    samples = []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        samples.append(model.generate(ids, do_sample=True, top_k=0, max_new_tokens=10, eos_token_id=None, use_cache=use_cache))
+    assert torch.equal(*samples)
+
+
+def test_the_dial_reaches_generate_and_misspelt_dials_do_not_pass():
+    model, evaluations = tiny_model(), []
+    model.model.register_forward_hook(lambda module, args, output: evaluations.append(output.num_evaluations.max().item()))
+    ids = random_ids(1, 4)
+    model.generate(ids, **GREEDY)
+    precise = sum(evaluations)
+    evaluations.clear()
+    model.generate(ids, **GREEDY, solver_tolerance=1e-2)
+    assert sum(evaluations) < precise / 2
+    evaluations.clear()
+    with pytest.warns(UserWarning, match="Raise max_evaluations"):
+        model.generate(ids, **GREEDY, solver_max_evaluations=2)
+    assert max(evaluations) == 2
+    with pytest.raises(ValueError, match="solver_tolerence"):
+        model.generate(ids, **GREEDY, solver_tolerence=1e-2)
+
+
+def test_continuing_from_a_returned_cache():
+    model = tiny_model()
+    ids = random_ids(1, 5)
+    first = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, random_ids(1, 3)], 1)
+    continued = model.generate(longer, **GREEDY, past_key_values=first.past_key_values)
+    assert torch.equal(continued, greedy_without_cache(model, longer, 12))
+
+
+def test_generation_from_embeddings_and_chunked_prefill():
+    model = tiny_model()
+    ids = random_ids(1, 6)
+    expected = greedy_without_cache(model, ids, 12)
+    assert torch.equal(model.generate(inputs_embeds=model.get_input_embeddings()(ids), **GREEDY), expected[:, 6:])
+    assert torch.equal(model.generate(ids, **GREEDY, prefill_chunk_size=4), expected)
+
+
+@pytest.fixture
+def tokenizer():
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 61)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def test_pipeline_and_streamer(tokenizer):
+    model = tiny_model()
+    prompts = ["w5 w6 w7", "w9"]
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    batched = generator(prompts, batch_size=2, do_sample=False, max_new_tokens=5)
+    alone = [generator(prompt, do_sample=False, max_new_tokens=5) for prompt in prompts]
+    assert [text[0]["generated_text"] for text in batched] == [text[0]["generated_text"] for text in alone]
+    assert batched[0][0]["generated_text"].startswith("w5 w6 w7")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    inputs = tokenizer(prompts[0], return_tensors="pt", return_token_type_ids=False)
+    ids = model.generate(**inputs, **GREEDY, streamer=streamer)
+    assert "".join(streamer).split() == tokenizer.decode(ids[0, 3:]).split()
+
+
+def test_generation_starts_from_nothing_but_the_bos_token():
+    assert tiny_model().generate(max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, 5)
