@@ -235,9 +235,10 @@ def _local_text(name: str, validation_file: str | None) -> DatasetDict:
 
 
 def _checked_hub_corpus(corpus, name: str) -> DatasetDict:
+    missing = [split for split in ("train", "validation") if split not in corpus]
+    if missing:
+        raise ValueError(f"Dataset {name!r} has no split {missing[0]!r}; it has {sorted(corpus)}.")
     for split in ("train", "validation"):
-        if split not in corpus:
-            raise ValueError(f"Dataset {name!r} has no split {split!r}; it has {sorted(corpus)}.")
         if "text" not in corpus[split].column_names:
             raise ValueError(f"Dataset {name!r} has no column 'text'; it has {corpus[split].column_names}.")
     return corpus

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
@@ -243,7 +243,7 @@ class _Trainer:
             if self.step % arguments.logging_steps == 0 or self.step == arguments.max_steps:
                 self._log(bar)
             if arguments.eval_steps and self.step % arguments.eval_steps == 0 and self.step < arguments.max_steps:
-                self._write({"step": self.step, **_prefixed("validation", asdict(self._validate()))})
+                self._write({"step": self.step} | _prefixed("validation", asdict(self._validate())))
             if arguments.save_steps and self.step % arguments.save_steps == 0:
                 self._save_checkpoint()
             self._stop_if_requested(bar)
@@ -258,7 +258,9 @@ class _Trainer:
             self.step * accumulation,
             self.arguments.max_steps * accumulation,
         )
-        return self.accelerator.prepare(DataLoader(self.task.blocks, batch_sampler=batches))
+        # A generator of its own: a loader draws one number when it starts, which would shift dropout on resuming.
+        loader = DataLoader(self.task.blocks, batch_sampler=batches, generator=torch.Generator())
+        return self.accelerator.prepare(loader)
 
     def _optimize(self, micro_batches: list[dict]) -> None:
         """One optimizer step. Shallow pretraining unrolls; afterwards the equilibrium is solved."""
@@ -402,8 +404,8 @@ class _Trainer:
             f'  model = AutoModelForCausalLM.from_pretrained("{self.folder}"); '
             f'tokenizer = AutoTokenizer.from_pretrained("{self.folder}")'
         )
-        line = {"step": self.step, "seconds": seconds, **_prefixed("validation", asdict(report))}
-        line |= _prefixed("bits_per_byte", baselines)
+        line = {"step": self.step, "seconds": seconds, "num_processes": self.accelerator.num_processes}
+        line |= _prefixed("validation", asdict(report)) | _prefixed("bits_per_byte", baselines)
         self._write(line)
         self.accelerator.end_training()
         return line
@@ -477,7 +479,10 @@ class _signals_as_requests:
 def _make_accelerator(training: TrainingArguments, folder: Path) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=training.mixed_precision,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        # Micro-batches are fetched a step at a time, so the loader's end must not cut its last step into pieces.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=training.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         # A batch is split over the processes: their number changes speed, not the run.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=training.report_to,

@@ -1,0 +1,199 @@
+"""The training loop: it learns, resumes exactly, does not depend on the number of processes, and refuses bad input early."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_deq import DEQTransformerForCausalLM
+from hf_deq.training import DataArguments, Interrupted, TrainingArguments, train
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+MODEL = dict(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=64,
+    num_attention_heads=2,
+    solver_tolerance=1e-3,
+    shallow_steps=4,
+    shallow_depth=2,
+)
+# Solved so well that runs which differ by rounding only do not drift apart visibly.
+TIGHT = dict(max_steps=6, train_solver_tolerance=1e-6, model=dict(backward_tolerance=1e-6, shallow_steps=3))
+TRAINING = dict(max_steps=12, batch_size=8, warmup_steps=2, logging_steps=1, sample_tokens=0, learning_rate=1e-2)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps one state per Python process; every run here starts its own."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A text with structure: counting in words."""
+    words = "zero one two three four five six seven eight nine".split()
+    file = tmp_path_factory.mktemp("corpus") / "counting.txt"
+    file.write_text("\n\n".join(" ".join(words[int(digit)] for digit in str(n)) + " is " + str(n) for n in range(700)))
+    return str(file)
+
+
+def run(corpus, folder, model=None, sequence_length=16, **training):
+    arguments = TrainingArguments(**(TRAINING | {"output_dir": str(folder)} | training))
+    return train(DataArguments(corpus=corpus, sequence_length=sequence_length), arguments, MODEL | (model or {}))
+
+
+def losses(folder) -> dict[int, float]:
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def interrupt_at(step, monkeypatch):
+    """Send ourselves an interrupt when the optimizer takes its step of that number."""
+    plain, taken = torch.optim.AdamW.step, []
+
+    def counting(self, *args, **kwargs):
+        taken.append(1)
+        if len(taken) == step:
+            signal.raise_signal(signal.SIGINT)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counting)
+
+
+def test_learns_reports_and_saves(corpus, tmp_path, capsys):
+    report = run(corpus, tmp_path, max_steps=60, logging_steps=20, sample_tokens=5, eval_steps=40)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert report == lines[-1]
+    assert lines[0]["loss"] > 1.5 * lines[-2]["loss"]
+    assert {"backward_evaluations", "forward_evaluations", "residual", "tokens_per_second", "gradient_norm"} <= lines[-2].keys()
+    assert any("validation_perplexity" in line for line in lines[:-1])
+    assert report["validation_bits_per_byte"] < report["bits_per_byte_unigram"]
+    assert report["validation_num_evaluations"] > 1 and report["num_processes"] == 1
+    printed = capsys.readouterr().out
+    assert "bits per byte" in printed and f'from_pretrained("{tmp_path}")' in printed and "sample:\nThe " in printed
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(model) is DEQTransformerForCausalLM and len(tokenizer) == model.config.vocab_size == 300
+    assert model.config.eos_token_id == tokenizer.eos_token_id is not None
+
+
+def test_shallow_pretraining_switches_to_the_equilibrium(corpus, tmp_path):
+    run(corpus, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][:-1]
+    assert [line["forward_evaluations"] for line in lines[:4]] == [2.0] * 4
+    assert all(line["forward_evaluations"] > 2 and "backward_evaluations" in line for line in lines[4:])
+    assert not any("backward_evaluations" in line for line in lines[:4])
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 9])
+@pytest.mark.parametrize("logging_steps", [1, 5])
+def test_interrupt_saves_and_resume_continues_exactly(corpus, tmp_path, monkeypatch, interrupted_at, logging_steps):
+    """Across the switch from shallow pretraining, with dropout and a random Jacobian penalty."""
+    model = dict(hidden_dropout=0.1, embedding_dropout=0.1, jacobian_loss_weight=0.1, jacobian_loss_frequency=0.5)
+    how = dict(model=model, logging_steps=logging_steps, gradient_accumulation_steps=2)
+    whole = run(corpus, tmp_path / "whole", **how)
+    AcceleratorState._reset_state(True)
+    interrupt_at(interrupted_at, monkeypatch)
+    with pytest.raises(Interrupted, match=f"stopped at step {interrupted_at} of 12.*--resume"):
+        run(corpus, tmp_path / "parts", **how)
+    monkeypatch.undo()
+    AcceleratorState._reset_state(True)
+    resumed = run(corpus, tmp_path / "parts", **how, resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert resumed["validation_perplexity"] == whole["validation_perplexity"]
+    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / part).state_dict() for part in ("whole", "parts")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_resume_forgets_steps_after_the_checkpoint(corpus, tmp_path):
+    run(corpus, tmp_path, save_steps=8)
+    first = losses(tmp_path)
+    AcceleratorState._reset_state(True)
+    run(corpus, tmp_path, save_steps=8, resume=True)
+    assert losses(tmp_path) == first and list(losses(tmp_path)) == list(range(1, 13))
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(corpus, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        AcceleratorState._reset_state(True)
+        run(corpus, tmp_path / name, seed=seed, max_steps=4)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_accumulation_does_not_change_the_run(corpus, tmp_path):
+    for pieces in (1, 4):
+        AcceleratorState._reset_state(True)
+        run(corpus, tmp_path / str(pieces), **TIGHT, gradient_accumulation_steps=pieces)
+    one, four = losses(tmp_path / "1"), losses(tmp_path / "4")
+    assert len(one) == 6
+    assert list(four.values()) == pytest.approx(list(one.values()), rel=1e-4)
+
+
+def test_two_processes_take_the_steps_of_one(corpus, tmp_path):
+    flags = {**TRAINING, **MODEL, **TIGHT["model"], **TIGHT, "corpus": corpus, "sequence_length": 16}
+    del flags["model"]
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(SCRIPTS / "train.py"), *arguments, "--output_dir", str(tmp_path / "two")]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert two["num_processes"] == 2
+    one = run(corpus, tmp_path / "one", **TIGHT)
+    assert one["num_processes"] == 1
+    assert list(losses(tmp_path / "two").values()) == pytest.approx(list(losses(tmp_path / "one").values()), rel=1e-4)
+    assert two["validation_perplexity"] == pytest.approx(one["validation_perplexity"], rel=1e-3)
+
+
+def test_mixed_precision_trains(corpus, tmp_path):
+    run(corpus, tmp_path, mixed_precision="bf16", max_steps=30, train_solver_tolerance=1e-2)
+    assert losses(tmp_path)[30] < 0.8 * losses(tmp_path)[1]
+
+
+def test_an_existing_tokenizer_is_used(corpus, tmp_path):
+    run(corpus, tmp_path / "first", max_steps=1)
+    AcceleratorState._reset_state(True)
+    arguments = TrainingArguments(**(TRAINING | {"output_dir": str(tmp_path / "second"), "max_steps": 1}))
+    data = DataArguments(corpus=corpus, sequence_length=16, tokenizer=str(tmp_path / "first"))
+    train(data, arguments, MODEL | {"vocab_size": 999})
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "second").config.vocab_size == 300
+
+
+def test_bad_input_is_refused_before_training(corpus, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match=r"output_dir .*cannot be written to.*choose another"):
+        run("no such corpus.txt", tmp_path / "file" / "below")  # checked before the corpus is looked for
+    with pytest.raises(ValueError, match="less than one sequence of 100000"):
+        run(corpus, tmp_path / "a", sequence_length=100_000)
+    with pytest.raises(ValueError, match="batch_size=8 must be divisible by gradient_accumulation_steps"):
+        run(corpus, tmp_path / "a", gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        run(corpus, tmp_path / "a", resume=True)
+    with pytest.raises(ValueError, match="max_steps must be at least 1"):
+        run(corpus, tmp_path / "a", max_steps=0)
+    with pytest.raises(ValueError, match="learning_rate must not be negative"):
+        run(corpus, tmp_path / "a", learning_rate=-1.0)
+
+
+def test_resume_refuses_another_config(corpus, tmp_path):
+    run(corpus, tmp_path, save_steps=6, max_steps=6)
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match=r"other arguments \(.*learning_rate: 0.01 -> 0.02.*model: hidden_size 32 -> 64"):
+        run(corpus, tmp_path, max_steps=6, resume=True, learning_rate=0.02, model={"hidden_size": 64})
+
+
+def test_a_diverging_loss_stops_with_advice(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(DEQTransformerForCausalLM, "loss_function", lambda *args, **kwargs: args[0].lm_head.weight.sum() * torch.inf)
+    with pytest.raises(ValueError, match="The loss is .* at step 1: lower learning_rate"):
+        run(corpus, tmp_path)
