@@ -3,7 +3,6 @@
 
 from dataclasses import fields
 from difflib import get_close_matches
-from os.path import commonprefix
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -75,7 +74,7 @@ class DEQConfig(PreTrainedConfig):
         for key in unknown:
             similar = get_close_matches(key, own, n=1, cutoff=0.85)
             if key.startswith(OWN_PREFIXES) or similar:
-                hint = similar[0] if similar else max(own, key=lambda name: len(commonprefix([name, key])))
+                hint = similar[0] if similar else max(own, key=lambda name: _shared_start(name, key))
                 raise ValueError(f"{type(self).__name__} has no field {key!r}; did you mean {hint!r}?")
 
     def validate_equilibrium(self):
@@ -96,6 +95,11 @@ class DEQConfig(PreTrainedConfig):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("solver_damping", "phantom_damping", "jacobian_loss_frequency"):
             _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")
+
+
+def _shared_start(one: str, other: str) -> int:
+    """How many characters two names start with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _one_of(name: str, value: str, allowed) -> None:

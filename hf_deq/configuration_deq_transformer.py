@@ -92,8 +92,9 @@ class DEQTransformerConfig(DEQConfig):
             )
         if self.rope_parameters["rope_type"] in LENGTH_DEPENDENT_ROPE:
             raise ValueError(
-                f"rope_type {self.rope_parameters['rope_type']!r} rotates early positions according to the length of the "
-                'whole text, so nothing computed for a prefix would be final: use "default", "linear", "yarn" or "llama3".'
+                f"rope_type {self.rope_parameters['rope_type']!r} rotates early positions according to the length of "
+                'the whole text, so nothing computed for a prefix would be final: use "default", "linear", "yarn" or '
+                '"llama3".'
             )
         if self.position_embedding_type == "relative" and self.hidden_size % 2:
             raise ValueError(f"Relative positions need an even hidden_size, got {self.hidden_size}.")

@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BUILT_IN_CORPUS = "cpython_docs"
@@ -27,6 +29,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 # One document in so many goes to the validation part, chosen by a hash of its name.
 VALIDATION_SHARE = 10
+
+DOCUMENTS_PER_BATCH = 1000
 
 # Of the standard library, what is not documentation for its users.
 LEFT_OUT_FOLDERS = {
@@ -122,13 +126,19 @@ def encode_corpus(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenSt
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no eos_token, which separates documents: set tokenizer.eos_token.")
-    texts = [text for text in split["text"] if text]
-    if not texts:
+    pieces, num_bytes, num_words = [], 0, 0
+    batches = split.iter(batch_size=DOCUMENTS_PER_BATCH)
+    for batch in tqdm(batches, desc="tokenize", total=len(split) // DOCUMENTS_PER_BATCH + 1, leave=False, delay=5):
+        texts = [text for text in batch["text"] if text]
+        if not texts:
+            continue
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        pieces += [np.array([*document, tokenizer.eos_token_id], dtype=np.int64) for document in encoded]
+        num_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        num_words += sum(len(text.split()) for text in texts)
+    if not pieces:
         raise ValueError("The corpus has no text in this split.")
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    ids = [token for document in encoded for token in (*document, tokenizer.eos_token_id)]
-    num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return TokenStream(torch.tensor(ids), num_bytes, sum(len(text.split()) for text in texts))
+    return TokenStream(torch.from_numpy(np.concatenate(pieces)), num_bytes, num_words)
 
 
 class SequenceBlocks(torch.utils.data.Dataset):
@@ -152,6 +162,29 @@ class SequenceBlocks(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         start = index * self.length
         return {"input_ids": self.ids[start : start + self.length + 1]}
+
+
+class StepBatches(torch.utils.data.Sampler):
+    """Index batches of steps `first` to `last`: contiguous pieces of seeded permutations, one per epoch."""
+
+    def __init__(self, num_blocks: int, batch_size: int, seed: int, first: int, last: int):
+        self.num_blocks, self.batch_size, self.seed, self.first, self.last = num_blocks, batch_size, seed, first, last
+        self.drop_last = True  # accelerate asks; every batch is full
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, torch.empty(0)
+        for position in range(self.first * self.batch_size, self.last * self.batch_size, self.batch_size):
+            batch = []
+            for place in range(position, position + self.batch_size):
+                if place // self.num_blocks != epoch:
+                    epoch = place // self.num_blocks
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(self.num_blocks, generator=generator)
+                batch.append(int(order[place % self.num_blocks]))
+            yield batch
 
 
 def _cpython_docs() -> DatasetDict:

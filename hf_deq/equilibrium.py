@@ -186,5 +186,5 @@ def _solution_at(
         norm = torch.linalg.vector_norm(f_z.double(), dim=(1, 2))
         difference = torch.linalg.vector_norm((f_z - z).double(), dim=(1, 2))
         residual = torch.where(difference == 0, 0, difference / norm)
-        converged = solution.converged | (residual <= solver.attainable_tolerance(z.dtype))
+        converged = solution.converged | (residual <= solver.attainable_tolerance(z))
     return FixedPointSolution(value, value, residual, solution.num_evaluations + evaluations, converged)

@@ -5,8 +5,8 @@ A solver finds z with f(z) = z for a map f of states `(batch, sequence, features
     solution = AndersonSolver(tolerance=1e-3)(f, z0)
 
 Reading order: what comes back (`FixedPointSolution`), the solvers (one loop, three ways to
-propose the next iterate), what a solve remembers of its iterates (`_Record`), and the small
-linear algebra. Nothing here builds an autograd graph; `equilibrium.py` does.
+propose the next iterate), what a solve remembers of its iterates (`_Record`), and the memories
+of Anderson and Broyden. Nothing here builds an autograd graph; `equilibrium.py` does.
 
 **Scope.** Anderson and Broyden combine past iterates with weights made of inner products. Summed
 over the whole sequence, as usual, these weights let later tokens change the answer for earlier
@@ -23,16 +23,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .position_algebra import (
+    GRAM_REGULARIZATION,
+    SCOPES,
+    accumulate,
+    all_in_scope,
+    blend,
+    bookkeeping,
+    combine,
+    diagonal,
+    eliminate,
+    inner_products,
+    inverse_or_zero,
+    relative_residual,
+    ring_buffer,
+    square_norm,
+)
+
 SequenceMap = Callable[[Tensor], Tensor]
-
-SCOPES = ("causal", "anticausal", "sequence")
-
-# Weight of the prefix against the position itself in causal inner products: 0 (own history only)
-# needs up to twice the evaluations, 1 to 3 does not differ by more than a few per cent.
-PREFIX_WEIGHT = 2.0
-
-# Added to the unit diagonal of the normalised Gram matrix, so it is relative to its scale.
-GRAM_REGULARIZATION = 1e-8
 
 # Reading the stopping decision back from an accelerator waits for it, so do it only now and then.
 EVALUATIONS_BETWEEN_SYNCHRONISATIONS = 4
@@ -69,8 +77,9 @@ class FixedPointSolver:
 
     Args:
         tolerance: relative residual `||f(z) - z|| / ||f(z)||` at which a position (its prefix)
-            counts as solved and is frozen. Raised to half the unit round-off step of the state's
-            dtype, below which no residual can fall (4e-3 in bfloat16, 5e-4 in float16).
+            counts as solved and is frozen. Raised to half the rounding step of the dtype that f
+            computes in (the state's, or autocast's), below which no residual can be relied on to
+            fall: 4e-3 in bfloat16, 5e-4 in float16.
         max_evaluations: budget of calls of f, at least 1.
         damping: fraction of the proposed step that is taken, in (0, 1]; 1 is undamped.
         scope: whose residuals may influence position t. `"causal"`: positions <= t of its row;
@@ -114,7 +123,8 @@ class FixedPointSolver:
                 "z0 must be a floating point state (batch, sequence, features), "
                 f"got shape {tuple(z0.shape)} of {z0.dtype}."
             )
-        record = _Record(z0, self.attainable_tolerance(z0.dtype), self.scope)
+        tolerance = self.attainable_tolerance(z0)
+        record = _Record(z0, tolerance, self.scope)
         propose = self._proposer(z0)
         z = z0
         for evaluation in range(self.max_evaluations):
@@ -130,11 +140,13 @@ class FixedPointSolver:
                 break
             z = record.keep_stopped(propose(z, f_z, residual))
         solution = record.solution()
-        self._warn_unless_converged(solution, z0.dtype)
+        self._warn_unless_converged(solution, tolerance)
         return solution
 
-    def attainable_tolerance(self, dtype: torch.dtype) -> float:
-        """The tolerance, or what rounding in `dtype` leaves of it."""
+    def attainable_tolerance(self, state: Tensor) -> float:
+        """The tolerance, or what rounding leaves of it in the dtype that f computes in."""
+        device = state.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype
         return max(self.tolerance, torch.finfo(dtype).eps / 2)
 
     def _proposer(self, z0: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -149,7 +161,7 @@ class FixedPointSolver:
 
     _warned: ClassVar[set] = set()
 
-    def _warn_unless_converged(self, solution: FixedPointSolution, dtype: torch.dtype) -> None:
+    def _warn_unless_converged(self, solution: FixedPointSolution, tolerance: float) -> None:
         key = (type(self), self.scope)
         if key in self._warned or torch.compiler.is_compiling() or bool(solution.converged.all()):
             return
@@ -159,7 +171,7 @@ class FixedPointSolver:
             f"{type(self).__name__} ({direction}, scope={self.scope!r}) left {int((~solution.converged).sum())} of "
             f"{len(solution.converged)} sequences at a relative residual of up to {solution.residual.max():.1e} after "
             f"{int(solution.num_evaluations.max())} evaluations; the tolerance is "
-            f"{self.attainable_tolerance(dtype):.1e}. The best iterate is returned. Raise max_evaluations, loosen the "
+            f"{tolerance:.1e}. The best iterate is returned. Raise max_evaluations, loosen the "
             "tolerance, or make f more contractive (Jacobian regularization, damping). Shown once; `converged` and "
             "`residual` tell every time.",
             ConvergenceWarning,
@@ -242,9 +254,9 @@ class _Record:
         rows_and_positions = z0.shape[:2]
         self.tolerance, self.scope = tolerance, scope
         self.best, self.best_image = z0, z0
-        self.best_relative = _full(z0, rows_and_positions, float("inf"))
-        self.best_residual_square = _full(z0, rows_and_positions, float("inf"))
-        self.best_image_square = _full(z0, rows_and_positions, 1.0)
+        self.best_relative = bookkeeping(z0, rows_and_positions, float("inf"))
+        self.best_residual_square = bookkeeping(z0, rows_and_positions, float("inf"))
+        self.best_image_square = bookkeeping(z0, rows_and_positions, 1.0)
         self.frozen = torch.zeros(rows_and_positions, dtype=torch.bool, device=z0.device)
         self.stopped = self.frozen
         self.num_evaluations = torch.zeros(z0.shape[0], dtype=torch.long, device=z0.device)
@@ -253,9 +265,9 @@ class _Record:
         """Take note of an iterate, its image and their difference."""
         active = ~self.stopped
         self.num_evaluations += active.any(1)
-        residual_square, image_square = _square_norm(residual), _square_norm(f_z)
-        relative = _relative(_accumulate(residual_square, self.scope), _accumulate(image_square, self.scope))
-        frozen = _all_before(self.frozen | (relative <= self.tolerance), self.scope)
+        residual_square, image_square = square_norm(residual), square_norm(f_z)
+        relative = relative_residual(accumulate(residual_square, self.scope), accumulate(image_square, self.scope))
+        frozen = all_in_scope(self.frozen | (relative <= self.tolerance), self.scope)
         better = active & ((relative < self.best_relative) | frozen)
         self.best = torch.where(better[..., None], z, self.best)
         self.best_image = torch.where(better[..., None], f_z, self.best_image)
@@ -273,42 +285,42 @@ class _Record:
         return bool(self.stopped.all())
 
     def solution(self) -> FixedPointSolution:
-        residual = _relative(self.best_residual_square.sum(1), self.best_image_square.sum(1))
+        residual = relative_residual(self.best_residual_square.sum(1), self.best_image_square.sum(1))
         return FixedPointSolution(self.best, self.best_image, residual, self.num_evaluations, self.frozen.all(1))
 
 
 class _AndersonMixing:
-    """Ring buffers of residuals and images `(batch * sequence, history, features)`, and their Gram matrices."""
+    """Ring buffers of residuals and images `(batch * sequence, history, features)`, and their Gram matrices.
+
+    Slots not yet used hold zeros, which get the weight zero.
+    """
 
     def __init__(self, z0: Tensor, solver: AndersonSolver):
         self.solver, self.shape, self.count = solver, z0.shape, 0
-        self.residuals, self.images = _ring(z0, solver.history), _ring(z0, solver.history)
-        self.gram = _full(z0, (solver.history, solver.history, *z0.shape[:2]), 0.0)
+        self.residuals, self.images = ring_buffer(z0, solver.history), ring_buffer(z0, solver.history)
+        self.gram = bookkeeping(z0, (solver.history, solver.history, *z0.shape[:2]), 0.0)
 
     def __call__(self, z: Tensor, f_z: Tensor, residual: Tensor) -> Tensor:
         slot, self.count = self.count % self.solver.history, self.count + 1
-        used = min(self.count, self.solver.history)
         self.residuals[:, slot], self.images[:, slot] = residual.flatten(0, 1), f_z.flatten(0, 1)
-        products = _products(self.residuals[:, slot], self.residuals[:, :used], self.shape)
-        self.gram[slot, :used] = self.gram[:used, slot] = products
-        weights = self._weights(self.gram[:used, :used])
-        mixed = _combine(weights, self.images[:, :used])
+        self.gram[slot] = self.gram[:, slot] = inner_products(residual, self.residuals)
+        weights = self._weights(slot)
+        mixed = combine(weights, self.images)
         if self.solver.damping < 1:
-            mixed -= (1 - self.solver.damping) * _combine(weights, self.residuals[:, :used])
+            mixed -= (1 - self.solver.damping) * combine(weights, self.residuals)
         return mixed.view(self.shape).to(z.dtype)
 
-    def _weights(self, gram: Tensor) -> Tensor:
-        """Weights `(used, batch, sequence)` from Gram matrices `(used, used, batch, sequence)`."""
-        (gram,) = _blend(gram, (gram,), self.solver.scope)
-        scale = _inverse_or_zero(_diagonal(gram).sqrt())
+    def _weights(self, newest: int) -> Tensor:
+        """Weights `(history, batch, sequence)` that sum to one."""
+        (gram,) = blend(self.gram, (self.gram,), self.solver.scope)
+        scale = inverse_or_zero(diagonal(gram).sqrt())
         gram = gram * scale[:, None] * scale
-        _diagonal(gram).add_(GRAM_REGULARIZATION)
-        weights = _eliminate(gram, scale) * scale
+        diagonal(gram).add_(GRAM_REGULARIZATION)
+        weights = eliminate(gram, scale) * scale
         total = weights.sum(0)
-        # No residual left to weigh (padding): keep the newest image, any mixture is the same.
-        latest = torch.zeros_like(weights)
-        latest[(self.count - 1) % self.solver.history] = 1
-        return torch.where(total == 0, latest, weights * _inverse_or_zero(total))
+        weights *= inverse_or_zero(total)
+        weights[newest] += total == 0  # no residual left to weigh (padding): any mixture is the same
+        return weights
 
 
 class _BroydenUpdate:
@@ -316,145 +328,40 @@ class _BroydenUpdate:
 
     With K = triu(S'S) - S'D (steps in order of time) the proposal is z + r + D K^-1 S'r, which is
     the compact inverse update for an initial inverse Jacobian of -1, since the change of
-    f(z) - z along s is d - s.
+    f(z) - z along s is d - s. Slots not yet used hold zeros, which elimination skips.
     """
 
     def __init__(self, z0: Tensor, solver: BroydenSolver):
-        self.solver, self.shape, self.count = solver, z0.shape, 0
-        self.steps, self.changes = _ring(z0, solver.history), _ring(z0, solver.history)
-        self.step_step = _full(z0, (solver.history, solver.history, *z0.shape[:2]), 0.0)
+        self.solver, self.count = solver, 0
+        self.steps, self.changes = ring_buffer(z0, solver.history), ring_buffer(z0, solver.history)
+        self.step_step = bookkeeping(z0, (solver.history, solver.history, *z0.shape[:2]), 0.0)
         self.step_change = torch.zeros_like(self.step_step)
         self.previous = None
 
     def __call__(self, z: Tensor, f_z: Tensor, residual: Tensor) -> Tensor:
+        direction = residual
         if self.previous is not None:
             self._remember(z - self.previous[0], f_z - self.previous[1])
+            direction = residual + combine(self._weights(residual), self.changes).view(z.shape).to(z.dtype)
         self.previous = z, f_z
-        direction = residual
-        if self.count:
-            direction = direction + self._correction(residual).view(self.shape).to(z.dtype)
         return torch.add(z, direction, alpha=self.solver.damping)
 
     def _remember(self, step: Tensor, change: Tensor) -> None:
         slot, self.count = self.count % self.solver.history, self.count + 1
-        used = min(self.count, self.solver.history)
         self.steps[:, slot], self.changes[:, slot] = step.flatten(0, 1), change.flatten(0, 1)
-        steps, changes = self.steps[:, :used], self.changes[:, :used]
-        products = _products(self.steps[:, slot], steps, self.shape)
-        self.step_step[slot, :used] = self.step_step[:used, slot] = products
-        self.step_change[slot, :used] = _products(self.steps[:, slot], changes, self.shape)
-        self.step_change[:used, slot] = _products(self.changes[:, slot], steps, self.shape)
+        self.step_step[slot] = self.step_step[:, slot] = inner_products(step, self.steps)
+        self.step_change[slot] = inner_products(step, self.changes)
+        self.step_change[:, slot] = inner_products(change, self.steps)
 
-    def _correction(self, residual: Tensor) -> Tensor:
-        used = min(self.count, self.solver.history)
-        residual = residual.flatten(0, 1).to(self.steps.dtype)
-        step_residual = _products(residual, self.steps[:, :used], self.shape)
-        in_time = torch.tensor(
-            [i % self.solver.history for i in range(self.count - used, self.count)], device=residual.device
-        )
-        weights = torch.empty_like(step_residual)
-        weights[in_time] = self._weights(
-            self.step_step[in_time][:, in_time], self.step_change[in_time][:, in_time], step_residual[in_time]
-        )
-        return _combine(weights, self.changes[:, :used])
-
-    def _weights(self, step_step: Tensor, step_change: Tensor, step_residual: Tensor) -> Tensor:
-        """Weights `(used, batch, sequence)` of the changes, everything in order of time."""
-        quantities = (step_step, step_change, step_residual)
-        step_step, step_change, step_residual = _blend(step_step, quantities, self.solver.scope)
-        scale = _inverse_or_zero(_diagonal(step_step).sqrt())
-        order = torch.ones(step_step.shape[:2], dtype=step_step.dtype, device=step_step.device).triu()
-        kernel = (step_step * order[:, :, None, None] - step_change) * scale[:, None] * scale
-        return _eliminate(kernel, step_residual * scale) * scale
-
-
-# Small linear algebra: history indices lead, `(batch, sequence)` trail, so that every step below
-# is one vectorised operation over all positions.
-
-
-def _full(like: Tensor, shape: tuple, value: float) -> Tensor:
-    """Bookkeeping is in double precision (where the device has it): it is small, and differences are smaller."""
-    dtype = torch.float32 if like.device.type == "mps" else torch.float64
-    return torch.full(shape, value, dtype=dtype, device=like.device)
-
-
-def _ring(z0: Tensor, history: int) -> Tensor:
-    dtype = torch.promote_types(z0.dtype, torch.float32)
-    return torch.empty(z0.shape[0] * z0.shape[1], history, z0.shape[2], dtype=dtype, device=z0.device)
-
-
-def _products(vector: Tensor, ring: Tensor, shape: tuple) -> Tensor:
-    """Inner products over features of `(rows, features)` with `(rows, used, features)`: `(used, batch, sequence)`."""
-    products = torch.bmm(vector[:, None], ring.transpose(1, 2))[:, 0]
-    return products.t().reshape(-1, *shape[:2]).to(torch.float32 if vector.device.type == "mps" else torch.float64)
-
-
-def _combine(weights: Tensor, ring: Tensor) -> Tensor:
-    """sum_i weights_i ring_i, shape `(rows, features)`."""
-    return torch.bmm(weights.flatten(1).t()[:, None].to(ring.dtype), ring)[:, 0]
-
-
-def _accumulate(values: Tensor, scope: str) -> Tensor:
-    """Sum over the positions that count for each position, along the last dimension."""
-    if scope == "causal":
-        return values.cumsum(-1)
-    if scope == "anticausal":
-        return values.flip(-1).cumsum(-1).flip(-1)
-    return values.sum(-1, keepdim=True).expand_as(values)
-
-
-def _all_before(flags: Tensor, scope: str) -> Tensor:
-    """Whether the flag holds at every position that counts for each position."""
-    return _accumulate((~flags).int(), scope) == 0
-
-
-def _blend(gram: Tensor, quantities: tuple[Tensor, ...], scope: str) -> list[Tensor]:
-    """Bring inner products of every position into the one inner product its scope asks for.
-
-    Both parts of the causal one are divided by the trace of the Gram matrix that they give, so
-    neither the length of the prefix nor the size of its residuals tips the balance.
-    """
-    if scope == "sequence":
-        return [_accumulate(quantity, scope) for quantity in quantities]
-    trace = _diagonal(gram).sum(0)
-    own = _inverse_or_zero(trace)
-    prefix = PREFIX_WEIGHT * _inverse_or_zero(_accumulate(trace, scope))
-    return [own * quantity + prefix * _accumulate(quantity, scope) for quantity in quantities]
-
-
-def _eliminate(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve the n x n systems `(n, n, ...)` x = `(n, ...)` by Gauss-Jordan elimination without pivoting.
-
-    A vanishing pivot gives its unknown the value zero. For Anderson's regularised Gram matrix
-    that never happens; for Broyden the pivots are the denominators of the successive rank-one
-    updates, and the update is skipped.
-    """
-    system = torch.cat([matrix, right[:, None]], 1)
-    for i in range(len(right)):
-        pivot = system[i, i].clone()
-        row = system[i] * torch.where(pivot.abs() > 1e-12, 1 / pivot, 0)
-        factors = system[:, i].clone()
-        factors[i] = 0
-        system -= factors[:, None] * row
-        system[i] = row
-    return system[:, -1]
-
-
-def _diagonal(matrix: Tensor) -> Tensor:
-    """A view `(n, ...)` on the diagonal of `(n, n, ...)`."""
-    return matrix.diagonal(dim1=0, dim2=1).movedim(-1, 0)
-
-
-def _inverse_or_zero(values: Tensor) -> Tensor:
-    return torch.where(values == 0, 0, 1 / values)
-
-
-def _square_norm(state: Tensor) -> Tensor:
-    """Squared norm over features, `(batch, sequence)`, in double precision."""
-    norm = torch.linalg.vector_norm(state, dim=-1, dtype=torch.promote_types(state.dtype, torch.float32))
-    return norm.to(torch.float32 if state.device.type == "mps" else torch.float64).square()
-
-
-def _relative(residual_square: Tensor, image_square: Tensor) -> Tensor:
-    """||f(z) - z|| / ||f(z)||; nothing to solve (0 / 0, as on padding) counts as solved."""
-    return torch.where(residual_square == 0, 0, (residual_square / image_square).sqrt())
+    def _weights(self, residual: Tensor) -> Tensor:
+        """Weights `(history, batch, sequence)` of the changes."""
+        quantities = (self.step_step, self.step_change, inner_products(residual, self.steps))
+        step_step, step_change, step_residual = blend(self.step_step, quantities, self.solver.scope)
+        scale = inverse_or_zero(diagonal(step_step).sqrt())
+        age = (self.count - 1 - torch.arange(self.solver.history, device=scale.device)) % self.solver.history
+        not_newer = age[:, None] >= age
+        kernel = (step_step * not_newer[..., None, None] - step_change) * scale[:, None] * scale
+        oldest_first = age.argsort(descending=True)
+        weights = torch.empty_like(scale)
+        weights[oldest_first] = eliminate(kernel[oldest_first][:, oldest_first], (step_residual * scale)[oldest_first])
+        return weights * scale

@@ -227,7 +227,7 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, DEQForCausalLM):
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs) -> tuple[Tensor, Tensor]:
-    """Attention written out; `(batch, heads, sequence, head size)` to `(batch, sequence, heads, head size)` and weights.
+    """Attention written out: `(batch, heads, sequence, size)` to `(batch, sequence, heads, size)` and weights.
 
     The softmax is in single precision at least, but never below the model's own: rounding a double
     precision model there would put a floor under its residual.

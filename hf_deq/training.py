@@ -12,8 +12,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,8 +24,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from .data import (
-    BUILT_IN_CORPUS,
     SequenceBlocks,
+    StepBatches,
     TokenStream,
     corpus_fingerprint,
     encode_corpus,
@@ -34,6 +33,7 @@ from .data import (
     train_tokenizer,
 )
 from .evaluation import evaluate_perplexity, ngram_bits_per_byte
+from .training_arguments import DataArguments, TrainingArguments
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = (
@@ -46,61 +46,6 @@ FREE_ON_RESUME = (
     "sample_prompt",
     "sample_tokens",
 )
-
-
-@dataclass
-class DataArguments:
-    """What to train on."""
-
-    corpus: str = field(
-        default=BUILT_IN_CORPUS,
-        metadata={"help": "cpython_docs (built in, no network), a local text file, or a Hub dataset."},
-    )
-    corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    validation_file: str | None = field(default=None, metadata={"help": "Local text file to validate on."})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "An existing tokenizer (folder or Hub name); default: train one of vocab_size."}
-    )
-    sequence_length: int = field(default=128, metadata={"help": "Predicted tokens per training sequence."})
-
-
-@dataclass
-class TrainingArguments:
-    """How to train."""
-
-    output_dir: str = field(
-        default="deq-model", metadata={"help": "Folder for the model, metrics.jsonl and checkpoints."}
-    )
-    resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in output_dir."})
-    seed: int = field(default=0, metadata={"help": "Seed of initialisation, data order and dropout."})
-    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
-    batch_size: int = field(default=16, metadata={"help": "Sequences per optimizer step, over all processes."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches that a batch is split into."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: int = field(default=100, metadata={"help": "Steps of linear warm-up; cosine decay to zero follows."})
-    weight_decay: float = field(default=0.1, metadata={"help": "On weight matrices; not on norms, biases, embeddings."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "Second-moment decay of AdamW."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm to clip at; 0 does not clip."})
-    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
-    train_solver_tolerance: float | None = field(
-        default=None, metadata={"help": "Tolerance while training; default: the model's solver_tolerance."}
-    )
-    logging_steps: int = field(default=10, metadata={"help": "Steps between lines of metrics.jsonl."})
-    eval_steps: int = field(default=0, metadata={"help": "Steps between validations; 0 validates at the end only."})
-    save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0 saves on interruption only."})
-    report_to: str | None = field(default=None, metadata={"help": "An accelerate tracker: tensorboard, wandb, ..."})
-    sample_prompt: str = field(default="The ", metadata={"help": "Prompt of the text sample at the end."})
-    sample_tokens: int = field(default=80, metadata={"help": "Tokens of the text sample at the end."})
-
-    def __post_init__(self):
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.train_solver_tolerance is not None and self.train_solver_tolerance < 0:
-            raise ValueError(f"train_solver_tolerance must not be negative, got {self.train_solver_tolerance}.")
 
 
 class Interrupted(Exception):
@@ -137,7 +82,7 @@ def train(
 
 @dataclass
 class _Task:
-    """What a run has before it starts, and the arguments it is bound to."""
+    """What a run has before it starts; the recipe says all that made it so."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -145,7 +90,7 @@ class _Task:
     validation: TokenStream
     blocks: SequenceBlocks
     sequence_length: int
-    identity: dict
+    recipe: dict
 
 
 def _prepare_task(data: DataArguments, training: TrainingArguments, model_fields: dict, model_type: str, say) -> _Task:
@@ -164,37 +109,12 @@ def _prepare_task(data: DataArguments, training: TrainingArguments, model_fields
         f"{data.corpus} ({fingerprint}): {len(streams['train'].ids):,} training and {len(streams['validation'].ids):,} "
         f"validation tokens of {len(tokenizer):,} kinds; {model_type} with {model.num_parameters():,} parameters"
     )
-    bound = {name: value for name, value in asdict(training).items() if name not in FREE_ON_RESUME}
-    identity = (
-        asdict(data)
-        | bound
-        | {"model_type": model_type, "corpus_fingerprint": fingerprint, "model": config.to_diff_dict()}
+    recipe = (
+        {"model_type": model_type, "corpus_fingerprint": fingerprint} | asdict(data) | asdict(training) | model_fields
     )
+    recipe = {name: value for name, value in recipe.items() if value is not None}
     blocks = SequenceBlocks(streams["train"].ids, data.sequence_length)
-    return _Task(model, tokenizer, streams["train"], streams["validation"], blocks, data.sequence_length, identity)
-
-
-class StepBatches(torch.utils.data.Sampler):
-    """Index batches of steps `first` to `last`: contiguous pieces of seeded permutations, one per epoch."""
-
-    def __init__(self, num_blocks: int, batch_size: int, seed: int, first: int, last: int):
-        self.num_blocks, self.batch_size, self.seed, self.first, self.last = num_blocks, batch_size, seed, first, last
-        self.drop_last = True  # accelerate asks; every batch is full
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, torch.empty(0)
-        for position in range(self.first * self.batch_size, self.last * self.batch_size, self.batch_size):
-            batch = []
-            for place in range(position, position + self.batch_size):
-                if place // self.num_blocks != epoch:
-                    epoch = place // self.num_blocks
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order = torch.randperm(self.num_blocks, generator=generator)
-                batch.append(int(order[place % self.num_blocks]))
-            yield batch
+    return _Task(model, tokenizer, streams["train"], streams["validation"], blocks, data.sequence_length, recipe)
 
 
 class _Trainer:
@@ -324,7 +244,7 @@ class _Trainer:
             bar.close()
             if self.step < self.arguments.max_steps:
                 path = self._save_checkpoint()
-                self.accelerator.end_training()
+                self._end()
                 raise Interrupted(
                     f"stopped at step {self.step} of {self.arguments.max_steps}; saved {path}; continue with --resume"
                 )
@@ -337,8 +257,8 @@ class _Trainer:
         self.accelerator.save_state(str(fresh))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            state = {"step": self.step, "meter": meter, "identity": self.task.identity}
-            (fresh / "run.json").write_text(json.dumps(state, indent=1, default=str))
+            state = {"step": self.step, "meter": meter, "recipe": self.task.recipe}
+            (fresh / "run.json").write_text(json.dumps(state, indent=1))
             shutil.rmtree(path, ignore_errors=True)  # only now that the new one is complete
             fresh.rename(path)
         self.accelerator.wait_for_everyone()
@@ -349,12 +269,12 @@ class _Trainer:
         if not (path / "run.json").is_file():
             raise ValueError(f"resume: {path} holds no checkpoint. Check output_dir, or start without --resume.")
         state = json.loads((path / "run.json").read_text())
-        ours = json.loads(json.dumps(self.task.identity, default=str))
-        different = [name for name in ours if ours[name] != state["identity"].get(name)]
+        theirs, ours = state["recipe"], self.task.recipe
+        different = {n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n)} - set(FREE_ON_RESUME)
         if different:
-            changes = "; ".join(f"{name}: {_difference(state['identity'].get(name), ours[name])}" for name in different)
+            changes = ", ".join(f"{name}: {theirs.get(name)} -> {ours.get(name)}" for name in sorted(different))
             raise ValueError(
-                f"resume: {path} belongs to a run with other arguments ({changes}); use the same, or another output_dir."
+                f"resume: {path} belongs to a run with other arguments ({changes}); use those, or another output_dir."
             )
         self.accelerator.load_state(str(path))
         self.step = state["step"]
@@ -365,9 +285,7 @@ class _Trainer:
         if self.accelerator.is_main_process:
             _unwrapped(self.accelerator, self.model).save_pretrained(self.folder)
             self.task.tokenizer.save_pretrained(self.folder)
-            (self.folder / "recipe.yaml").write_text(
-                yaml.safe_dump(json.loads(json.dumps(self.task.identity, default=str)))
-            )
+            (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.task.recipe, sort_keys=False))
         self.accelerator.wait_for_everyone()
 
     def _validate(self):
@@ -407,8 +325,16 @@ class _Trainer:
         line = {"step": self.step, "seconds": seconds, "num_processes": self.accelerator.num_processes}
         line |= _prefixed("validation", asdict(report)) | _prefixed("bits_per_byte", baselines)
         self._write(line)
-        self.accelerator.end_training()
+        self._end()
         return line
+
+    def _end(self) -> None:
+        """Let go of the wrapped model before the process group goes: the other way round, gloo can deadlock."""
+        self.model, self.optimizer, self.schedule = self.accelerator.free_memory(
+            self.model, self.optimizer, self.schedule
+        )
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
     def _say_sample(self) -> None:
         if not self.accelerator.is_main_process or not self.arguments.sample_tokens:
@@ -536,14 +462,6 @@ def _summary(line: dict) -> str:
         f"loss {line['loss']:.3f} ppl {line['perplexity']:.1f} evals {line['forward_evaluations']:.1f}{backward} "
         f"res {line['residual']:.0e} {line['tokens_per_second']:.0f} tok/s"
     )
-
-
-def _difference(theirs, ours) -> str:
-    """`theirs -> ours`, of dictionaries only the keys that differ."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        keys = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
-        return ", ".join(f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}" for key in sorted(keys))
-    return f"{theirs!r} -> {ours!r}"
 
 
 def _drop_lines_after(metrics: Path, step: int, accelerator: Accelerator) -> None:

@@ -28,7 +28,9 @@ COLUMNS = ("bits_per_byte", "perplexity", "word_perplexity", "num_evaluations", 
 class EvaluateArguments:
     """What to evaluate on, and at which settings of the dial."""
 
-    corpus: str | None = field(default=None, metadata={"help": "As for training; default: what the model was trained on."})
+    corpus: str | None = field(
+        default=None, metadata={"help": "As for training; default: what the model was trained on."}
+    )
     corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     validation_file: str | None = field(default=None, metadata={"help": "Local text file to evaluate on."})
     split: str = field(default="validation", metadata={"help": "Split of the corpus."})
@@ -55,8 +57,9 @@ def load_stream(model_folder: str, tokenizer, arguments: EvaluateArguments):
     fingerprint = corpus_fingerprint(corpus)
     if recipe.get("corpus_fingerprint", fingerprint) != fingerprint:
         print(
-            f"note: this corpus ({fingerprint}) is not the one the model was trained on ({recipe['corpus_fingerprint']}); "
-            "the built-in one differs between Python versions, and parts of it may have been trained on."
+            f"note: this corpus ({fingerprint}) is not the one the model was trained on "
+            f"({recipe['corpus_fingerprint']}); the built-in one differs between Python versions, and parts of it may "
+            "have been trained on."
         )
     return encode_corpus(corpus[arguments.split], tokenizer)
 
@@ -78,8 +81,8 @@ def main(model_folder: str, arguments: EvaluateArguments) -> None:
         progress=True,
     )
     print(
-        f"{model_folder} on {len(stream.ids):,} tokens ({stream.num_words:,} words, {stream.num_bytes:,} bytes), windows of "
-        f"{arguments.length}, stride {arguments.stride or arguments.length // 2}\n"
+        f"{model_folder} on {len(stream.ids):,} tokens ({stream.num_words:,} words, {stream.num_bytes:,} bytes), "
+        f"windows of {arguments.length}, stride {arguments.stride or arguments.length // 2}\n"
     )
     print(format_table([label(row) | {name: row[name] for name in COLUMNS} for row in rows]))
     if arguments.output:

@@ -1,7 +1,7 @@
 """Continue a text with a trained model, and say what it took.
 
-    python scripts/generate.py deq-model --prompt "The iterator " --max_new_tokens 100
-    python scripts/generate.py deq-model --prompt "The iterator " --solver_tolerance 1e-2 --do_sample false
+python scripts/generate.py deq-model --prompt "The iterator " --max_new_tokens 100
+python scripts/generate.py deq-model --prompt "The iterator " --solver_tolerance 1e-2 --do_sample false
 """
 
 import sys
@@ -27,8 +27,12 @@ class GenerateArguments:
     top_k: int = field(default=0, metadata={"help": "Sample among so many tokens; 0: all."})
     num_beams: int = field(default=1, metadata={"help": "Beams of beam search; 1 does not search."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
-    solver_tolerance: float | None = field(default=None, metadata={"help": "Tolerance of the solver; default: the model's."})
-    solver_max_evaluations: int | None = field(default=None, metadata={"help": "Budget of the solver; default: the model's."})
+    solver_tolerance: float | None = field(
+        default=None, metadata={"help": "Tolerance of the solver; default: the model's."}
+    )
+    solver_max_evaluations: int | None = field(
+        default=None, metadata={"help": "Budget of the solver; default: the model's."}
+    )
     dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ...; auto is what was saved."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu, cuda, mps."})
 
@@ -73,8 +77,9 @@ def main(model_folder: str, arguments: GenerateArguments) -> None:
     prefill, *steps = counter.per_pass
     per_token = sum(steps) / len(steps) if steps else float("nan")
     print(
-        f"\n{new} tokens in {seconds:.1f} s ({new / seconds:.1f} tokens/s); evaluations of f: {prefill:.1f} for the prompt, "
-        f"{per_token:.1f} per new token; " + ("all solves converged" if counter.converged else "NOT all solves converged"),
+        f"\n{new} tokens in {seconds:.1f} s ({new / seconds:.1f} tokens/s); "
+        f"evaluations of f: {prefill:.1f} for the prompt, {per_token:.1f} per new token; "
+        + ("all solves converged" if counter.converged else "NOT all solves converged"),
         file=sys.stderr,
     )
 

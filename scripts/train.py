@@ -13,43 +13,47 @@ import os
 import sys
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
+from typing import get_args
 
 # One process, few cores: tokenizer threads next to data loading only produce warnings.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 
 import hf_deq  # noqa: F401  registers the model types
-from hf_deq.training import DataArguments, Interrupted, TrainingArguments, train
+from hf_deq.training import Interrupted, train
+from hf_deq.training_arguments import DataArguments, TrainingArguments
 
 DEFAULT_RECIPE = Path(__file__).parents[1] / "model_cards" / "deq-transformer-tiny" / "recipe.yaml"
 
 
 def model_arguments(model_type: str) -> type:
-    """A dataclass of the flags that a model type's configuration fields become; unset ones keep their default."""
+    """A dataclass with a flag for every field of a model type's configuration; unset ones keep their default."""
     config_class = type(AutoConfig.for_model(model_type))
     flags = []
     for config_field in fields(config_class):
-        kind = flag_type(str(config_field.type))
-        if config_field.name in PreTrainedConfig.__dataclass_fields__ or kind is None:
-            continue
-        help_text = f"{config_class.__name__}.{config_field.name}, default {config_field.default}."
-        flags.append((config_field.name, kind | None, field(default=None, metadata={"help": help_text})))
+        kind = flag_type(config_field.type)
+        from_elsewhere = config_field.name in PreTrainedConfig.__dataclass_fields__ or "token_id" in config_field.name
+        if kind is not None and not from_elsewhere:
+            help_text = f"{config_class.__name__}.{config_field.name}, default {config_field.default}."
+            flags.append((config_field.name, kind | None, field(default=None, metadata={"help": help_text})))
     return make_dataclass("ModelArguments", flags)
 
 
-def flag_type(annotation: str) -> type | None:
-    """The type of a flag for a field of that annotation; `None` for structures, which a command line cannot spell."""
-    for kind in (bool, float, int, str):
-        if kind.__name__ in annotation and "dict" not in annotation and "token_id" not in annotation:
-            return kind
-    return None
+def flag_type(annotation) -> type | None:
+    """The widest of the plain types in an annotation; `None` if it has a structure that a flag cannot spell."""
+    kinds = set(get_args(annotation) or (annotation,)) - {type(None)}
+    if not kinds <= {bool, float, int, str}:
+        return None
+    return next(kind for kind in (str, float, int, bool) if kind in kinds)
 
 
 def main(arguments: list[str]) -> None:
     recipe_file = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
     recipe = yaml.safe_load(recipe_file.read_text())
+    recipe.pop("corpus_fingerprint", None)  # a saved run's recipe says what its corpus was; nothing can be asked of it
     model_type = argparse.ArgumentParser(add_help=False)
     model_type.add_argument("--model_type", default=recipe.pop("model_type", "deq_transformer"))
     chosen, rest = model_type.parse_known_args(arguments)
@@ -64,14 +68,14 @@ def main(arguments: list[str]) -> None:
     if unknown:
         parser.error(f"{recipe_file}: unknown names {unknown}; see --help for those that exist")
     parser.set_defaults(**recipe)
-    data, training, model = parser.parse_args_into_dataclasses(rest)
-    model_fields = {name: value for name, value in vars(model).items() if value is not None}
     try:
+        data, training, model = parser.parse_args_into_dataclasses(rest)
+        model_fields = {name: value for name, value in vars(model).items() if value is not None}
         train(data, training, model_fields, chosen.model_type)
     except Interrupted as interrupted:
         print(f"\n{interrupted}")
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
 
 

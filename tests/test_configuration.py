@@ -24,7 +24,10 @@ from hf_deq import DEQTransformerConfig
         ({"num_attention_heads": 3}, "num_attention_heads=3 must divide hidden_size=16"),
         ({"num_attention_heads": 16}, "must be even"),
         ({"hidden_size": 5, "num_attention_heads": 1, "position_embedding_type": "relative"}, "even hidden_size"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "nothing computed for a prefix"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "nothing computed for a prefix",
+        ),
         ({"norm_position": "sandwich"}, "norm_position must be one of"),
         ({"position_embedding_type": "alibi"}, "position_embedding_type must be one of"),
         ({"sliding_window": 0}, "sliding_window must be at least 1"),
@@ -65,7 +68,9 @@ def test_keys_of_transformers_and_of_others_pass():
 
 
 def test_round_trip(tmp_path):
-    config = tiny_config(solver="broyden", gradient="phantom", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    config = tiny_config(
+        solver="broyden", gradient="phantom", rope_parameters={"rope_type": "default", "rope_theta": 500.0}
+    )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is DEQTransformerConfig and loaded.to_diff_dict() == config.to_diff_dict()

@@ -7,12 +7,12 @@ from datasets import Dataset
 from hf_deq.data import (
     END_OF_TEXT,
     SequenceBlocks,
+    StepBatches,
     corpus_fingerprint,
     encode_corpus,
     load_corpus,
     train_tokenizer,
 )
-from hf_deq.training import StepBatches
 
 
 @pytest.fixture(scope="module")

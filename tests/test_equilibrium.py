@@ -6,7 +6,15 @@ import weakref
 import pytest
 import torch
 
-from hf_deq import AndersonSolver, BroydenSolver, ImplicitGradient, PhantomGradient, PicardSolver, UnrolledGradient, equilibrium
+from hf_deq import (
+    AndersonSolver,
+    BroydenSolver,
+    ImplicitGradient,
+    PhantomGradient,
+    PicardSolver,
+    UnrolledGradient,
+    equilibrium,
+)
 
 TIGHT = dict(tolerance=1e-13, max_evaluations=300)
 
@@ -48,7 +56,11 @@ def test_implicit_gradient_equals_the_dense_theorem(causal_map, x):
 
 @pytest.mark.parametrize(
     "gradient",
-    [ImplicitGradient(AndersonSolver(**TIGHT)), UnrolledGradient(4), UnrolledGradient(4, activation_checkpointing=True)],
+    [
+        ImplicitGradient(AndersonSolver(**TIGHT)),
+        UnrolledGradient(4),
+        UnrolledGradient(4, activation_checkpointing=True),
+    ],
     ids=["implicit", "unrolled", "unrolled-checkpointed"],
 )
 def test_gradcheck(causal_map, gradient):
@@ -91,8 +103,10 @@ def test_longer_phantom_gradients_approach_the_implicit_one(causal_map, x):
         return torch.linalg.vector_norm(gradients(value, causal_map.own)[0] - exact)
 
     exact = torch.zeros(())
-    exact = gradients(equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), solver, ImplicitGradient(solver)).value,
-                      causal_map.own)[0]
+    exact = gradients(
+        equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), solver, ImplicitGradient(solver)).value,
+        causal_map.own,
+    )[0]
     errors = [error(PhantomGradient(steps, 1.0)) for steps in (1, 4, 16)]
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
 
@@ -171,9 +185,16 @@ def test_autocast_does_not_cut_the_parameters_off():
 def test_backward_works_when_only_the_input_needs_gradients():
     matrix = 0.1 * torch.randn(4, 4, dtype=torch.float64)
     x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
-    solution = equilibrium(lambda z: z @ matrix + x, torch.zeros_like(x), AndersonSolver(**TIGHT), ImplicitGradient(AndersonSolver(**TIGHT)))
+    solution = equilibrium(
+        lambda z: z @ matrix + x,
+        torch.zeros_like(x),
+        AndersonSolver(**TIGHT),
+        ImplicitGradient(AndersonSolver(**TIGHT)),
+    )
     (grad,) = torch.autograd.grad(solution.value.sum(), x)
-    expected = torch.linalg.solve(torch.eye(4, dtype=torch.float64) - matrix, torch.ones(3, 4, dtype=torch.float64).t()).t()
+    expected = torch.linalg.solve(
+        torch.eye(4, dtype=torch.float64) - matrix, torch.ones(3, 4, dtype=torch.float64).t()
+    ).t()
     torch.testing.assert_close(grad[0], expected)
 
 

@@ -13,7 +13,9 @@ from hf_deq.evaluation import dial_table, evaluate_perplexity, format_table, ngr
 pytestmark = pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
 
 
-@pytest.mark.parametrize("length, stride, tokens", [(8, 8, 40), (8, 3, 41), (8, 1, 15), (8, None, 8), (8, 8, 5), (8, 4, 43)])
+@pytest.mark.parametrize(
+    "length, stride, tokens", [(8, 8, 40), (8, 3, 41), (8, 1, 15), (8, None, 8), (8, 8, 5), (8, 4, 43)]
+)
 def test_every_token_is_predicted_once_with_the_most_context(length, stride, tokens):
     model = tiny_model()
     stream = TokenStream(random_ids(1, tokens)[0], num_bytes=100, num_words=20)
@@ -56,7 +58,9 @@ def test_dial_table_turns_the_dial():
 
 def slow_witten_bell(train, valid, start, vocab_size, order):
     train, valid = ([start] * (order - 1) + ids for ids in (train, valid))
-    counts = [Counter(tuple(train[i - n + 1 : i + 1]) for i in range(order - 1, len(train))) for n in range(1, order + 1)]
+    counts = [
+        Counter(tuple(train[i - n + 1 : i + 1]) for i in range(order - 1, len(train))) for n in range(1, order + 1)
+    ]
 
     def probability(word, history):
         if history is None:
@@ -66,9 +70,7 @@ def slow_witten_bell(train, valid, start, vocab_size, order):
         total, types = sum(successors.values()), len(successors)
         return lower if total == 0 else (successors.get((*history, word), 0) + types * lower) / (total + types)
 
-    return -sum(
-        math.log2(probability(valid[i], tuple(valid[i - order + 1 : i]))) for i in range(order - 1, len(valid))
-    )
+    return -sum(math.log2(probability(valid[i], tuple(valid[i - order + 1 : i]))) for i in range(order - 1, len(valid)))
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

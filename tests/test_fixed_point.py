@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_deq import AndersonSolver, BroydenSolver, ConvergenceWarning, PicardSolver
-from hf_deq.fixed_point import _eliminate
+from hf_deq.position_algebra import eliminate
 
 SOLVERS = [PicardSolver, AndersonSolver, BroydenSolver]
 SCOPES = ["causal", "sequence"]
@@ -129,7 +129,7 @@ def test_best_iterate_is_returned_when_the_iteration_diverges(solver_class, scop
 def test_a_row_that_turns_non_finite_keeps_its_best_and_leaves_others_alone(
     causal_map, solver_class, scope, poison, first_bad_call
 ):
-    healthy, x, z0 = problem(causal_map)
+    healthy, _, z0 = problem(causal_map)
     calls = 0
 
     def f(z):
@@ -188,6 +188,15 @@ def test_tolerance_below_round_off_is_clamped(dtype):
     assert solution.converged.all() and solution.value.dtype == dtype
 
 
+def test_tolerance_follows_autocast():
+    linear, x = torch.nn.Linear(16, 16), torch.randn(2, 8, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        solution = AndersonSolver(tolerance=1e-6)(
+            lambda z: torch.tanh(0.3 * linear(z) + x).float(), torch.zeros_like(x)
+        )
+    assert solution.converged.all() and solution.value.dtype == torch.float32
+
+
 @pytest.mark.parametrize("solver_class", SOLVERS)
 def test_image_is_f_of_the_value(causal_map, solver_class):
     f, _, z0 = problem(causal_map)
@@ -209,17 +218,19 @@ def test_elimination_matches_a_dense_solve_and_skips_dead_pivots():
     matrix = torch.randn(4, 4, 5, dtype=torch.float64) + 4 * torch.eye(4, dtype=torch.float64)[..., None]
     right = torch.randn(4, 5, dtype=torch.float64)
     expected = torch.linalg.solve(matrix.movedim(-1, 0), right.t()[..., None])[..., 0].t()
-    torch.testing.assert_close(_eliminate(matrix, right), expected)
+    torch.testing.assert_close(eliminate(matrix, right), expected)
     matrix[3], matrix[:, 3] = 0, 0
-    solution = _eliminate(matrix, right)
+    solution = eliminate(matrix, right)
     assert (solution[3] == 0).all()
-    torch.testing.assert_close(_eliminate(matrix[:3, :3], right[:3]), solution[:3])
+    torch.testing.assert_close(eliminate(matrix[:3, :3], right[:3]), solution[:3])
 
 
 @pytest.mark.filterwarnings("default::hf_deq.ConvergenceWarning")
 def test_non_convergence_warns_once_and_says_what_to_do():
     z0 = torch.zeros(2, 3, 4)
-    with pytest.warns(ConvergenceWarning, match=r"2 of 2 sequences.*after 3 evaluations.*tolerance is 1.0e-03.*Raise max_"):
+    with pytest.warns(
+        ConvergenceWarning, match=r"2 of 2 sequences.*after 3 evaluations.*tolerance is 1.0e-03.*Raise max_"
+    ):
         PicardSolver(max_evaluations=3)(lambda z: z + 1, z0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -112,7 +112,9 @@ def test_greedy_generation_equals_decoding_without_cache(fields):
 def test_static_cache(fields):
     model = tiny_model(**fields)
     ids = random_ids(2, 5)
-    assert torch.equal(model.generate(ids, **GREEDY, cache_implementation="static"), greedy_without_cache(model, ids, 12))
+    assert torch.equal(
+        model.generate(ids, **GREEDY, cache_implementation="static"), greedy_without_cache(model, ids, 12)
+    )
 
 
 @variants
@@ -131,7 +133,9 @@ def test_left_padded_batches(fields):
 def test_beam_search(fields):
     model = tiny_model(**fields)
     beams = dict(GREEDY, num_beams=3, return_dict_in_generate=True, output_scores=True)
-    cached, uncached = (model.generate(ids, **beams, use_cache=use) for ids in [random_ids(2, 4)] for use in (True, False))
+    cached, uncached = (
+        model.generate(ids, **beams, use_cache=use) for ids in [random_ids(2, 4)] for use in (True, False)
+    )
     assert torch.equal(cached.sequences, uncached.sequences)
     torch.testing.assert_close(cached.sequences_scores, uncached.sequences_scores, rtol=0, atol=1e-5)
 
@@ -153,13 +157,17 @@ def test_sampling_follows_the_seed():
     samples = []
     for use_cache in (True, False):
         torch.manual_seed(5)
-        samples.append(model.generate(ids, do_sample=True, top_k=0, max_new_tokens=10, eos_token_id=None, use_cache=use_cache))
+        samples.append(
+            model.generate(ids, do_sample=True, top_k=0, max_new_tokens=10, eos_token_id=None, use_cache=use_cache)
+        )
     assert torch.equal(*samples)
 
 
 def test_the_dial_reaches_generate_and_misspelt_dials_do_not_pass():
     model, evaluations = tiny_model(), []
-    model.model.register_forward_hook(lambda module, args, output: evaluations.append(output.num_evaluations.max().item()))
+    model.model.register_forward_hook(
+        lambda module, args, output: evaluations.append(output.num_evaluations.max().item())
+    )
     ids = random_ids(1, 4)
     model.generate(ids, **GREEDY)
     precise = sum(evaluations)

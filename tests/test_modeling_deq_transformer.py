@@ -139,7 +139,9 @@ def test_bfloat16_converges_to_what_rounding_allows():
 def test_a_new_default_model_converges_quickly(norm_position):
     torch.manual_seed(0)
     model = DEQTransformerForCausalLM(
-        tiny_config(vocab_size=500, hidden_size=128, intermediate_size=512, num_attention_heads=4, norm_position=norm_position)
+        tiny_config(
+            vocab_size=500, hidden_size=128, intermediate_size=512, num_attention_heads=4, norm_position=norm_position
+        )
     ).eval()
     output = model(torch.randint(3, 500, (4, 64)), solver_tolerance=1e-3)
     assert output.converged.all() and output.num_evaluations.max() <= 15
@@ -162,7 +164,9 @@ def test_logits_to_keep_embeds_and_hidden_states():
     ids = random_ids(2, 9)
     full = model(ids, output_hidden_states=True)
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, full.logits[:, -2:], rtol=0, atol=1e-12)
-    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, full.logits[:, [0, 5]], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        model(ids, logits_to_keep=torch.tensor([0, 5])).logits, full.logits[:, [0, 5]], rtol=0, atol=1e-12
+    )
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model(inputs_embeds=embeds).logits, full.logits)
     injected, equilibrium_state = full.hidden_states
@@ -181,7 +185,8 @@ def test_attentions_are_those_of_the_equilibrium():
 def test_attention_backends_agree(fields):
     ids, mask = random_ids(2, 8), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
     logits = [
-        tiny_model(**fields, attn_implementation=attention)(ids, attention_mask=mask).logits for attention in ("sdpa", "eager")
+        tiny_model(**fields, attn_implementation=attention)(ids, attention_mask=mask).logits
+        for attention in ("sdpa", "eager")
     ]
     assert (logits[0] - logits[1])[mask.bool()].abs().max() < 1e-8
 
@@ -241,7 +246,9 @@ def test_jacobian_loss_frequency_is_a_share_of_the_steps():
 
 @pytest.mark.parametrize("gradient", ["implicit", "phantom", "unrolled"])
 def test_a_few_steps_of_training_lower_the_loss(gradient):
-    model = tiny_model(gradient=gradient, solver_max_evaluations=12, solver_tolerance=1e-3, backward_tolerance=1e-2).train()
+    model = tiny_model(
+        gradient=gradient, solver_max_evaluations=12, solver_tolerance=1e-3, backward_tolerance=1e-2
+    ).train()
     ids = random_ids(4, 10)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []

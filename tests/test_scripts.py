@@ -1,0 +1,164 @@
+"""The command lines and the README's example, run as a user would."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    *("--max_steps", "30", "--warmup_steps", "2", "--sample_tokens", "8", "--shallow_steps", "0"),
+    *("--hidden_size", "32", "--intermediate_size", "64", "--num_attention_heads", "2"),
+    *("--vocab_size", "300", "--sequence_length", "16"),
+]
+
+
+def script(name, *arguments, timeout=300):
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n\n".join(f"sentence number {n} is about the number {n}, nothing else" for n in range(300)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    finished = script("train.py", "--corpus", corpus, "--output_dir", folder, *TINY)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return folder, finished.stdout
+
+
+def test_train_prints_what_a_user_wants_to_know(trained):
+    folder, printed = trained
+    for expected in ("bits per byte", "bigram", "equilibrium:", "sample:\nThe ", f'from_pretrained("{folder}")'):
+        assert expected in printed
+    assert {"model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "metrics.jsonl"} <= {
+        path.name for path in folder.iterdir()
+    }
+
+
+def test_the_saved_recipe_is_the_run(trained, corpus, tmp_path):
+    folder, _ = trained
+    again = script("train.py", folder / "recipe.yaml", "--output_dir", tmp_path)
+    assert again.returncode == 0, again.stderr[-2000:]
+    losses = [
+        [json.loads(line).get("loss") for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (folder, tmp_path)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_generate_continues_the_prompt_and_reports_the_cost(trained):
+    folder, _ = trained
+    greedy = ["--no_do_sample", "--max_new_tokens", 6, "--prompt", "sentence number"]
+    finished = script("generate.py", folder, *greedy)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished.stdout.startswith("sentence number")
+    assert re.search(
+        r"6 tokens in .* tokens/s\); evaluations of f: [\d.]+ for the prompt, [\d.]+ per new token", finished.stderr
+    )
+    cheap = script("generate.py", folder, *greedy, "--solver_max_evaluations", 1)
+    assert "1.0 for the prompt, 1.0 per new token; NOT all solves converged" in cheap.stderr
+    beams = script("generate.py", folder, *greedy, "--num_beams", 2)
+    assert beams.stdout.startswith("sentence number")
+
+
+def test_evaluate_turns_the_dial(trained, tmp_path):
+    folder, _ = trained
+    finished = script(
+        "evaluate.py",
+        folder,
+        "--length",
+        16,
+        "--tolerances",
+        1e-2,
+        1e-4,
+        "--budgets",
+        1,
+        2,
+        "--output",
+        tmp_path / "dial.json",
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "no solver, f(0)" in finished.stdout and "tolerance 1e-04" in finished.stdout
+    rows = json.loads((tmp_path / "dial.json").read_text())
+    assert [row["num_evaluations"] for row in rows[:2]] == [1, 2]
+    assert rows[3]["residual"] < rows[2]["residual"] < rows[0]["residual"]
+    assert rows[0]["perplexity"] > rows[3]["perplexity"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--hiden_size", "3"], "--hiden_size"),
+        (["--num_attention_heads", "5"], "num_attention_heads=5 must divide hidden_size"),
+        (["--solver", "newton"], "solver must be one of"),
+        (["--corpus", "missing.txt"], "no such file"),
+        (["--max_steps", "0"], "max_steps must be at least 1"),
+    ],
+)
+def test_train_refuses_bad_flags_in_a_line(arguments, message, tmp_path):
+    finished = script("train.py", *arguments, "--output_dir", tmp_path)
+    assert finished.returncode != 0
+    assert message in finished.stderr and "Traceback" not in finished.stderr
+
+
+def test_recipes_with_unknown_names_are_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rat: 0.1\n")
+    finished = script("train.py", recipe)
+    assert finished.returncode != 0 and "unknown names ['learning_rat']" in finished.stderr
+
+
+def test_generate_and_evaluate_refuse_what_is_not_a_model(trained, tmp_path):
+    for name in ("generate.py", "evaluate.py"):
+        finished = script(name, tmp_path)
+        assert finished.returncode != 0 and "Traceback" not in finished.stderr and finished.stderr.startswith("error: ")
+    finished = script("generate.py", trained[0], "--prompt", "")
+    assert "the prompt is empty" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "model_cards").glob("*/recipe.yaml")), ids=lambda path: path.parent.name
+)
+def test_recipes_take_their_first_steps(recipe, corpus, tmp_path):
+    finished = script(
+        "train.py",
+        recipe,
+        "--corpus",
+        corpus,
+        "--output_dir",
+        tmp_path,
+        "--max_steps",
+        2,
+        "--sample_tokens",
+        0,
+        "--batch_size",
+        2,
+        "--vocab_size",
+        300,
+        "--sequence_length",
+        16,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+
+
+def test_bring_your_own_f_runs_as_printed_in_the_readme():
+    (example,) = [
+        code
+        for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+        if "class DEQ" in code
+    ]
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example], capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert float(re.search(r"tensor\((.*)\)", finished.stdout)[1]) > 0
