@@ -84,7 +84,7 @@ class DEQLayer(nn.Module):
     """The container of one equilibrium: holds the modules of f and knows how to solve.
 
     It, not f, is called as a module: f runs many times and carries no hooks. Subclasses define
-    `forward(hidden_states, dial, past_key_values, **context)`, which returns `(z, attention weights,
+    `forward(hidden_states, dial, *, past_key_values, **context)`, which returns `(z, attention weights,
     solution, jacobian_loss)` with z of shape `(batch, sequence, state size)`.
 
     Attributes:
@@ -221,7 +221,9 @@ class DEQModel(DEQPreTrainedModel):
         context = self._context(inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
         dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
         hidden_states = self.embedding_dropout(inputs_embeds * self.embedding_scale)
-        hidden_states, _, solution, jacobian_loss = self.layers[0](hidden_states, dial, past_key_values, **context)
+        hidden_states, _, solution, jacobian_loss = self.layers[0](
+            hidden_states, dial, past_key_values=past_key_values, **context
+        )
         return DEQModelOutputWithPast(
             last_hidden_state=self.output_dropout(self.norm(hidden_states)),
             past_key_values=past_key_values if use_cache else None,

@@ -48,8 +48,16 @@ class DEQTransformerAttention(nn.Module):
             self.content_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
             self.position_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
 
+    def project_positions(self, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What this layer makes of the positions, once per solve: the relative keys `(heads, size, distances)`."""
+        if self.config.position_embedding_type == "rotary":
+            return positions
+        encodings, distances = positions
+        keys = self.relative_proj(encodings).view(-1, self.num_heads, self.head_dim)
+        return keys.permute(1, 2, 0), distances
+
     def forward(
-        self, z: Tensor, injection: Tensor, positions, attention_mask: Tensor | None, view, **kwargs
+        self, z: Tensor, injection: Tensor, positions: tuple, attention_mask: Tensor | None, view, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
         """State and injection `(batch, sequence, hidden)` and `(..., 3 hidden)` to output and attention weights."""
         batch, length, _ = z.shape
@@ -60,7 +68,7 @@ class DEQTransformerAttention(nn.Module):
         if view is not None:
             key, value = view.update(key, value, self.layer_idx)
         if self.config.position_embedding_type == "relative":
-            attention_mask = self._relative_scores(query, positions) + attention_mask
+            attention_mask = attention_mask + self._distance_scores(query, *positions)
             query = query + self.content_bias[:, None]
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -78,11 +86,9 @@ class DEQTransformerAttention(nn.Module):
         )
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
-    def _relative_scores(self, query: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+    def _distance_scores(self, query: Tensor, relative_keys: Tensor, distances: Tensor) -> Tensor:
         """Scores `(batch, heads, queries, keys)` of content against distance (Dai et al. 2019, terms b and d)."""
-        encodings, distances = positions
-        relative = self.relative_proj(encodings).view(-1, self.num_heads, self.head_dim).permute(1, 2, 0)
-        by_distance = (query + self.position_bias[:, None]) @ relative * self.scaling
+        by_distance = (query + self.position_bias[:, None]) @ relative_keys * self.scaling
         return by_distance.gather(-1, distances.expand(*by_distance.shape[:2], -1, -1))
 
 
@@ -100,11 +106,12 @@ class DEQTransformerBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
-        self, z: Tensor, injection: tuple[Tensor, Tensor], masks: tuple, **context
+        self, z: Tensor, injection: tuple[Tensor, Tensor], masks: tuple, positions: tuple, **context
     ) -> tuple[Tensor, Tensor | None]:
         """State `(batch, sequence, hidden)` to state and attention weights."""
         into_attention, into_residual = injection
-        attended, weights = self.self_attn(self.attention_norm(z) if self.pre_norm else z, into_attention, **context)
+        attending = self.attention_norm(z) if self.pre_norm else z
+        attended, weights = self.self_attn(attending, into_attention, positions, **context)
         z = z + into_residual + apply_mask(attended, masks[0])
         if not self.pre_norm:
             z = self.attention_norm(z)
@@ -127,18 +134,21 @@ class DEQTransformerLayer(DEQLayer):
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_position == "pre" else None
         )
 
-    def forward(self, hidden_states: Tensor, dial: Dial, past_key_values=None, tokens=None, **context):
+    def forward(
+        self, hidden_states: Tensor, dial: Dial, positions: tuple, past_key_values=None, tokens=None, **context
+    ):
         """Embedded input `(batch, sequence, hidden)` to `(equilibrium, attention weights, solution, jacobian loss)`."""
         hidden_size = self.config.hidden_size
         injection = self.injection(hidden_states).split([3 * hidden_size, hidden_size], dim=-1)
         masks = [self._dropout_masks(hidden_states) for _ in self.blocks]
+        positions = [block.self_attn.project_positions(positions) for block in self.blocks]
         view = None if past_key_values is None else EquilibriumCacheView(past_key_values)
         weights = None
 
         def f(z: Tensor) -> Tensor:
             nonlocal weights
-            for block, block_masks in zip(self.blocks, masks, strict=True):
-                z, weights = block(z, injection, block_masks, view=view, **context)
+            for block, *fixed in zip(self.blocks, masks, positions, strict=True):
+                z, weights = block(z, injection, *fixed, view=view, **context)
             if self.closing_norm is not None:
                 z = self.closing_norm(z)
             return apply_mask(z, tokens)
@@ -178,7 +188,10 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
 
 
 class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
-    """The base model: token ids to equilibrium states."""
+    """The base model: token ids to equilibrium states.
+
+    `attentions` (eager attention only) holds one entry: the weights of the last layer of f at the equilibrium.
+    """
 
     layer_class = DEQTransformerLayer
 
