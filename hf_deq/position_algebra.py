@@ -13,7 +13,7 @@ SCOPES = ("causal", "anticausal", "sequence")
 
 # Weight of the prefix against the position itself in causal inner products: 0 (own history only)
 # needs up to twice the evaluations, 1 to 3 does not differ by more than a few per cent.
-PREFIX_WEIGHT = 2.0
+PREFIX_WEIGHT = 8.0
 
 # Added to the unit diagonal of the normalised Gram matrix, so it is relative to its scale.
 GRAM_REGULARIZATION = 1e-8
