@@ -15,9 +15,16 @@ class EquilibriumCacheView:
     """Stands in for a `Cache` inside f: every `update` answers as the cache would, none changes it.
 
     `commit` then updates the cache for good with the keys and values of the last application.
+
+    Raises:
+        ValueError: the cache keeps its layers on another device between updates.
     """
 
     def __init__(self, cache: Cache):
+        if getattr(cache, "offloading", False):
+            raise ValueError(
+                "An offloaded cache would be fetched in every evaluation of f: use a dynamic or a static cache."
+            )
         self.cache = cache
         self._last = {}
 
@@ -42,10 +49,8 @@ def _scratch_copy(layer):
     Growing layers replace their tensors, so a shallow copy will do; preallocated ones write in place.
     """
     scratch = copy(layer)
-    if getattr(layer, "is_compileable", False) and layer.is_initialized:
+    if getattr(layer, "is_compileable", False):
         for name, value in vars(layer).items():
             if isinstance(value, torch.Tensor):
                 setattr(scratch, name, value.clone())
-    elif getattr(layer, "is_compileable", False):
-        scratch.cumulative_length = layer.cumulative_length.clone()
     return scratch

@@ -65,16 +65,17 @@ class DEQConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
-        if self.gradient == "unrolled" and getattr(self, "use_cache", False):
-            self.use_cache = False
+        if (self.gradient == "unrolled" or self.solver_scope == "sequence") and getattr(self, "use_cache", False):
+            self.use_cache = False  # neither has a final state for a prefix
 
     def _refuse_misspelt(self, unknown: dict) -> None:
         """PreTrainedConfig keeps unknown keys as attributes; ours among them would be silently ignored."""
         own = [field.name for field in fields(self) if field.name not in PreTrainedConfig.__dataclass_fields__]
         for key in unknown:
-            similar = get_close_matches(key, own, n=1, cutoff=0.85)
+            similar = get_close_matches(key, own, n=1, cutoff=0.8)
             if key.startswith(OWN_PREFIXES) or similar:
-                hint = similar[0] if similar else max(own, key=lambda name: _shared_start(name, key))
+                ours = key.startswith(OWN_PREFIXES)
+                hint = max(own, key=lambda name: _shared_start(name, key)) if ours else similar[0]
                 raise ValueError(f"{type(self).__name__} has no field {key!r}; did you mean {hint!r}?")
 
     def validate_equilibrium(self):

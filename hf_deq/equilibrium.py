@@ -9,8 +9,9 @@ The estimators differ in what they backpropagate through:
     PhantomGradient     the last few damped applications of f (one of them: "Jacobian-free")
     UnrolledGradient    every application: an explicit stack with tied weights, no solver
 
-The value is always the image f(z) of the solver's iterate z, with and without gradients: what is
-trained is what is used. Gradients need one more call of f, with a graph.
+The value is the image f(z) of the solver's iterate z, with and without gradients: what is trained
+is what is used. (The phantom gradient's value, in training, is the end of its short path from z.)
+Gradients need one more call of f, with a graph.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .fixed_point import AndersonSolver, FixedPointSolution, FixedPointSolver, SequenceMap
+from .position_algebra import relative_residual, square_norm
 
 
 def equilibrium(
@@ -39,8 +41,11 @@ def equilibrium(
         gradient: how it is differentiated. Default: `ImplicitGradient()`.
 
     Returns:
-        `FixedPointSolution` whose `value` (and `image`) is f(z), with `residual` =
-        ||f(z) - z|| / ||f(z)|| and all calls of f counted, those that build a graph too.
+        `FixedPointSolution` whose `value` (and `image`) is f(z) for the last z that f was called with,
+        `residual` = ||f(z) - z|| / ||f(z)||, and all calls of f counted, those with a graph too.
+
+    Raises:
+        ValueError: z0 is not a floating point state of three dimensions, or f changes its shape.
     """
     return (gradient or ImplicitGradient())(f, z0, solver or AndersonSolver())
 
@@ -68,11 +73,13 @@ class ImplicitGradient:
         z, f_z = evaluate_with_graph(f, solution.value)
         value = f_z
         if f_z.requires_grad:
-            value = _ImplicitFunction.apply(f_z, z, self._transposed_solver(), self.on_backward)
+            value = _ImplicitFunction.apply(f_z, z, self._transposed_solver(z), self.on_backward)
         return _solution_at(z, f_z, value, solution, 1, solver)
 
-    def _transposed_solver(self) -> FixedPointSolver:
-        return replace(self.solver, scope="anticausal") if self.solver.scope == "causal" else self.solver
+    def _transposed_solver(self, z: Tensor) -> FixedPointSolver:
+        scope = "anticausal" if self.solver.scope == "causal" else self.solver.scope
+        # Decided here, since backward runs outside of an autocast that the graph was built in.
+        return replace(self.solver, scope=scope, tolerance=self.solver.attainable_tolerance(z))
 
 
 @dataclass(frozen=True)
@@ -164,8 +171,8 @@ class _ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         def transposed(w: Tensor) -> Tensor:
-            (product,) = torch.autograd.grad(ctx.f_z, ctx.z, w, retain_graph=True)
-            return product.add_(grad)
+            (product,) = torch.autograd.grad(ctx.f_z, ctx.z, w, retain_graph=True, materialize_grads=True)
+            return product + grad
 
         solution = ctx.solver(transposed, grad)
         if ctx.on_backward is not None:
@@ -183,8 +190,6 @@ def _solution_at(
 ) -> FixedPointSolution:
     """The solution that `value` is after so many more evaluations, its residual measured at the last z and f(z)."""
     with torch.no_grad():
-        norm = torch.linalg.vector_norm(f_z.double(), dim=(1, 2))
-        difference = torch.linalg.vector_norm((f_z - z).double(), dim=(1, 2))
-        residual = torch.where(difference == 0, 0, difference / norm)
+        residual = relative_residual(square_norm(f_z - z).sum(1), square_norm(f_z).sum(1))
         converged = solution.converged | (residual <= solver.attainable_tolerance(z))
     return FixedPointSolution(value, value, residual, solution.num_evaluations + evaluations, converged)

@@ -167,7 +167,7 @@ def _score(model: PreTrainedModel, ids: Tensor, batch: list[tuple[int, int, int]
         outputs.logits.float().flatten(0, 1), windows[:, -counted:].flatten(), reduction="sum"
     )
     solver = [getattr(outputs, name, None) for name in ("num_evaluations", "residual", "converged")]
-    sums = [0.0 if report is None else report.double().sum().item() for report in solver]
+    sums = [0.0 if report is None else report.float().sum().item() for report in solver]
     return torch.tensor([nats.item(), len(batch), *sums], dtype=torch.float64)
 
 

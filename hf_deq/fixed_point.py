@@ -57,9 +57,9 @@ class FixedPointSolution:
     Attributes:
         value: the state `(batch, sequence, features)`; of all iterates seen, the one with the
             smallest residual (judged per position, over its prefix, where the scope is causal).
-        image: f(value), known without another call.
-        residual: relative residual `||f(z) - z|| / ||f(z)||` of `value`, shape `(batch,)`,
-            float64; infinite where f was never finite.
+        image: f(value).
+        residual: relative residual `||image - value|| / ||image||`, shape `(batch,)`, float64; infinite
+            where f was never finite.
         num_evaluations: calls of f until the row stopped, shape `(batch,)`, int64.
         converged: whether the row reached the tolerance, shape `(batch,)`, bool.
     """
@@ -80,7 +80,8 @@ class FixedPointSolver:
             counts as solved and is frozen. Raised to half the rounding step of the dtype that f
             computes in (the state's, or autocast's), below which no residual can be relied on to
             fall: 4e-3 in bfloat16, 5e-4 in float16.
-        max_evaluations: budget of calls of f, at least 1.
+        max_evaluations: budget of calls of f, at least 1. A row that ends with an earlier state than
+            its last (best, not converged) takes one more call, to know f there.
         damping: fraction of the proposed step that is taken, in (0, 1]; 1 is undamped.
         scope: whose residuals may influence position t. `"causal"`: positions <= t of its row;
             `"anticausal"`: positions >= t, for the transposed map of a backward solve;
@@ -138,8 +139,9 @@ class FixedPointSolver:
             last = evaluation + 1 == self.max_evaluations
             if last or (self._may_look(evaluation, z) and record.finished()):
                 break
-            z = record.keep_stopped(propose(z, f_z, residual))
-        solution = record.solution()
+            with torch.autocast(z.device.type, enabled=False):  # rounded weights would not be optimal ones
+                z = record.keep_stopped(propose(z, f_z, residual))
+        solution = record.solution(f, f_z)
         self._warn_unless_converged(solution, tolerance)
         return solution
 
@@ -253,12 +255,10 @@ class _Record:
     def __init__(self, z0: Tensor, tolerance: float, scope: str):
         rows_and_positions = z0.shape[:2]
         self.tolerance, self.scope = tolerance, scope
-        self.best, self.best_image = z0, z0
+        self.best = z0
         self.best_relative = bookkeeping(z0, rows_and_positions, float("inf"))
-        self.best_residual_square = bookkeeping(z0, rows_and_positions, float("inf"))
-        self.best_image_square = bookkeeping(z0, rows_and_positions, 1.0)
         self.frozen = torch.zeros(rows_and_positions, dtype=torch.bool, device=z0.device)
-        self.stopped = self.frozen
+        self.stopped = self.at_best = self.frozen
         self.num_evaluations = torch.zeros(z0.shape[0], dtype=torch.long, device=z0.device)
 
     def observe(self, z: Tensor, f_z: Tensor, residual: Tensor) -> None:
@@ -266,16 +266,15 @@ class _Record:
         active = ~self.stopped
         self.num_evaluations += active.any(1)
         residual_square, image_square = square_norm(residual), square_norm(f_z)
-        relative = relative_residual(accumulate(residual_square, self.scope), accumulate(image_square, self.scope))
+        residual_square = accumulate(residual_square, self.scope)
+        relative = relative_residual(residual_square, accumulate(image_square, self.scope))
         frozen = all_in_scope(self.frozen | (relative <= self.tolerance), self.scope)
         better = active & ((relative < self.best_relative) | frozen)
         self.best = torch.where(better[..., None], z, self.best)
-        self.best_image = torch.where(better[..., None], f_z, self.best_image)
         self.best_relative = torch.where(better, relative, self.best_relative)
-        self.best_residual_square = torch.where(better, residual_square, self.best_residual_square)
-        self.best_image_square = torch.where(better, image_square, self.best_image_square)
+        self.at_best = better | self.stopped
         self.frozen = frozen
-        self.stopped = self.stopped | frozen | ~relative.isfinite()
+        self.stopped = self.stopped | frozen | ~residual_square.isfinite()
 
     def keep_stopped(self, proposal: Tensor) -> Tensor:
         """The proposal where positions still move, their best iterate where they have stopped."""
@@ -284,9 +283,16 @@ class _Record:
     def finished(self) -> bool:
         return bool(self.stopped.all())
 
-    def solution(self) -> FixedPointSolution:
-        residual = relative_residual(self.best_residual_square.sum(1), self.best_image_square.sum(1))
-        return FixedPointSolution(self.best, self.best_image, residual, self.num_evaluations, self.frozen.all(1))
+    def solution(self, f: SequenceMap, last_image: Tensor) -> FixedPointSolution:
+        """The best state and f there, which is `last_image` in rows whose last iterate is their best."""
+        known = self.at_best.all(1)
+        image = last_image
+        if torch.compiler.is_compiling() or not bool(known.all()):
+            image = torch.where(known[:, None, None], last_image, f(self.best))
+            self.num_evaluations += ~known
+        squares = (square_norm(image - self.best).sum(1), square_norm(image).sum(1))
+        residual = relative_residual(*squares).nan_to_num(nan=float("inf"))
+        return FixedPointSolution(self.best, image, residual, self.num_evaluations, self.frozen.all(1))
 
 
 class _AndersonMixing:

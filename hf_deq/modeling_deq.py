@@ -88,13 +88,14 @@ class DEQLayer(nn.Module):
     solution, jacobian_loss)` with z of shape `(batch, sequence, state size)`.
 
     Attributes:
-        last_backward: solution of the most recent implicit backward solve, for logging.
+        backward_evaluations: vector-Jacobian products per sequence of the most recent implicit backward
+            solve, `(batch,)`, for logging.
     """
 
     def __init__(self, config: DEQConfig):
         super().__init__()
         self.config = config
-        self.last_backward: FixedPointSolution | None = None
+        self.backward_evaluations: Tensor | None = None
 
     def solve(self, f: SequenceMap, z0: Tensor, dial: Dial) -> tuple[FixedPointSolution, Tensor | None]:
         """The differentiable equilibrium of f, and its Jacobian regularization if this step has one."""
@@ -136,7 +137,7 @@ class DEQLayer(nn.Module):
         return budget
 
     def _record_backward(self, solution: FixedPointSolution) -> None:
-        self.last_backward = solution
+        self.backward_evaluations = solution.num_evaluations
 
     def _jacobian_loss(self, f: SequenceMap, value: Tensor, dial: Dial) -> Tensor | None:
         config = self.config
@@ -205,7 +206,12 @@ class DEQModel(DEQPreTrainedModel):
             past_key_values: what earlier calls returned; only the new positions are solved.
             use_cache: return the cache, default `config.use_cache`.
             solver_tolerance, solver_max_evaluations: override the config for this call.
-            unroll_steps: apply f so many times with ordinary backpropagation instead of solving.
+            unroll_steps: apply f so many times with ordinary backpropagation instead of solving; nothing
+                is cached then.
+
+        Returns:
+            `last_hidden_state`, the normalised equilibrium `(batch, sequence, hidden_size)`; the cache; and
+            `residual`, `num_evaluations` and `converged` of the solve, each `(batch,)`.
 
         Raises:
             ValueError: no input or both kinds, an empty sequence, ids out of range, a cache with a
@@ -214,6 +220,7 @@ class DEQModel(DEQPreTrainedModel):
         _check_inputs(self.config, input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        use_cache = use_cache and unroll_steps is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
@@ -270,6 +277,9 @@ class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
             labels: `(batch, sequence)`, shifted inside, -100 ignored: also return the mean
                 cross-entropy in nats, plus the weighted Jacobian regularization in training.
             logits_to_keep: logits of the last so many positions only (0: all), or their indices.
+
+        Returns:
+            `loss`, a scalar, with labels; `logits`, `(batch, positions kept, vocab_size)`; the rest as there.
         """
         outputs = self.model(
             input_ids=input_ids,

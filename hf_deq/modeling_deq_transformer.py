@@ -64,7 +64,7 @@ class DEQTransformerAttention(nn.Module):
         qkv = (self.qkv_proj(z) + injection).view(batch, length, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if self.config.position_embedding_type == "rotary":
-            query, key = apply_rotary_pos_emb(query, key, *positions)
+            query, key = (rotated.to(value.dtype) for rotated in apply_rotary_pos_emb(query, key, *positions))
         if view is not None:
             key, value = view.update(key, value, self.layer_idx)
         if self.config.position_embedding_type == "relative":
@@ -151,13 +151,11 @@ class DEQTransformerLayer(DEQLayer):
                 z, weights = block(z, injection, *fixed, view=view, **context)
             if self.closing_norm is not None:
                 z = self.closing_norm(z)
-            return apply_mask(z, tokens)
+            return z if tokens is None else z.masked_fill(~tokens, 0)
 
         solution, jacobian_loss = self.solve(f, torch.zeros_like(hidden_states), dial)
         if view is not None:
-            if not torch.is_grad_enabled() and not bool(solution.converged.all()):
-                f(solution.value)  # the last call was not at the state that is returned
-            view.commit()
+            view.commit()  # f was last called at the solution
         return solution.value, weights, solution, jacobian_loss
 
     def _dropout_masks(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -270,10 +268,10 @@ def _rotary_positions(config: DEQTransformerConfig, position_ids: Tensor, dtype:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean attention mask (True: attend) as numbers to add to scores."""
+    """An attention mask (boolean: True attends) as numbers that leave room to add scores to."""
     if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        return mask / 2
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)
 
 
 def _relative_positions(inputs_embeds: Tensor, first_query: int, keys: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,13 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    gather_object,
+    set_seed,
+)
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
@@ -207,19 +213,19 @@ class _Trainer:
         meter.tokens += ids.shape[0] * (ids.shape[1] - 1) * self.accelerator.num_processes
         meter.add(
             loss=outputs.loss.detach(),
-            forward_evaluations=outputs.num_evaluations.double().mean(),
+            forward_evaluations=outputs.num_evaluations.float().mean(),
             residual=outputs.residual.mean(),
-            converged=outputs.converged.double().mean(),
+            converged=outputs.converged.float().mean(),
         )
         if outputs.jacobian_loss is not None:
             meter.add(jacobian_loss=outputs.jacobian_loss.detach())
-        backward = _unwrapped(self.accelerator, self.model).model.layers[0].last_backward
+        backward = _unwrapped(self.accelerator, self.model).model.layers[0].backward_evaluations
         if backward is not None and not shallow:
-            meter.add(backward_evaluations=backward.num_evaluations.double().mean())
+            meter.add(backward_evaluations=backward.float().mean())
 
     def _log(self, bar: tqdm) -> None:
         line = {"step": self.step, "learning_rate": self.schedule.get_last_lr()[0]}
-        line |= self.meter.means(self.accelerator)
+        line |= self.meter.means()
         line["perplexity"] = math.exp(min(line["loss"], 700))
         line["tokens_per_second"] = self.meter.tokens / self.meter.seconds()
         self.meter.reset()
@@ -253,7 +259,7 @@ class _Trainer:
 
     def _save_checkpoint(self) -> Path:
         path, fresh = self.folder / "checkpoint", self.folder / "checkpoint.new"
-        meter = self.meter.state(self.accelerator)
+        meter = self.meter.totals()
         self.accelerator.save_state(str(fresh))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -266,8 +272,10 @@ class _Trainer:
 
     def _load_checkpoint(self) -> None:
         path = self.folder / "checkpoint"
+        if not path.exists():  # killed just before the new one took its place
+            path = self.folder / "checkpoint.new"
         if not (path / "run.json").is_file():
-            raise ValueError(f"resume: {path} holds no checkpoint. Check output_dir, or start without --resume.")
+            raise ValueError(f"resume: {self.folder} holds no checkpoint. Check output_dir, or start without --resume.")
         state = json.loads((path / "run.json").read_text())
         theirs, ours = state["recipe"], self.task.recipe
         different = {n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n)} - set(FREE_ON_RESUME)
@@ -278,7 +286,8 @@ class _Trainer:
             )
         self.accelerator.load_state(str(path))
         self.step = state["step"]
-        self.meter.resume(state["meter"])
+        if self.accelerator.is_main_process:  # it holds the sums of all processes
+            self.meter.resume(state["meter"])
         _drop_lines_after(self.folder / "metrics.jsonl", self.step, self.accelerator)
 
     def _save_model(self) -> None:
@@ -316,15 +325,15 @@ class _Trainer:
             f"{report.residual:.1e}, {report.converged:.0%} of the sequences converged; "
             f"training took {seconds / 60:.1f} minutes"
         )
+        line = {"step": self.step, "seconds": seconds, "num_processes": self.accelerator.num_processes}
+        line |= _prefixed("validation", asdict(report)) | _prefixed("bits_per_byte", baselines)
+        self._write(line)
         self._say_sample()
         say(
             f"\nLoad it:\n  import hf_deq; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
             f'  model = AutoModelForCausalLM.from_pretrained("{self.folder}"); '
             f'tokenizer = AutoTokenizer.from_pretrained("{self.folder}")'
         )
-        line = {"step": self.step, "seconds": seconds, "num_processes": self.accelerator.num_processes}
-        line |= _prefixed("validation", asdict(report)) | _prefixed("bits_per_byte", baselines)
-        self._write(line)
         self._end()
         return line
 
@@ -367,13 +376,18 @@ class _Meter:
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        sums = accelerator.reduce(self.sums, "mean")
-        return {name: float(total) / self.counts[name] for name, total in sums.items()}
+    def means(self) -> dict[str, float]:
+        totals = self.totals()
+        return {name: total / totals["counts"][name] for name, total in totals["sums"].items()}
 
-    def state(self, accelerator: Accelerator) -> dict:
-        sums = accelerator.reduce(self.sums, "mean")
-        return {"sums": {name: float(total) for name, total in sums.items()}, "counts": self.counts}
+    def totals(self) -> dict[str, dict[str, float]]:
+        """Sums and counts over all processes, which need not have met the same names."""
+        mine = {"sums": {name: float(total) for name, total in self.sums.items()}, "counts": self.counts}
+        everyone = gather_object([mine])
+        return {
+            part: {name: sum(one[part].get(name, 0) for one in everyone) for one in everyone for name in one[part]}
+            for part in mine
+        }
 
     def resume(self, state: dict) -> None:
         self.sums = {name: torch.tensor(total, device=self.device) for name, total in state["sums"].items()}
@@ -443,9 +457,11 @@ def _check_divisible(training: TrainingArguments, num_processes: int) -> None:
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay for the matrices of linear maps; none for embeddings, norms and biases."""
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
-    others = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in model.named_parameters():
+        spared = parameter.dim() < 2 or name.endswith("bias") or id(parameter) in embeddings
+        groups[spared]["params"].append(parameter)
+    return groups
 
 
 def _unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:

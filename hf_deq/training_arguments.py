@@ -56,5 +56,9 @@ class TrainingArguments:
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.sample_tokens and not self.sample_prompt:
+            raise ValueError(
+                "sample_prompt is empty: give the sample something to continue, or set sample_tokens to 0."
+            )
         if self.train_solver_tolerance is not None and self.train_solver_tolerance < 0:
             raise ValueError(f"train_solver_tolerance must not be negative, got {self.train_solver_tolerance}.")

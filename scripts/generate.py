@@ -46,7 +46,7 @@ class EvaluationCounter:
         base_model.register_forward_hook(self._note)
 
     def _note(self, module, inputs, outputs) -> None:
-        self.per_pass.append(outputs.num_evaluations.double().mean().item())
+        self.per_pass.append(outputs.num_evaluations.float().mean().item())
         self.converged &= bool(outputs.converged.all())
 
 

@@ -50,34 +50,38 @@ def flag_type(annotation) -> type | None:
     return next(kind for kind in (str, float, int, bool) if kind in kinds)
 
 
-def main(arguments: list[str]) -> None:
+def parse(arguments: list[str]) -> tuple[DataArguments, TrainingArguments, dict, str]:
+    """Recipe and flags to the arguments of `train`."""
     recipe_file = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
-    recipe = yaml.safe_load(recipe_file.read_text())
+    if not recipe_file.is_file():
+        raise ValueError(
+            f"there is no recipe {str(recipe_file)!r}; those of this repository are model_cards/*/recipe.yaml."
+        )
+    recipe = yaml.safe_load(recipe_file.read_text()) or {}
     recipe.pop("corpus_fingerprint", None)  # a saved run's recipe says what its corpus was; nothing can be asked of it
-    model_type = argparse.ArgumentParser(add_help=False)
-    model_type.add_argument("--model_type", default=recipe.pop("model_type", "deq_transformer"))
-    chosen, rest = model_type.parse_known_args(arguments)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--model_type", default=recipe.pop("model_type", "deq_transformer"))
+    chosen, flags = first.parse_known_args(arguments)
 
     parser = HfArgumentParser(
         (DataArguments, TrainingArguments, model_arguments(chosen.model_type)),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = {action.dest for action in parser._actions}
-    unknown = sorted(set(recipe) - known)
+    unknown = sorted(set(recipe) - {action.dest for action in parser._actions})
     if unknown:
-        parser.error(f"{recipe_file}: unknown names {unknown}; see --help for those that exist")
+        raise ValueError(f"{recipe_file}: unknown names {unknown}; see --help for those that exist.")
     parser.set_defaults(**recipe)
+    data, training, model = parser.parse_args_into_dataclasses(flags)
+    model_fields = {name: value for name, value in vars(model).items() if value is not None}
+    return data, training, model_fields, chosen.model_type
+
+
+if __name__ == "__main__":
     try:
-        data, training, model = parser.parse_args_into_dataclasses(rest)
-        model_fields = {name: value for name, value in vars(model).items() if value is not None}
-        train(data, training, model_fields, chosen.model_type)
+        train(*parse(sys.argv[1:]))
     except Interrupted as interrupted:
         print(f"\n{interrupted}")
         sys.exit(130)
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -50,6 +50,7 @@ def test_bad_fields_name_themselves(fields, message):
         ("hiden_size", "hidden_size"),
         ("num_attention_head", "num_attention_heads"),
         ("sliding_windows", "sliding_window"),
+        ("hidden_dropout_prob", "hidden_dropout"),
     ],
 )
 def test_misspelt_fields_are_refused_with_a_hint(typo, field):
@@ -78,3 +79,4 @@ def test_round_trip(tmp_path):
 
 def test_an_unrolled_model_does_not_cache():
     assert not tiny_config(gradient="unrolled").use_cache and tiny_config().use_cache
+    assert not tiny_config(solver_scope="sequence").use_cache

@@ -121,6 +121,28 @@ def test_value_is_the_same_with_and_without_gradients(causal_map, x, gradient):
         assert torch.equal(without.value, value.value)
 
 
+@pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
+def test_value_is_the_same_with_and_without_gradients_when_nothing_converges():
+    own, x = torch.randn(6, 6, dtype=torch.float64), torch.randn(3, 5, 6, dtype=torch.float64)
+
+    def f(z):
+        return torch.tanh(3 * z @ own + z.cumsum(1)) + x
+
+    solver = AndersonSolver(tolerance=1e-9, max_evaluations=9)
+    with torch.no_grad():
+        without = equilibrium(f, torch.zeros_like(x), solver)
+    value = equilibrium(f, torch.zeros_like(x), solver)
+    assert not without.converged.any()
+    torch.testing.assert_close(without.value, value.value.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(without.residual, value.residual, rtol=1e-9, atol=0)
+
+
+def test_an_f_that_ignores_its_state_has_its_own_gradient():
+    x = torch.randn(1, 3, 4, requires_grad=True)
+    equilibrium(lambda z: 2 * x, torch.zeros(1, 3, 4)).value.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 2.0))
+
+
 def test_every_call_of_f_is_counted_and_the_residual_is_measured_at_the_end(causal_map, x):
     calls = 0
 

@@ -76,7 +76,7 @@ def test_an_unconverged_solve_caches_the_state_it_returns():
         cache = model(ids, use_cache=True).past_key_values
     exact = tiny_model()(ids, use_cache=True).past_key_values
     error = (cache.layers[0].keys - exact.layers[0].keys).norm() / exact.layers[0].keys.norm()
-    assert error < 0.05 and cache.get_seq_length() == 6
+    assert error < 0.1 and cache.get_seq_length() == 6
 
 
 @pytest.mark.parametrize("fields", [{}, {"sliding_window": 4}])
@@ -98,6 +98,41 @@ def test_the_view_reads_as_the_cache_would_and_writes_nothing(fields, kind):
         view.commit()
         assert torch.equal(cache.layers[0].keys, reference.layers[0].keys)
         assert int(cache.get_seq_length()) == before + length
+
+
+@torch.no_grad()
+def test_a_neighbour_that_does_not_converge_leaves_a_row_and_its_cache_alone():
+    model = tiny_model(solver_tolerance=1e-2)
+    easy, hard = random_ids(1, 6), random_ids(40, 6)
+    budget = max(model(easy).num_evaluations.item(), 1)
+    hard = hard[~model(hard, solver_max_evaluations=budget).converged]
+    assert len(hard)
+    dial = dict(use_cache=True, solver_max_evaluations=budget)
+    alone, together = model(easy, **dial), model(torch.cat([easy, hard[:1]]), **dial)
+    assert together.converged.tolist() == [True, False]
+    torch.testing.assert_close(together.logits[:1], alone.logits, rtol=0, atol=1e-12)
+    keys = [output.past_key_values.layers[0].keys[:1] for output in (together, alone)]
+    torch.testing.assert_close(*keys, rtol=0, atol=1e-12)
+
+
+def test_an_offloaded_cache_is_refused():
+    cache = DynamicCache()
+    cache.offloading = True
+    with pytest.raises(ValueError, match="offloaded cache.*use a dynamic or a static"):
+        tiny_model()(random_ids(1, 3), past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_caches_under_autocast(kind):
+    model = tiny_model(solver_tolerance=1e-2).float()
+    ids = random_ids(2, 8)
+    cache = kind(config=model.config, max_cache_len=8) if kind is StaticCache else kind(config=model.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.cat(
+            [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split([5, 1, 1, 1], 1)], 1
+        )
+    assert (logits - model(ids).logits).norm() < 0.05 * logits.norm()
 
 
 @variants

@@ -273,7 +273,8 @@ def test_unroll_steps_apply_f_so_many_times():
 def test_sequence_scope_agrees_at_convergence_and_refuses_a_cache():
     ids = random_ids(2, 8)
     model = tiny_model(solver_scope="sequence")
-    torch.testing.assert_close(model(ids, use_cache=False).logits, tiny_model()(ids).logits, rtol=0, atol=1e-8)
+    torch.testing.assert_close(model(ids).logits, tiny_model()(ids).logits, rtol=0, atol=1e-8)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None).shape == (2, 10)
     with pytest.raises(ValueError, match='solver_scope="sequence".*use_cache=False'):
         model(ids, use_cache=True)
 
@@ -283,8 +284,10 @@ def test_unrolled_models_refuse_a_cache_and_generate_without():
     model = tiny_model(gradient="unrolled", solver_max_evaluations=3)
     with pytest.raises(ValueError, match="Unrolled steps.*use_cache=False"):
         model(ids, use_cache=True)
+    cache = tiny_model()(ids).past_key_values
+    assert tiny_model()(ids, unroll_steps=2).past_key_values is None
     with pytest.raises(ValueError, match="Unrolled steps.*use_cache=False"):
-        tiny_model()(ids, use_cache=True, unroll_steps=2)
+        tiny_model()(ids, past_key_values=cache, unroll_steps=2)
     tokens = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert tokens[0, -1] == model(tokens[:, :-1]).logits[0, -1].argmax()
 

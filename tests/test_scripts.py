@@ -116,6 +116,8 @@ def test_recipes_with_unknown_names_are_refused(tmp_path):
     recipe.write_text("learning_rat: 0.1\n")
     finished = script("train.py", recipe)
     assert finished.returncode != 0 and "unknown names ['learning_rat']" in finished.stderr
+    finished = script("train.py", tmp_path / "missing.yaml")
+    assert finished.stderr.startswith("error: there is no recipe")
 
 
 def test_generate_and_evaluate_refuse_what_is_not_a_model(trained, tmp_path):
