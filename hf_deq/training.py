@@ -140,6 +140,11 @@ class _Trainer:
         schedule = get_cosine_schedule_with_warmup(optimizer, training.warmup_steps, training.max_steps)
         self.model, self.optimizer, self.schedule = accelerator.prepare(task.model, optimizer, schedule)
 
+    @property
+    def bare_model(self) -> torch.nn.Module:
+        """The model without what accelerate wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
     def run(self) -> dict:
         if self.arguments.resume:
             self._load_checkpoint()
@@ -211,15 +216,17 @@ class _Trainer:
     def _measure(self, outputs, ids, shallow: bool) -> None:
         meter = self.meter
         meter.tokens += ids.shape[0] * (ids.shape[1] - 1) * self.accelerator.num_processes
+        loss = outputs.loss.detach()
+        if outputs.jacobian_loss is not None:  # logged by itself: the loss in the log is the cross-entropy
+            meter.add(jacobian_loss=outputs.jacobian_loss)
+            loss = loss - self.config.jacobian_loss_weight * outputs.jacobian_loss.detach()
         meter.add(
-            loss=outputs.loss.detach(),
+            loss=loss,
             forward_evaluations=outputs.num_evaluations.float().mean(),
             residual=outputs.residual.mean(),
             converged=outputs.converged.float().mean(),
         )
-        if outputs.jacobian_loss is not None:
-            meter.add(jacobian_loss=outputs.jacobian_loss.detach())
-        backward = _unwrapped(self.accelerator, self.model).model.layers[0].backward_evaluations
+        backward = self.bare_model.model.layers[0].backward_evaluations
         if backward is not None and not shallow:
             meter.add(backward_evaluations=backward.float().mean())
 
@@ -292,14 +299,14 @@ class _Trainer:
 
     def _save_model(self) -> None:
         if self.accelerator.is_main_process:
-            _unwrapped(self.accelerator, self.model).save_pretrained(self.folder)
+            self.bare_model.save_pretrained(self.folder)
             self.task.tokenizer.save_pretrained(self.folder)
             (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.task.recipe, sort_keys=False))
         self.accelerator.wait_for_everyone()
 
     def _validate(self):
         return evaluate_perplexity(
-            _unwrapped(self.accelerator, self.model),
+            self.bare_model,
             self.task.validation,
             self.task.tokenizer.eos_token_id,
             length=self.task.sequence_length,
@@ -348,7 +355,7 @@ class _Trainer:
     def _say_sample(self) -> None:
         if not self.accelerator.is_main_process or not self.arguments.sample_tokens:
             return
-        model, tokenizer = _unwrapped(self.accelerator, self.model).eval(), self.task.tokenizer
+        model, tokenizer = self.bare_model.eval(), self.task.tokenizer
         inputs = tokenizer(self.arguments.sample_prompt, return_tensors="pt", return_token_type_ids=False).to(
             model.device
         )
@@ -462,10 +469,6 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]
         spared = parameter.dim() < 2 or name.endswith("bias") or id(parameter) in embeddings
         groups[spared]["params"].append(parameter)
     return groups
-
-
-def _unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    return accelerator.unwrap_model(model)
 
 
 def _prefixed(prefix: str, values: dict) -> dict:
