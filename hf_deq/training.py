@@ -9,6 +9,7 @@ the steps of one.
 
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -45,6 +46,7 @@ from .training_arguments import DataArguments, TrainingArguments
 FREE_ON_RESUME = (
     "output_dir",
     "resume",
+    "num_threads",
     "logging_steps",
     "save_steps",
     "eval_steps",
@@ -78,6 +80,8 @@ def train(
     """
     folder = _writable_folder(training.output_dir)
     accelerator = _make_accelerator(training, folder)
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(training.num_threads or _cores_per_process())
     set_seed(training.seed)
     with accelerator.main_process_first():
         task = _prepare_task(data, training, model_fields, model_type, accelerator.print)
@@ -438,6 +442,12 @@ def _make_accelerator(training: TrainingArguments, folder: Path) -> Accelerator:
     if training.report_to:
         accelerator.init_trackers("hf_deq", config={k: v for k, v in asdict(training).items() if v is not None})
     return accelerator
+
+
+def _cores_per_process() -> int:
+    """Launchers set one thread a process where they see no GPU, which wastes the other cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _writable_folder(output_dir: str) -> Path:

@@ -39,6 +39,9 @@ class TrainingArguments:
     adam_beta2: float = field(default=0.98, metadata={"help": "Second-moment decay of AdamW."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient norm to clip at; 0 does not clip."})
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
+    num_threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of each process; default: all cores, shared among the processes."}
+    )
     train_solver_tolerance: float | None = field(
         default=None, metadata={"help": "Tolerance while training; default: the model's solver_tolerance."}
     )
