@@ -23,7 +23,6 @@ from accelerate.utils import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
     ProjectConfiguration,
-    gather_object,
     set_seed,
 )
 from torch.utils.data import DataLoader
@@ -41,6 +40,7 @@ from .data import (
 )
 from .evaluation import evaluate_perplexity, ngram_bits_per_byte
 from .training_arguments import DataArguments, TrainingArguments
+from .training_log import Meter, MetricsFile, summary
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = (
@@ -135,7 +135,7 @@ class _Trainer:
         self.config = task.model.config
         self.step = 0
         self.stop_requested = False
-        self.meter = _Meter(accelerator.device)
+        self.meter, self.metrics = Meter(accelerator.device), MetricsFile(folder, accelerator)
         optimizer = torch.optim.AdamW(
             _parameter_groups(task.model, training.weight_decay),
             lr=training.learning_rate,
@@ -152,8 +152,7 @@ class _Trainer:
     def run(self) -> dict:
         if self.arguments.resume:
             self._load_checkpoint()
-        elif self.accelerator.is_main_process:
-            (self.folder / "metrics.jsonl").write_text("")
+        self.metrics.keep_until(self.step)
         started = time.perf_counter()
         with _signals_as_requests(self):
             self._take_steps()
@@ -178,7 +177,7 @@ class _Trainer:
             if self.step % arguments.logging_steps == 0 or self.step == arguments.max_steps:
                 self._log(bar)
             if arguments.eval_steps and self.step % arguments.eval_steps == 0 and self.step < arguments.max_steps:
-                self._write({"step": self.step} | _prefixed("validation", asdict(self._validate())))
+                self.metrics.write({"step": self.step} | _prefixed("validation", asdict(self._validate())))
             if arguments.save_steps and self.step % arguments.save_steps == 0:
                 self._save_checkpoint()
             self._stop_if_requested(bar)
@@ -245,14 +244,8 @@ class _Trainer:
                 f"The loss is {line['loss']} at step {self.step}: lower learning_rate or max_grad_norm, "
                 "or raise warmup_steps."
             )
-        bar.set_postfix_str(_summary(line))
-        self._write(line)
-
-    def _write(self, line: dict) -> None:
-        self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=self.step)
-        if self.accelerator.is_main_process:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+        bar.set_postfix_str(summary(line))
+        self.metrics.write(line)
 
     def _stop_if_requested(self, bar: tqdm) -> None:
         if self.stop_requested:
@@ -299,7 +292,6 @@ class _Trainer:
         self.step = state["step"]
         if self.accelerator.is_main_process:  # it holds the sums of all processes
             self.meter.resume(state["meter"])
-        _drop_lines_after(self.folder / "metrics.jsonl", self.step, self.accelerator)
 
     def _save_model(self) -> None:
         if self.accelerator.is_main_process:
@@ -338,7 +330,7 @@ class _Trainer:
         )
         line = {"step": self.step, "seconds": seconds, "num_processes": self.accelerator.num_processes}
         line |= _prefixed("validation", asdict(report)) | _prefixed("bits_per_byte", baselines)
-        self._write(line)
+        self.metrics.write(line)
         self._say_sample()
         say(
             f"\nLoad it:\n  import hf_deq; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -367,45 +359,6 @@ class _Trainer:
             **inputs, max_new_tokens=self.arguments.sample_tokens, do_sample=True, top_p=0.9, temperature=0.8
         )
         self.accelerator.print(f"\nsample:\n{tokenizer.decode(ids[0], skip_special_tokens=True)}")
-
-
-class _Meter:
-    """Means of what is logged since the last line, summed on the device so that nothing waits for it."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.reset()
-
-    def reset(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.tokens = 0
-        self.started = time.perf_counter()
-
-    def add(self, **values: torch.Tensor) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        totals = self.totals()
-        return {name: total / totals["counts"][name] for name, total in totals["sums"].items()}
-
-    def totals(self) -> dict[str, dict[str, float]]:
-        """Sums and counts over all processes, which need not have met the same names."""
-        mine = {"sums": {name: float(total) for name, total in self.sums.items()}, "counts": self.counts}
-        everyone = gather_object([mine])
-        return {
-            part: {name: sum(one[part].get(name, 0) for one in everyone) for one in everyone for name in one[part]}
-            for part in mine
-        }
-
-    def resume(self, state: dict) -> None:
-        self.sums = {name: torch.tensor(total, device=self.device) for name, total in state["sums"].items()}
-        self.counts = dict(state["counts"])
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
 
 
 class _signals_as_requests:
@@ -483,19 +436,3 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]
 
 def _prefixed(prefix: str, values: dict) -> dict:
     return {f"{prefix}_{name}": value for name, value in values.items()}
-
-
-def _summary(line: dict) -> str:
-    backward = f"/{line['backward_evaluations']:.1f}" if "backward_evaluations" in line else ""
-    return (
-        f"loss {line['loss']:.3f} ppl {line['perplexity']:.1f} evals {line['forward_evaluations']:.1f}{backward} "
-        f"res {line['residual']:.0e} {line['tokens_per_second']:.0f} tok/s"
-    )
-
-
-def _drop_lines_after(metrics: Path, step: int, accelerator: Accelerator) -> None:
-    """Steps after the checkpoint are taken again, so their lines go."""
-    if accelerator.is_main_process and metrics.is_file():
-        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
-        metrics.write_text("".join(line + "\n" for line in lines))
-    accelerator.wait_for_everyone()

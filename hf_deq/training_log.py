@@ -1,0 +1,81 @@
+"""What a training run says about itself: means over steps, metrics.jsonl, the progress bar's text."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+
+class MetricsFile:
+    """metrics.jsonl, one JSON object a line, written by the main process; any tracker gets the same numbers."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator):
+        self.path, self.accelerator = folder / "metrics.jsonl", accelerator
+
+    def write(self, line: dict) -> None:
+        """Append a line; it must have a `step`."""
+        self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["step"])
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def keep_until(self, step: int) -> None:
+        """Drop the lines of later steps, which will be taken again; of all steps if `step` is 0."""
+        if self.accelerator.is_main_process and self.path.is_file():
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in lines))
+        self.accelerator.wait_for_everyone()
+
+
+class Meter:
+    """Means of what is logged since the last line, summed on the device so that nothing waits for it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.tokens = 0
+        self.started = time.perf_counter()
+
+    def add(self, **values: torch.Tensor) -> None:
+        """Count in a scalar tensor for each name."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """The mean of every name, over all processes."""
+        totals = self.totals()
+        return {name: total / totals["counts"][name] for name, total in totals["sums"].items()}
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        """Sums and counts over all processes, which need not have met the same names."""
+        mine = {"sums": {name: float(total) for name, total in self.sums.items()}, "counts": self.counts}
+        everyone = gather_object([mine])
+        return {
+            part: {name: sum(one[part].get(name, 0) for one in everyone) for one in everyone for name in one[part]}
+            for part in mine
+        }
+
+    def resume(self, state: dict) -> None:
+        """Go on from the `totals` of a checkpoint."""
+        self.sums = {name: torch.tensor(total, device=self.device) for name, total in state["sums"].items()}
+        self.counts = dict(state["counts"])
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def summary(line: dict) -> str:
+    """A line of training metrics, short enough for a progress bar."""
+    backward = f"/{line['backward_evaluations']:.1f}" if "backward_evaluations" in line else ""
+    return (
+        f"loss {line['loss']:.3f} ppl {line['perplexity']:.1f} evals {line['forward_evaluations']:.1f}{backward} "
+        f"res {line['residual']:.0e} {line['tokens_per_second']:.0f} tok/s"
+    )
