@@ -11,8 +11,10 @@ from torch import Tensor
 
 SCOPES = ("causal", "anticausal", "sequence")
 
-# Weight of the prefix against the position itself in causal inner products: 0 (own history only)
-# needs up to twice the evaluations, 1 to 3 does not differ by more than a few per cent.
+# Weight of the prefix against the position itself in causal inner products. On a trained transformer
+# layer, evaluations to 1e-3 fall from 21.8 (weight 1) over 15.5 (8) to 14.1 (infinite), where
+# sequence-wide products take 14.6; to 1e-4, and backward to 1e-5, 8 is best: 20.0 and 18.8 against 21.8
+# and 26.5. A position that is left to its own few residuals can wander for good.
 PREFIX_WEIGHT = 8.0
 
 # Added to the unit diagonal of the normalised Gram matrix, so it is relative to its scale.
