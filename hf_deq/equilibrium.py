@@ -149,9 +149,6 @@ GradientEstimator = ImplicitGradient | PhantomGradient | UnrolledGradient
 
 def evaluate_with_graph(f: SequenceMap, state: Tensor) -> tuple[Tensor, Tensor]:
     """(z, f(z)) with z a fresh leaf at `state`, so that products with the Jacobian of f can be taken."""
-    if torch.is_autocast_enabled(state.device.type):
-        # Casts cached while solving without gradients would cut the parameters off from this graph.
-        torch.clear_autocast_cache()
     z = state.detach().requires_grad_()
     return z, f(z)
 

@@ -142,6 +142,9 @@ class FixedPointSolver:
             with torch.autocast(z.device.type, enabled=False):  # rounded weights would not be optimal ones
                 z = record.keep_stopped(propose(z, f_z, residual))
         solution = record.solution(f, f_z)
+        if torch.is_autocast_enabled(z0.device.type):
+            # Some torch versions would reuse the casts cached here, without gradients, in the caller's graph.
+            torch.clear_autocast_cache()
         self._warn_unless_converged(solution, tolerance)
         return solution
 
@@ -193,55 +196,52 @@ class PicardSolver(FixedPointSolver):
 
 
 @dataclass(frozen=True)
-class AndersonSolver(FixedPointSolver):
-    """Anderson acceleration (Anderson 1965; Walker & Ni 2011): mix the last images of f.
-
-    z <- sum_i a_i (f(z_i) - (1 - damping) r_i) with residuals r_i = f(z_i) - z_i and weights that
-    minimise ||sum_i a_i r_i|| under sum_i a_i = 1, for every position in its own inner product.
+class _RememberingSolver(FixedPointSolver):
+    """A solver that weighs past iterates.
 
     Args:
-        history: how many past iterates are mixed, at least 1; 5 is a good choice and memory
-            grows with it, not with `max_evaluations`.
+        history: how many of them, at least 1; 5 is a good choice. Memory grows with it, not with
+            `max_evaluations`.
     """
 
     history: int = 5
 
     def __post_init__(self):
         super().__post_init__()
-        _check_history(self.history)
+        if self.history < 1:
+            raise ValueError(f"history must be at least 1, got {self.history}.")
+
+
+@dataclass(frozen=True)
+class AndersonSolver(_RememberingSolver):
+    """Anderson acceleration (Anderson 1965; Walker & Ni 2011): mix the last images of f.
+
+    z <- sum_i a_i (f(z_i) - (1 - damping) r_i) with residuals r_i = f(z_i) - z_i and weights that
+    minimise ||sum_i a_i r_i|| under sum_i a_i = 1, for every position in its own inner product.
+
+    `history` (default 5, at least 1) is the number of iterates mixed.
+    """
 
     def _proposer(self, z0):
         return _AndersonMixing(z0, self)
 
 
 @dataclass(frozen=True)
-class BroydenSolver(FixedPointSolver):
+class BroydenSolver(_RememberingSolver):
     """Broyden's good method on f(z) - z = 0, limited memory, no line search (Broyden 1965).
 
     The inverse Jacobian starts at minus identity, so the first step is f(z0). Its low-rank
     update is evaluated in the compact form of Byrd, Nocedal & Schnabel (1994, theorem 6.2), which
     needs inner products of steps only; every position takes them over its own prefix.
 
-    Args:
-        history: how many past steps the update remembers, at least 1.
+    `history` (default 5, at least 1) is the number of steps the update remembers.
     """
-
-    history: int = 5
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_history(self.history)
 
     def _proposer(self, z0):
         return _BroydenUpdate(z0, self)
 
 
 SOLVERS = {"anderson": AndersonSolver, "broyden": BroydenSolver, "picard": PicardSolver}
-
-
-def _check_history(history: int) -> None:
-    if history < 1:
-        raise ValueError(f"history must be at least 1, got {history}.")
 
 
 class _Record:
@@ -265,9 +265,8 @@ class _Record:
         """Take note of an iterate, its image and their difference."""
         active = ~self.stopped
         self.num_evaluations += active.any(1)
-        residual_square, image_square = square_norm(residual), square_norm(f_z)
-        residual_square = accumulate(residual_square, self.scope)
-        relative = relative_residual(residual_square, accumulate(image_square, self.scope))
+        residual_square = accumulate(square_norm(residual), self.scope)
+        relative = relative_residual(residual_square, accumulate(square_norm(f_z), self.scope))
         frozen = all_in_scope(self.frozen | (relative <= self.tolerance), self.scope)
         better = active & ((relative < self.best_relative) | frozen)
         self.best = torch.where(better[..., None], z, self.best)

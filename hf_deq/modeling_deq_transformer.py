@@ -165,7 +165,6 @@ class DEQTransformerLayer(DEQLayer):
 
 class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
     config: DEQTransformerConfig
-    config_class = DEQTransformerConfig
     _no_split_modules = ["DEQTransformerLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -195,9 +194,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
 
     def __init__(self, config: DEQTransformerConfig):
         super().__init__(config)
-        self.embedding_scale = (
-            config.hidden_size**0.5
-        )  # to unit size, as the states have; the output layer wants it small
+        # To unit size, which states have; the tied output layer wants the embeddings small.
+        self.embedding_scale = config.hidden_size**0.5
 
     def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs) -> dict:
         length = inputs_embeds.shape[1]

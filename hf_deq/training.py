@@ -99,7 +99,6 @@ class _Task:
     train: TokenStream
     validation: TokenStream
     blocks: SequenceBlocks
-    sequence_length: int
     recipe: dict
 
 
@@ -124,7 +123,7 @@ def _prepare_task(data: DataArguments, training: TrainingArguments, model_fields
     )
     recipe = {name: value for name, value in recipe.items() if value is not None}
     blocks = SequenceBlocks(streams["train"].ids, data.sequence_length)
-    return _Task(model, tokenizer, streams["train"], streams["validation"], blocks, data.sequence_length, recipe)
+    return _Task(model, tokenizer, streams["train"], streams["validation"], blocks, recipe)
 
 
 class _Trainer:
@@ -305,7 +304,7 @@ class _Trainer:
             self.bare_model,
             self.task.validation,
             self.task.tokenizer.eos_token_id,
-            length=self.task.sequence_length,
+            length=self.task.blocks.length,
             accelerator=self.accelerator,
             progress=True,
         )

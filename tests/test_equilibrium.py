@@ -194,12 +194,15 @@ def test_backward_reports_and_gradients_accumulate(causal_map, x):
     assert len(reports) == 3 and reports[0].converged.all() and (reports[0].num_evaluations > 3).all()
 
 
-def test_autocast_does_not_cut_the_parameters_off():
+@pytest.mark.parametrize("gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(3)])
+def test_autocast_does_not_cut_the_parameters_off(gradient):
     """Casts cached in the solve (without gradients) must not serve the graph that is differentiated."""
     linear = torch.nn.Linear(8, 8)
     x = torch.randn(2, 4, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        value = equilibrium(lambda z: torch.tanh(0.3 * linear(z) + x).float(), torch.zeros_like(x)).value
+        value = equilibrium(
+            lambda z: torch.tanh(0.3 * linear(z) + x).float(), torch.zeros_like(x), gradient=gradient
+        ).value
     value.sum().backward()
     assert linear.weight.grad is not None and linear.weight.grad.abs().sum() > 0
 
