@@ -4,14 +4,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_deq import DEQConfig
 from .configuration_deq_transformer import DEQTransformerConfig
+from .configuration_deq_trellisnet import DEQTrellisNetConfig
 from .equilibrium import ImplicitGradient, PhantomGradient, UnrolledGradient, equilibrium
 from .fixed_point import AndersonSolver, BroydenSolver, ConvergenceWarning, FixedPointSolution, PicardSolver
 from .jacobian import jacobian_regularization, spectral_radius
 from .modeling_deq_transformer import DEQTransformerForCausalLM, DEQTransformerModel
+from .modeling_deq_trellisnet import DEQTrellisNetForCausalLM, DEQTrellisNetModel
 
 AutoConfig.register("deq_transformer", DEQTransformerConfig)
 AutoModel.register(DEQTransformerConfig, DEQTransformerModel)
 AutoModelForCausalLM.register(DEQTransformerConfig, DEQTransformerForCausalLM)
+AutoConfig.register("deq_trellisnet", DEQTrellisNetConfig)
+AutoModel.register(DEQTrellisNetConfig, DEQTrellisNetModel)
+AutoModelForCausalLM.register(DEQTrellisNetConfig, DEQTrellisNetForCausalLM)
 
 __version__ = "0.1.0"
 
@@ -23,6 +28,9 @@ __all__ = [
     "DEQTransformerConfig",
     "DEQTransformerForCausalLM",
     "DEQTransformerModel",
+    "DEQTrellisNetConfig",
+    "DEQTrellisNetForCausalLM",
+    "DEQTrellisNetModel",
     "FixedPointSolution",
     "ImplicitGradient",
     "PhantomGradient",

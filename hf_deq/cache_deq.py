@@ -1,14 +1,19 @@
 """What is remembered between calls.
 
-The equilibrium of a prefix is final, so keys and values are stored once per token, at the
-equilibrium, in Transformers' own cache classes. While a solve runs, f sees past and present
-through a view that leaves the cache as it is; `commit` writes once, at the end.
+The equilibrium of a prefix is final, so what later tokens need of it is stored once per token:
+
+    EquilibriumCacheView    keys and values at the equilibrium, in Transformers' own cache classes
+    TrellisStateLayer       the last states and inputs that a convolution reaches, whatever the length
+
+While a solve runs, f sees the past but does not write; the model writes once, at the end.
 """
 
 from copy import copy
 
 import torch
+from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 
 class EquilibriumCacheView:
@@ -21,16 +26,13 @@ class EquilibriumCacheView:
     """
 
     def __init__(self, cache: Cache):
-        if getattr(cache, "offloading", False):
-            raise ValueError(
-                "An offloaded cache would be fetched in every evaluation of f: use a dynamic or a static cache."
-            )
+        refuse_offloaded(cache)
         self.cache = cache
         self._last = {}
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values of the past joined with `(batch, heads, sequence, head size)` of the present."""
         self._last[layer_idx] = key_states, value_states
         if layer_idx >= len(self.cache.layers):  # a cache made without a config grows with its first true update
@@ -41,6 +43,18 @@ class EquilibriumCacheView:
         """Write the keys and values that f used last, without their gradients."""
         for layer_idx, (key_states, value_states) in sorted(self._last.items()):
             self.cache.update(key_states.detach(), value_states.detach(), layer_idx)
+
+
+def refuse_offloaded(cache: Cache) -> None:
+    """A cache that moves its layers between devices is refused.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if getattr(cache, "offloading", False):
+        raise ValueError(
+            "An offloaded cache would be fetched in every evaluation of f: use a dynamic or a static cache."
+        )
 
 
 def _scratch_copy(layer):
@@ -54,3 +68,107 @@ def _scratch_copy(layer):
             if isinstance(value, torch.Tensor):
                 setattr(scratch, name, value.clone())
     return scratch
+
+
+class TrellisStateLayer(CacheLayerMixin):
+    """A cache layer of constant size: the last equilibrium states and embedded inputs of a DEQ-TrellisNet.
+
+    Its type registers itself, so `DynamicCache(config=...)` and `StaticCache(config=...)` are made of it.
+    `keys` holds states `(batch, positions, state size)`, `values` inputs `(batch, positions,
+    embedding size)`: as many as the convolutions reach back, zeros before the start of the text. Decoding
+    that may take tokens back (assisted, prompt lookup) keeps all of them until the next `crop`.
+    """
+
+    _layer_type = "deq_trellis"
+    is_compileable = False
+    is_croppable = False  # not before `activate_past_recording`
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.cumulative_length = 0
+        self.record_past = False
+
+    @property
+    def past(self) -> tuple[Tensor, Tensor] | None:
+        """The states and inputs that the next call needs, or `None` at the start of a text."""
+        if not self.is_initialized:
+            return None
+        return self.keys[:, -self.state_window :], self.values[:, -self.input_window :]
+
+    def lazy_initialization(self, states: Tensor, inputs: Tensor) -> None:
+        """Take the window sizes from a first past."""
+        self.keys, self.values = states, inputs
+        self.state_window, self.input_window = states.shape[1], inputs.shape[1]
+        self.dtype, self.device = states.dtype, states.device
+        self.is_initialized = True
+
+    def update(self, states: Tensor, inputs: Tensor, past: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Append the states and inputs of new tokens, and let go of what is out of reach.
+
+        Args:
+            states, inputs: `(batch, new tokens, size)`.
+            past: what the new tokens were computed from; sets the window sizes in the first call.
+
+        Returns:
+            The past of the next token.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(*past)
+        self.keys, self.values = torch.cat([self.keys, states], 1), torch.cat([self.values, inputs], 1)
+        self.cumulative_length += states.shape[1]
+        if not self.record_past:
+            self.crop(0)
+        return self.past
+
+    def activate_past_recording(self) -> None:
+        """From now on keep everything until `crop`, so that tokens can be taken back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back -`tokens_to_remove` tokens, and let go of what is out of reach (also for 0).
+
+        Raises:
+            ValueError: a positive number, or more tokens than were recorded.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}.")
+        if not self.is_initialized:
+            return
+        end = self.keys.shape[1] + tokens_to_remove
+        if end < self.state_window:
+            raise ValueError(
+                f"crop({tokens_to_remove}) goes back further than was recorded: call activate_past_recording() before "
+                "the tokens that may have to be taken back."
+            )
+        # Copies, so that a short window does not keep a long text's storage alive.
+        self.keys = self.keys[:, end - self.state_window : end].clone()
+        end = self.values.shape[1] + tokens_to_remove
+        self.values = self.values[:, end - self.input_window : end].clone()
+        self.cumulative_length += tokens_to_remove
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what a mask covers: all tokens."""
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row so many times."""
+        if self.is_initialized:
+            self.keys, self.values = (past.repeat_interleave(repeats, 0) for past in (self.keys, self.values))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys[indices], self.values[indices]
+
+
+STATIC_LAYER_TYPE_MAPPING[TrellisStateLayer._layer_type] = TrellisStateLayer  # a static cache is one as well

@@ -43,7 +43,14 @@ class DEQConfig(PreTrainedConfig):
     """
 
     # The solver's reports are about the solve, not predictions: a Trainer should not gather them.
-    keys_to_ignore_at_inference = ["past_key_values", "residual", "num_evaluations", "converged", "jacobian_loss"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "residual",
+        "num_evaluations",
+        "converged",
+        "jacobian_loss",
+        "memory",
+    ]
 
     solver: str = "anderson"
     solver_scope: str = "causal"
@@ -80,22 +87,38 @@ class DEQConfig(PreTrainedConfig):
 
     def validate_equilibrium(self):
         """Ranges of the shared fields; called by `@strict` after construction."""
-        _one_of("solver", self.solver, SOLVERS)
-        _one_of("backward_solver", self.backward_solver, SOLVERS)
-        _one_of("solver_scope", self.solver_scope, SOLVER_SCOPES)
-        _one_of("gradient", self.gradient, GRADIENTS)
-        for name in ("solver_tolerance", "backward_tolerance", "jacobian_loss_weight", "shallow_steps"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or positive")
-        for name in (
-            "solver_max_evaluations",
-            "backward_max_evaluations",
-            "solver_history",
-            "phantom_steps",
-            "shallow_depth",
-        ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require_one_of("solver", self.solver, SOLVERS)
+        require_one_of("backward_solver", self.backward_solver, SOLVERS)
+        require_one_of("solver_scope", self.solver_scope, SOLVER_SCOPES)
+        require_one_of("gradient", self.gradient, GRADIENTS)
+        self.require_at_least(0, "solver_tolerance", "backward_tolerance", "jacobian_loss_weight", "shallow_steps")
+        self.require_at_least(
+            1, "solver_max_evaluations", "backward_max_evaluations", "solver_history", "phantom_steps", "shallow_depth"
+        )
         for name in ("solver_damping", "phantom_damping", "jacobian_loss_frequency"):
-            _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
+
+    def require_at_least(self, smallest: int, *names: str) -> None:
+        """Refuse fields below a number.
+
+        Raises:
+            ValueError: the first of these fields that is below it.
+        """
+        for name in names:
+            if getattr(self, name) < smallest:
+                what = "zero or positive" if smallest == 0 else f"at least {smallest}"
+                raise ValueError(f"{name} must be {what}, got {getattr(self, name)}.")
+
+    def require_probabilities(self, *names: str) -> None:
+        """Refuse dropout fields that are not probabilities below one.
+
+        Raises:
+            ValueError: the first of these fields that lies outside of [0, 1).
+        """
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
 
 
 def _shared_start(one: str, other: str) -> int:
@@ -103,11 +126,11 @@ def _shared_start(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _one_of(name: str, value: str, allowed) -> None:
+def require_one_of(name: str, value: str, allowed) -> None:
+    """Refuse a value that is not one of the names allowed.
+
+    Raises:
+        ValueError: naming the field and the choice.
+    """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {sorted(allowed)}, got {value!r}.")
-
-
-def _require(holds: bool, name: str, value, what: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {what}, got {value}.")

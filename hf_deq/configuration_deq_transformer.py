@@ -4,7 +4,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers.modeling_rope_utils import RopeParameters
 
-from .configuration_deq import DEQConfig
+from .configuration_deq import DEQConfig, require_one_of
 
 NORM_POSITIONS = ("pre", "post")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -30,6 +30,8 @@ class DEQTransformerConfig(DEQConfig):
         rope_parameters: Transformers' rotary parameters, `rope_theta` 10000 by default.
         max_position_embeddings: longest sequence the model is meant for; nothing is allocated.
         sliding_window: tokens that a position attends to, itself included; `None` for all.
+        memory_length: tokens of earlier segments whose states `forward` returns as `memory` and attends to when
+            they are passed back; 0 for none.
         layer_norm_eps: epsilon of every layer norm.
         initializer_range: standard deviation of the token embeddings; by default `hidden_size ** -0.5`.
         embedding_dropout: on the token embeddings.
@@ -41,6 +43,7 @@ class DEQTransformerConfig(DEQConfig):
 
     model_type = "deq_transformer"
     base_model_tp_plan = None
+    attribute_map = {"embedding_size": "hidden_size"}
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -53,6 +56,7 @@ class DEQTransformerConfig(DEQConfig):
     rope_parameters: RopeParameters | dict | None = None
     max_position_embeddings: int = 2048
     sliding_window: int | None = None
+    memory_length: int = 0
     layer_norm_eps: float = 1e-5
     initializer_range: float | None = None
     embedding_dropout: int | float = 0.0
@@ -71,19 +75,16 @@ class DEQTransformerConfig(DEQConfig):
 
     def validate_architecture(self):
         """Shapes and names; called by `@strict` after construction."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self.require_at_least(
+            1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+        )
+        self.require_at_least(0, "memory_length")
+        self.require_probabilities("embedding_dropout", "hidden_dropout", "output_dropout")
+        require_one_of("norm_position", self.norm_position, NORM_POSITIONS)
+        require_one_of("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}."
-            )
-        if self.norm_position not in NORM_POSITIONS:
-            raise ValueError(f"norm_position must be one of {NORM_POSITIONS}, got {self.norm_position!r}.")
-        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
-            raise ValueError(
-                f"position_embedding_type must be one of {POSITION_EMBEDDING_TYPES}, "
-                f"got {self.position_embedding_type!r}."
             )
         if self.position_embedding_type == "rotary" and (self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(
@@ -100,6 +101,3 @@ class DEQTransformerConfig(DEQConfig):
             raise ValueError(f"Relative positions need an even hidden_size, got {self.hidden_size}.")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1 (or None), got {self.sliding_window}.")
-        for name in ("embedding_dropout", "hidden_dropout", "output_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")

@@ -5,9 +5,11 @@ to logits. A model family adds its f (a `DEQLayer`) and names what f needs per c
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -26,6 +28,7 @@ from .equilibrium import (
 )
 from .fixed_point import SOLVERS, FixedPointSolution, FixedPointSolver, PicardSolver, SequenceMap
 from .jacobian import jacobian_regularization
+from .softmax_heads import LogProbabilityHead
 
 
 @dataclass
@@ -37,12 +40,15 @@ class DEQModelOutputWithPast(BaseModelOutputWithPast):
         num_evaluations: calls of f per sequence, `(batch,)`.
         converged: whether the tolerance was reached, `(batch,)`.
         jacobian_loss: unweighted Jacobian regularization, scalar; only in training and when it is on.
+        memory: what the next segment of the same text can be given as `memory`, detached tensors
+            `(batch, positions, size)`; `None` if the model is configured to remember nothing.
     """
 
     residual: Tensor | None = None
     num_evaluations: Tensor | None = None
     converged: Tensor | None = None
     jacobian_loss: Tensor | None = None
+    memory: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -53,6 +59,7 @@ class DEQCausalLMOutputWithPast(CausalLMOutputWithPast):
     num_evaluations: Tensor | None = None
     converged: Tensor | None = None
     jacobian_loss: Tensor | None = None
+    memory: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +87,29 @@ def make_solver(
     return SOLVERS[name](**arguments)
 
 
+class DEQLayerOutput(NamedTuple):
+    """What the container of an equilibrium returns.
+
+    Attributes:
+        hidden_states: the part of the equilibrium that the output layer sees, `(batch, sequence, hidden_size)`.
+        attentions: attention weights at the equilibrium, if there are any.
+        solution: the equilibrium and how well it was solved.
+        jacobian_loss: its Jacobian regularization, if this step has one.
+        memory: for the next segment, as in `DEQModelOutputWithPast`.
+    """
+
+    hidden_states: Tensor
+    attentions: Tensor | None
+    solution: FixedPointSolution
+    jacobian_loss: Tensor | None
+    memory: tuple[Tensor, ...] | None
+
+
 class DEQLayer(nn.Module):
     """The container of one equilibrium: holds the modules of f and knows how to solve.
 
     It, not f, is called as a module: f runs many times and carries no hooks. Subclasses define
-    `forward(hidden_states, dial, *, past_key_values, **context)`, which returns `(z, attention weights,
-    solution, jacobian_loss)` with z of shape `(batch, sequence, state size)`.
+    `forward(hidden_states, dial, *, past_key_values, memory, tokens, **context) -> DEQLayerOutput`.
 
     Attributes:
         backward_evaluations: vector-Jacobian products per sequence of the most recent implicit backward
@@ -161,24 +185,34 @@ class DEQPreTrainedModel(PreTrainedModel):
 class DEQModel(DEQPreTrainedModel):
     """Token ids to equilibrium states: embed, solve, normalise.
 
-    Subclasses set `layer_class` and define `_context`. `hidden_states` holds two entries: what is
-    injected (the embedded input) and the equilibrium after `norm`.
+    Subclasses set `layer_class` and define what differs: `_embed`, `_context`, `_make_norm`. `hidden_states`
+    holds two entries: what is injected (the embedded input) and the equilibrium after `norm`.
     """
 
     layer_class: type[DEQLayer]
 
     def __init__(self, config: DEQConfig):
         super().__init__(config)
-        self.embedding_scale = 1.0
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
         self.layers = nn.ModuleList([self.layer_class(config)])
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.norm = self._make_norm(config)
+        self._add_dropouts(config)
         self.post_init()
 
-    def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs) -> dict:
-        """What the layer's forward needs besides its input, computed once per call."""
+    def _make_norm(self, config: DEQConfig) -> nn.Module:
+        """What the equilibrium passes in front of the output layer."""
+        return nn.Identity()
+
+    def _add_dropouts(self, config: DEQConfig) -> None:
+        """Set `output_dropout`, and what `_embed` needs."""
+        raise TypeError(f"{type(self).__name__} must define _add_dropouts.")
+
+    def _embed(self, inputs_embeds: Tensor, input_ids: Tensor | None) -> Tensor:
+        """What is injected, `(batch, sequence, embedding_size)`, from the token embeddings."""
+        raise TypeError(f"{type(self).__name__} must define _embed.")
+
+    def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, memory, **kwargs) -> dict:
+        """What the layer's forward needs besides its input, computed once per call; `tokens` among it."""
         raise TypeError(f"{type(self).__name__} must define _context.")
 
     @merge_with_config_defaults
@@ -191,6 +225,7 @@ class DEQModel(DEQPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        memory: tuple[Tensor, ...] | None = None,
         solver_tolerance: float | None = None,
         solver_max_evaluations: int | None = None,
         unroll_steps: int | None = None,
@@ -199,12 +234,15 @@ class DEQModel(DEQPreTrainedModel):
         """Solve for the states of the given tokens.
 
         Args:
-            input_ids: `(batch, sequence)`; or `inputs_embeds`, `(batch, sequence, hidden_size)`.
+            input_ids: `(batch, sequence)`; or `inputs_embeds`, `(batch, sequence, embedding_size)`.
             attention_mask: `(batch, past + sequence)`, 0 on padding (left or right), or a prepared 4D
                 mask; padded positions get the zero state and influence nothing.
             position_ids: `(batch, sequence)`; default: counted from the start of the cache.
             past_key_values: what earlier calls returned; only the new positions are solved.
             use_cache: return the cache, default `config.use_cache`.
+            memory: the `memory` of the segment before this one: states carried over contiguous segments,
+                without gradients (truncated backpropagation through time). It replaces a cache where
+                one cannot be had: in training, with unrolled steps, in sequence scope.
             solver_tolerance, solver_max_evaluations: override the config for this call.
             unroll_steps: apply f so many times with ordinary backpropagation instead of solving; nothing
                 is cached then.
@@ -215,34 +253,35 @@ class DEQModel(DEQPreTrainedModel):
 
         Raises:
             ValueError: no input or both kinds, an empty sequence, ids out of range, a cache with a
-                model that has no equilibrium to cache.
+                model that has no equilibrium to cache, a memory next to a cache.
         """
         _check_inputs(self.config, input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        use_cache = use_cache and unroll_steps is None
+        if memory is not None and past_key_values is not None:
+            raise ValueError("memory and past_key_values both say what came before: pass one of them.")
+        use_cache = use_cache and unroll_steps is None and memory is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             _check_cacheable(self.config, unroll_steps)
-        context = self._context(inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
+        context = self._context(inputs_embeds, attention_mask, position_ids, past_key_values, memory, **kwargs)
         dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
-        hidden_states = self.embedding_dropout(inputs_embeds * self.embedding_scale)
-        hidden_states, _, solution, jacobian_loss = self.layers[0](
-            hidden_states, dial, past_key_values=past_key_values, **context
-        )
+        hidden_states = self._embed(inputs_embeds, input_ids)
+        output = self.layers[0](hidden_states, dial, past_key_values=past_key_values, memory=memory, **context)
         return DEQModelOutputWithPast(
-            last_hidden_state=self.output_dropout(self.norm(hidden_states)),
+            last_hidden_state=self.output_dropout(self.norm(output.hidden_states)),
             past_key_values=past_key_values if use_cache else None,
-            residual=solution.residual,
-            num_evaluations=solution.num_evaluations,
-            converged=solution.converged,
-            jacobian_loss=jacobian_loss,
+            residual=output.solution.residual,
+            num_evaluations=output.solution.num_evaluations,
+            converged=output.solution.converged,
+            jacobian_loss=output.jacobian_loss,
+            memory=output.memory,
         )
 
 
 class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
-    """A language model on a `DEQModel`; subclasses set `model_class`."""
+    """A language model on a `DEQModel`; subclasses set `model_class` and may define `_make_head`."""
 
     model_class: type[DEQModel]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -250,10 +289,14 @@ class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
     def __init__(self, config: DEQConfig):
         super().__init__(config)
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = self._make_head(config)
         self.post_init()
         if not config.use_cache:
             self.generation_config.use_cache = False
+
+    def _make_head(self, config: DEQConfig) -> nn.Linear | LogProbabilityHead:
+        """The output layer."""
+        return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @can_return_tuple
     def forward(
@@ -265,6 +308,7 @@ class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        memory: tuple[Tensor, ...] | None = None,
         logits_to_keep: int | Tensor = 0,
         solver_tolerance: float | None = None,
         solver_max_evaluations: int | None = None,
@@ -279,7 +323,9 @@ class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last so many positions only (0: all), or their indices.
 
         Returns:
-            `loss`, a scalar, with labels; `logits`, `(batch, positions kept, vocab_size)`; the rest as there.
+            `loss`, a scalar, with labels; `logits`, `(batch, positions kept, vocab_size)`: log-probabilities where
+            the output layer is a split softmax or a mixture, and `None` in training with labels there, since that loss
+            does not need all of them; the rest as there.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -288,17 +334,23 @@ class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            memory=memory,
             solver_tolerance=solver_tolerance,
             solver_max_evaluations=solver_max_evaluations,
             unroll_steps=unroll_steps,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        by_likelihood = isinstance(self.lm_head, LogProbabilityHead)
+        if labels is None or not (by_likelihood and self.training):
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        if labels is not None and by_likelihood:
+            loss = self._likelihood_loss(outputs.last_hidden_state, labels, **kwargs)
+        elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = self._add_jacobian_loss(loss, outputs.jacobian_loss, labels, kwargs.get("num_items_in_batch"))
+        if loss is not None and outputs.jacobian_loss is not None:
+            loss = loss + self._jacobian_share(labels, **kwargs) * outputs.jacobian_loss
         return DEQCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -309,16 +361,22 @@ class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
             num_evaluations=outputs.num_evaluations,
             converged=outputs.converged,
             jacobian_loss=outputs.jacobian_loss,
+            memory=outputs.memory,
         )
 
-    def _add_jacobian_loss(self, loss, jacobian_loss, labels, num_items_in_batch):
+    def _likelihood_loss(self, states, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor:
+        """The library's loss function, for output layers that give likelihoods."""
+        targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
+        counted = targets != -100
+        nats = self.lm_head.negative_log_likelihood(states[counted], targets[counted])
+        return nats.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def _jacobian_share(self, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor | float:
         """Under gradient accumulation every micro-batch brings its share of the tokens, and of the penalty."""
-        if jacobian_loss is None:
-            return loss
-        share = 1.0
-        if num_items_in_batch is not None:
-            share = (labels[:, 1:] != -100).sum() / num_items_in_batch
-        return loss + self.config.jacobian_loss_weight * share * jacobian_loss
+        if num_items_in_batch is None:
+            return self.config.jacobian_loss_weight
+        targets = labels[:, 1:] if shift_labels is None else shift_labels
+        return self.config.jacobian_loss_weight * (targets != -100).sum() / num_items_in_batch
 
 
 def token_mask(attention_mask: Tensor | None, first_query: int, length: int) -> Tensor | None:
@@ -337,6 +395,11 @@ def token_mask(attention_mask: Tensor | None, first_query: int, length: int) -> 
     if not torch.compiler.is_compiling() and bool(tokens.all()):
         return None
     return tokens[..., None]
+
+
+def latest(past: Tensor, new: Tensor, length: int) -> Tensor:
+    """The last `length` positions of two pieces `(batch, positions, size)`, detached, in storage of their own."""
+    return torch.cat([past, new], 1)[:, -length:].detach().clone()
 
 
 def _check_inputs(config: DEQConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -14,7 +16,16 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .cache_deq import EquilibriumCacheView
 from .configuration_deq_transformer import DEQTransformerConfig
-from .modeling_deq import DEQForCausalLM, DEQLayer, DEQModel, DEQPreTrainedModel, Dial, token_mask
+from .modeling_deq import (
+    DEQForCausalLM,
+    DEQLayer,
+    DEQLayerOutput,
+    DEQModel,
+    DEQPreTrainedModel,
+    Dial,
+    latest,
+    token_mask,
+)
 from .weight_tying import apply_mask, draw_dropout_mask
 
 # Standard deviations of initial weights, relative to fan_in ** -0.5. With these a new f is solved
@@ -56,15 +67,19 @@ class DEQTransformerAttention(nn.Module):
         keys = self.relative_proj(encodings).view(-1, self.num_heads, self.head_dim)
         return keys.permute(1, 2, 0), distances
 
+    def project(self, z: Tensor, injection: Tensor, positions: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `(batch, heads, sequence, size)` of states, at their positions where those are rotary."""
+        qkv = (self.qkv_proj(z) + injection).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        if self.config.position_embedding_type == "rotary":
+            query, key = (rotated.to(value.dtype) for rotated in apply_rotary_pos_emb(query, key, *positions))
+        return query, key, value
+
     def forward(
         self, z: Tensor, injection: Tensor, positions: tuple, attention_mask: Tensor | None, view, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
         """State and injection `(batch, sequence, hidden)` and `(..., 3 hidden)` to output and attention weights."""
-        batch, length, _ = z.shape
-        qkv = (self.qkv_proj(z) + injection).view(batch, length, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        if self.config.position_embedding_type == "rotary":
-            query, key = (rotated.to(value.dtype) for rotated in apply_rotary_pos_emb(query, key, *positions))
+        query, key, value = self.project(z, injection, positions)
         if view is not None:
             key, value = view.update(key, value, self.layer_idx)
         if self.config.position_embedding_type == "relative":
@@ -84,7 +99,7 @@ class DEQTransformerAttention(nn.Module):
             sliding_window=self.config.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(batch, length, -1)), weights
+        return self.o_proj(output.flatten(2)), weights
 
     def _distance_scores(self, query: Tensor, relative_keys: Tensor, distances: Tensor) -> Tensor:
         """Scores `(batch, heads, queries, keys)` of content against distance (Dai et al. 2019, terms b and d)."""
@@ -121,6 +136,11 @@ class DEQTransformerBlock(nn.Module):
             z = self.feed_forward_norm(z)
         return z, weights
 
+    def remember(self, states: Tensor, injections: Tensor, positions: tuple) -> tuple[Tensor, Tensor]:
+        """Keys and values of earlier states."""
+        attending = self.attention_norm(states) if self.pre_norm else states
+        return self.self_attn.project(attending, injections, positions)[1:]
+
 
 class DEQTransformerLayer(DEQLayer):
     """f and its equilibrium. What f does not change is computed once per solve: injection, positions, masks."""
@@ -135,11 +155,21 @@ class DEQTransformerLayer(DEQLayer):
         )
 
     def forward(
-        self, hidden_states: Tensor, dial: Dial, positions: tuple, past_key_values=None, tokens=None, **context
-    ):
-        """Embedded input `(batch, sequence, hidden)` to `(equilibrium, attention weights, solution, jacobian loss)`."""
+        self,
+        hidden_states: Tensor,
+        dial: Dial,
+        positions: tuple,
+        past_key_values: Cache | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
+        memory_positions: tuple | None = None,
+        tokens: Tensor | None = None,
+        **context,
+    ) -> DEQLayerOutput:
+        """Embedded input `(batch, sequence, hidden)` to its equilibrium."""
         hidden_size = self.config.hidden_size
         injection = self.injection(hidden_states).split([3 * hidden_size, hidden_size], dim=-1)
+        if memory is not None:
+            past_key_values = self._remembered_keys(memory, memory_positions)
         masks = [self._dropout_masks(hidden_states) for _ in self.blocks]
         positions = [block.self_attn.project_positions(positions) for block in self.blocks]
         view = None if past_key_values is None else EquilibriumCacheView(past_key_values)
@@ -156,7 +186,23 @@ class DEQTransformerLayer(DEQLayer):
         solution, jacobian_loss = self.solve(f, torch.zeros_like(hidden_states), dial)
         if view is not None:
             view.commit()  # f was last called at the solution
-        return solution.value, weights, solution, jacobian_loss
+        memory = self._memory(memory, solution.value, injection[0])
+        return DEQLayerOutput(solution.value, weights, solution, jacobian_loss, memory)
+
+    def _remembered_keys(self, memory: tuple[Tensor, Tensor], positions: tuple) -> DynamicCache:
+        """Keys and values that remembered states have by the present weights, which are trained through them."""
+        cache = DynamicCache(config=self.config)
+        for layer_idx, block in enumerate(self.blocks):
+            cache.update(*block.remember(*memory, positions), layer_idx)
+        return cache
+
+    def _memory(self, past, *new: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The last states and injections of this segment and the one before it."""
+        length = self.config.memory_length
+        if length == 0:
+            return None
+        past = past or [state[:, :0] for state in new]
+        return tuple(latest(old, state, length) for old, state in zip(past, new, strict=True))
 
     def _dropout_masks(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         probability = self.config.hidden_dropout
@@ -192,13 +238,23 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
 
     layer_class = DEQTransformerLayer
 
-    def __init__(self, config: DEQTransformerConfig):
-        super().__init__(config)
-        # To unit size, which states have; the tied output layer wants the embeddings small.
-        self.embedding_scale = config.hidden_size**0.5
+    def _make_norm(self, config: DEQTransformerConfig) -> nn.Module:
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs) -> dict:
+    def _add_dropouts(self, config: DEQTransformerConfig) -> None:
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.output_dropout = nn.Dropout(config.output_dropout)
+
+    def _embed(self, inputs_embeds: Tensor, input_ids: Tensor | None) -> Tensor:
+        # To unit size, which states have; the tied output layer wants the embeddings small.
+        return self.embedding_dropout(inputs_embeds * self.config.hidden_size**0.5)
+
+    def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, memory, **kwargs) -> dict:
         length = inputs_embeds.shape[1]
+        if memory is not None:
+            past_key_values = _cache_as_long_as(memory, self.config)
+            if attention_mask is not None:
+                attention_mask = F.pad(attention_mask, (past_key_values.get_seq_length(), 0), value=1)
         past_length, first_key = 0, 0
         if past_key_values is not None:
             past_length = past_key_values.get_seq_length()
@@ -222,11 +278,13 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
                     f'{self.config._attn_implementation!r} cannot: use attn_implementation="sdpa" or "eager".'
                 )
             mask = _additive(mask, inputs_embeds.dtype)
-            positions = _relative_positions(inputs_embeds, past_length - first_key, mask.shape[-1])
+            positions = memory_positions = _relative_positions(inputs_embeds, past_length - first_key, mask.shape[-1])
         else:
             positions = _rotary_positions(self.config, position_ids, inputs_embeds.dtype)
-        tokens = token_mask(attention_mask, past_length - first_key, length)
-        return {"tokens": tokens, "positions": positions, "attention_mask": mask, **kwargs}
+            before = torch.arange(past_length, device=inputs_embeds.device)[None]
+            memory_positions = None if memory is None else _rotary_positions(self.config, before, inputs_embeds.dtype)
+        context = {"positions": positions, "memory_positions": memory_positions, "attention_mask": mask}
+        return context | {"tokens": token_mask(attention_mask, past_length - first_key, length)} | kwargs
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, DEQForCausalLM):
@@ -263,6 +321,14 @@ def _rotary_positions(config: DEQTransformerConfig, position_ids: Tensor, dtype:
     angles = position_ids[..., None].to(precise) * frequencies
     angles = torch.cat([angles, angles], -1)
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+def _cache_as_long_as(memory: tuple[Tensor, ...], config: DEQTransformerConfig) -> DynamicCache:
+    """A cache whose length is that of the memory and whose content is nothing: for masks and positions."""
+    cache, nothing = DynamicCache(config=config), memory[0].new_zeros(1, 1, memory[0].shape[1], 1)
+    for layer_idx in range(config.num_hidden_layers):
+        cache.update(nothing, nothing, layer_idx)
+    return cache
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

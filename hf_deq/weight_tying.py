@@ -1,9 +1,15 @@
-"""What tying weights over depth asks for: randomness that stays fixed while an equilibrium is solved."""
+"""What tying weights over depth asks for: nothing random and nothing costly inside f.
+
+Dropout masks are drawn, and normalised weights computed, once for all evaluations of a solve.
+"""
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
 
 
-def draw_dropout_mask(like: torch.Tensor, probability: float, training: bool) -> torch.Tensor | None:
+def draw_dropout_mask(like: Tensor, probability: float, training: bool) -> Tensor | None:
     """One dropout mask for a whole solve, shape of `like`, scaled to keep expectations; `None` when it does nothing.
 
     A mask drawn anew in every evaluation would move the fixed point while it is being solved
@@ -15,6 +21,77 @@ def draw_dropout_mask(like: torch.Tensor, probability: float, training: bool) ->
     return keep.div_(1 - probability)
 
 
-def apply_mask(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def apply_mask(state: Tensor, mask: Tensor | None) -> Tensor:
     """`state * mask`, or `state` where there is no mask."""
     return state if mask is None else state * mask
+
+
+class VariationalDropout(nn.Module):
+    """Dropout with one mask for all positions of a sequence (Gal & Ghahramani 2016).
+
+    Args:
+        probability: of a feature being dropped, for the whole row.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`(batch, sequence, features)` to the same."""
+        return apply_mask(states, draw_dropout_mask(states[:, :1], self.probability, self.training))
+
+
+class CausalConvolution(nn.Module):
+    """A causal convolution over the positions of `(batch, sequence, features)`, weights normalised if asked to.
+
+    y_t = bias + sum_q W[:, :, q] x_{t - (kernel_size - 1 - q) dilation}. With weight normalisation
+    W[o] = g[o] v[o] / ||v[o]|| (Salimans & Kingma 2016). `solve_weight` computes W once for all
+    applications within a solve.
+
+    Args:
+        in_features, out_features: sizes of x and y.
+        kernel_size, dilation: taps, and positions between them.
+        weight_norm: hold g `(out, 1, 1)` and v `(out, in, kernel)` instead of W.
+        gain: standard deviation of initial weights, relative to (in_features * kernel_size) ** -0.5.
+    """
+
+    def __init__(self, in_features, out_features, kernel_size, dilation=1, weight_norm=True, gain=1.0):
+        super().__init__()
+        self.kernel_size, self.dilation = kernel_size, dilation
+        self.weight_norm, self.initializer_gain = weight_norm, gain
+        shape = (out_features, in_features, kernel_size)
+        if weight_norm:
+            self.weight_g = nn.Parameter(torch.empty(out_features, 1, 1))
+            self.weight_v = nn.Parameter(torch.empty(shape))
+        else:
+            self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    @property
+    def reach(self) -> int:
+        """Positions before the first that the first output looks at."""
+        return (self.kernel_size - 1) * self.dilation
+
+    def initialize(self) -> None:
+        """Fill in whatever parameter was not loaded; g starts as the length of v."""
+        weight = self.weight_v if self.weight_norm else self.weight
+        init.normal_(weight, std=self.initializer_gain * weight[0].numel() ** -0.5)
+        if self.weight_norm:
+            init.copy_(self.weight_g, torch.linalg.vector_norm(weight, dim=(1, 2), keepdim=True))
+        init.zeros_(self.bias)
+
+    def solve_weight(self, dropout: float = 0.0) -> Tensor:
+        """The weight as a matrix `(out, kernel_size * in)`, a share of its entries dropped in training."""
+        weight = self.weight_v * self._scale() if self.weight_norm else self.weight
+        weight = apply_mask(weight, draw_dropout_mask(weight, dropout, self.training))
+        return weight.transpose(1, 2).flatten(1)
+
+    def _scale(self) -> Tensor:
+        return self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=(1, 2), keepdim=True)
+
+    def forward(self, x: Tensor, past: Tensor, weight: Tensor) -> Tensor:
+        """Convolve `(batch, sequence, in)`, with `(batch, reach, in)` before it, by a `solve_weight`."""
+        padded, length = torch.cat([past, x], 1), x.shape[1]
+        taps = [padded[:, tap * self.dilation :][:, :length] for tap in range(self.kernel_size)]
+        return F.linear(torch.cat(taps, -1), weight, self.bias)

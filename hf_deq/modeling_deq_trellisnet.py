@@ -1,0 +1,186 @@
+"""DEQ-TrellisNet: the equilibrium of a weight-tied convolution with LSTM gates (Bai et al. 2019, section 4.2).
+
+The state z = [hidden | cell] has h = intermediate_size + hidden_size channels in each half. One application of f:
+
+    [i | o | g | f]_t = injection_t + sum_q W_q hidden_{t - (kernel_size - 1 - q) dilation}
+    cell'_t           = sigmoid(f_t) cell_{t-1} + sigmoid(i_t) tanh(g_t)
+    hidden'_t         = sigmoid(o_t) tanh(cell'_t)
+
+The injection is a causal convolution of the embedded input, the output the last `hidden_size` channels
+of hidden (TrellisNet: Bai et al. 2019, arXiv 1810.06682). What a later token needs of the past is the
+state and the input as far back as the convolutions reach: a memory of constant size.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers import initialization as init
+from transformers.utils.output_capturing import OutputRecorder
+
+from .cache_deq import TrellisStateLayer, refuse_offloaded
+from .configuration_deq_trellisnet import DEQTrellisNetConfig
+from .modeling_deq import (
+    DEQForCausalLM,
+    DEQLayer,
+    DEQLayerOutput,
+    DEQModel,
+    DEQPreTrainedModel,
+    Dial,
+    latest,
+    token_mask,
+)
+from .softmax_heads import LogProbabilityHead, MixtureOfSoftmaxes, SplitSoftmax
+from .weight_tying import CausalConvolution, VariationalDropout, apply_mask, draw_dropout_mask
+
+# Standard deviation of the initial recurrent weights, relative to fan_in ** -0.5.
+STATE_GAIN = 0.5
+
+
+class DEQTrellisNetLayer(DEQLayer):
+    """f and its equilibrium. What f does not change is computed once per solve: injection, weights, masks, the past."""
+
+    def __init__(self, config: DEQTrellisNetConfig):
+        super().__init__(config)
+        self.channels = config.intermediate_size + config.hidden_size
+        # Embeddings are small, for the tied output layer; the gates want a sum of unit size.
+        self.injection = CausalConvolution(
+            config.embedding_size,
+            4 * self.channels,
+            config.kernel_size,
+            weight_norm=config.weight_norm,
+            gain=1 / config.initializer_range,
+        )
+        self.recurrence = CausalConvolution(
+            self.channels,
+            4 * self.channels,
+            config.kernel_size,
+            config.dilation,
+            weight_norm=config.weight_norm,
+            gain=STATE_GAIN,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        dial: Dial,
+        past_key_values: Cache | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
+        tokens: Tensor | None = None,
+    ) -> DEQLayerOutput:
+        """Embedded input `(batch, sequence, embedding size)` to its equilibrium."""
+        if tokens is not None:
+            hidden_states = hidden_states.masked_fill(~tokens, 0)
+        state_layer = None if past_key_values is None else _state_layer(past_key_values)
+        past = self._start_of_text(hidden_states) if memory is None else memory
+        if state_layer is not None and state_layer.past is not None:
+            past = state_layer.past
+        past_states, past_inputs = past
+        f = self._map(self.injection(hidden_states, past_inputs, self.injection.solve_weight()), past_states, tokens)
+        start = hidden_states.new_zeros(*hidden_states.shape[:2], 2 * self.channels)
+        solution, jacobian_loss = self.solve(f, start, dial)
+        states, inputs = solution.value.detach(), hidden_states.detach()
+        if state_layer is not None:
+            past_key_values.update(states, inputs, 0, past=past)
+        memory = tuple(
+            latest(before, new, before.shape[1]) for before, new in ((past_states, states), (past_inputs, inputs))
+        )
+        output = solution.value[..., self.config.intermediate_size : self.channels]
+        return DEQLayerOutput(output, None, solution, jacobian_loss, memory)
+
+    def _map(self, injection: Tensor, past_states: Tensor, tokens: Tensor | None):
+        """f of this input and past."""
+        config, weight = self.config, self.recurrence.solve_weight(self.config.weight_dropout)
+        past_hidden, past_cell = past_states.chunk(2, -1)
+        mask = draw_dropout_mask(injection[:, :1, : self.channels], config.hidden_dropout, self.training)
+        past_hidden, last_cell = apply_mask(past_hidden, mask), past_cell[:, -1:]
+
+        def f(z: Tensor) -> Tensor:
+            hidden, cell = z.chunk(2, -1)
+            gates = injection + self.recurrence(apply_mask(hidden, mask), past_hidden, weight)
+            take, show, candidate, keep = gates.chunk(4, -1)  # i, o, g, f
+            previous = torch.cat([last_cell, cell[:, :-1]], 1)
+            cell = keep.sigmoid() * previous + take.sigmoid() * candidate.tanh()
+            z = torch.cat([show.sigmoid() * cell.tanh(), cell], -1)
+            return z if tokens is None else z.masked_fill(~tokens, 0)
+
+        return f
+
+    def _start_of_text(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The zero state and no input, as far back as the convolutions reach."""
+        batch = like.shape[0]
+        states = like.new_zeros(batch, self.recurrence.reach, 2 * self.channels)
+        return states, like.new_zeros(batch, self.injection.reach, self.config.embedding_size)
+
+
+class DEQTrellisNetPreTrainedModel(DEQPreTrainedModel):
+    config: DEQTrellisNetConfig
+    _no_split_modules = ["DEQTrellisNetLayer"]
+    _can_record_outputs = {"hidden_states": OutputRecorder(DEQTrellisNetLayer, index=0)}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, CausalConvolution):
+            module.initialize()
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+        if isinstance(module, LogProbabilityHead):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        if isinstance(module, SplitSoftmax):
+            init.zeros_(module.cluster_weight)
+            init.zeros_(module.cluster_bias)
+
+
+class DEQTrellisNetModel(DEQTrellisNetPreTrainedModel, DEQModel):
+    """The base model: token ids to equilibrium states, of which `last_hidden_state` is the output part."""
+
+    layer_class = DEQTrellisNetLayer
+
+    def _add_dropouts(self, config: DEQTrellisNetConfig) -> None:
+        self.input_dropout = VariationalDropout(config.input_dropout)
+        self.output_dropout = VariationalDropout(config.output_dropout)
+
+    def _embed(self, inputs_embeds: Tensor, input_ids: Tensor | None) -> Tensor:
+        if input_ids is not None:
+            kept_types = draw_dropout_mask(
+                inputs_embeds.new_empty(self.config.vocab_size, 1), self.config.embedding_dropout, self.training
+            )
+            inputs_embeds = inputs_embeds if kept_types is None else inputs_embeds * kept_types[input_ids]
+        return self.input_dropout(inputs_embeds)
+
+    def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, memory, **kwargs) -> dict:
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return {"tokens": token_mask(attention_mask, past_length, inputs_embeds.shape[1])}
+
+
+class DEQTrellisNetForCausalLM(DEQTrellisNetPreTrainedModel, DEQForCausalLM):
+    """The language model. With a split softmax or a mixture, `logits` are log-probabilities."""
+
+    model_class = DEQTrellisNetModel
+
+    def _make_head(self, config: DEQTrellisNetConfig) -> nn.Module:
+        if config.cutoffs:
+            return SplitSoftmax(config.hidden_size, config.vocab_size, config.cutoffs)
+        if config.num_softmax_experts:
+            return MixtureOfSoftmaxes(
+                config.hidden_size, config.vocab_size, config.num_softmax_experts, config.embedding_size
+            )
+        return nn.Linear(config.hidden_size, config.vocab_size)
+
+
+def _state_layer(cache: Cache) -> TrellisStateLayer:
+    """The layer of a cache that holds our state; a cache made without a config gets one.
+
+    Raises:
+        ValueError: the cache was made for another kind of model, or keeps its layers on another device.
+    """
+    refuse_offloaded(cache)
+    if not cache.layers:
+        cache.layers.append(TrellisStateLayer())
+    if not hasattr(cache.layers[0], "past"):  # not isinstance: model code may come from a Hub folder, twice
+        raise ValueError(
+            f"A DEQ-TrellisNet needs a cache of states, not of {type(cache.layers[0]).__name__}: make it by "
+            "DynamicCache(config=model.config)."
+        )
+    return cache.layers[0]
