@@ -1,6 +1,8 @@
 # Copyright 2026 The hf_deq authors. Licensed under the Apache License, Version 2.0.
 """DEQ-TrellisNet configuration."""
 
+from itertools import pairwise
+
 from huggingface_hub.dataclasses import strict
 
 from .cache_deq import TrellisStateLayer
@@ -92,9 +94,9 @@ class DEQTrellisNetConfig(DEQConfig):
             )
         if self.num_softmax_experts == 0 and self.tie_word_embeddings and self.embedding_size != self.hidden_size:
             raise ValueError(
-                f"tie_word_embeddings uses the embeddings as output layer, so embedding_size={self.embedding_size} must "
-                f"equal hidden_size={self.hidden_size}: make them equal, set tie_word_embeddings=False, or use "
-                "num_softmax_experts, whose latent states have the size of the embeddings."
+                "tie_word_embeddings makes the embeddings the output layer, so "
+                f"embedding_size={self.embedding_size} must equal hidden_size={self.hidden_size}: make them equal, set "
+                "tie_word_embeddings=False, or use num_softmax_experts, whose latent states have the embeddings' size."
             )
         self._validate_cutoffs()
 
@@ -102,7 +104,7 @@ class DEQTrellisNetConfig(DEQConfig):
         if self.cutoffs is None:
             return
         ends = [0, *self.cutoffs, self.vocab_size]
-        if not self.cutoffs or any(end <= start for start, end in zip(ends, ends[1:], strict=False)):
+        if not self.cutoffs or any(start >= end for start, end in pairwise(ends)):
             raise ValueError(
                 f"cutoffs must rise strictly between 0 and vocab_size={self.vocab_size}, got {self.cutoffs}."
             )

@@ -68,7 +68,7 @@ class DEQTransformerAttention(nn.Module):
         return keys.permute(1, 2, 0), distances
 
     def project(self, z: Tensor, injection: Tensor, positions: tuple) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `(batch, heads, sequence, size)` of states, at their positions where those are rotary."""
+        """Queries, keys and values `(batch, heads, sequence, size)`, rotated where positions are rotary."""
         qkv = (self.qkv_proj(z) + injection).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if self.config.position_embedding_type == "rotary":

@@ -112,7 +112,7 @@ def _prepare_task(data: DataArguments, training: TrainingArguments, model_fields
     streams = {split: encode_corpus(corpus[split], tokenizer) for split in ("train", "validation")}
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(model_type, **(model_fields | {"vocab_size": len(tokenizer)} | special))
-    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     model = AutoModelForCausalLM.from_config(config)
     say(
         f"{data.corpus} ({fingerprint}): {len(streams['train'].ids):,} training and {len(streams['validation'].ids):,} "
