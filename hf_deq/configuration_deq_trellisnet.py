@@ -23,6 +23,9 @@ class DEQTrellisNetConfig(DEQConfig):
         embedding_size: width of the token embeddings (ninp); by default `hidden_size`.
         kernel_size: taps of both convolutions, at least 2.
         dilation: positions between the taps of the convolution of the hidden state.
+        cell_scan: solve the recurrence of the cell, linear once the gates are known, in every application
+            of f, instead of taking one step of it. `False` is the paper's f: the same equilibrium, found in
+            several times the evaluations, and a different model where `unroll_steps` are few.
         weight_norm: hold the convolutions as length g and direction v of each output channel.
         cutoffs: ids at which the vocabulary is cut for the split softmax, rising: ids below the first
             share a head with one entry for each of the other clusters. `None` for a full softmax.
@@ -48,6 +51,7 @@ class DEQTrellisNetConfig(DEQConfig):
     embedding_size: int | None = None
     kernel_size: int = 2
     dilation: int = 1
+    cell_scan: bool = True
     weight_norm: bool = True
     cutoffs: list[int] | None = None
     num_softmax_experts: int = 0

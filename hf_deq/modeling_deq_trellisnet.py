@@ -9,6 +9,11 @@ The state z = [hidden | cell] has h = intermediate_size + hidden_size channels i
 The injection is a causal convolution of the embedded input, the output the last `hidden_size` channels
 of hidden (TrellisNet: Bai et al. 2019, arXiv 1810.06682). What a later token needs of the past is the
 state and the input as far back as the convolutions reach: a memory of constant size.
+
+In the paper cell_{t-1} is the previous iterate's, so what a cell keeps travels one position an
+evaluation. At the equilibrium it is cell'_{t-1}; and since the recurrence is linear once the gates are known,
+every evaluation can solve it for all positions by a scan (`cell_scan`, the default). The
+equilibrium is the same, and so is its gradient; the number of evaluations no longer depends on the memory's span.
 """
 
 import torch
@@ -97,11 +102,15 @@ class DEQTrellisNetLayer(DEQLayer):
         def f(z: Tensor) -> Tensor:
             hidden, cell = z.chunk(2, -1)
             gates = injection + self.recurrence(apply_mask(hidden, mask), past_hidden, weight)
-            take, show, candidate, keep = gates.chunk(4, -1)  # i, o, g, f
-            previous = torch.cat([last_cell, cell[:, :-1]], 1)
-            cell = keep.sigmoid() * previous + take.sigmoid() * candidate.tanh()
-            z = torch.cat([show.sigmoid() * cell.tanh(), cell], -1)
-            return z if tokens is None else z.masked_fill(~tokens, 0)
+            input_gate, output_gate, candidate, forget_gate = gates.chunk(4, -1)
+            new, keep = input_gate.sigmoid() * candidate.tanh(), forget_gate.sigmoid()
+            if tokens is not None:  # a cell is empty on padding
+                new, keep = new.masked_fill(~tokens, 0), keep.masked_fill(~tokens, 0)
+            if config.cell_scan:
+                cell = linear_recurrence(keep, new, last_cell)
+            else:
+                cell = keep * torch.cat([last_cell, cell[:, :-1]], 1) + new
+            return torch.cat([output_gate.sigmoid() * cell.tanh(), cell], -1)
 
         return f
 
@@ -167,6 +176,23 @@ class DEQTrellisNetForCausalLM(DEQTrellisNetPreTrainedModel, DEQForCausalLM):
                 config.hidden_size, config.vocab_size, config.num_softmax_experts, config.embedding_size
             )
         return nn.Linear(config.hidden_size, config.vocab_size)
+
+
+def linear_recurrence(keep: Tensor, new: Tensor, start: Tensor) -> Tensor:
+    """c_t = keep_t c_{t-1} + new_t for all t, by a scan of log2(sequence) steps (Hillis & Steele 1986).
+
+    Args:
+        keep, new: `(batch, sequence, channels)`.
+        start: what comes before the first position, `(batch, 1, channels)`.
+    """
+    values = torch.cat([new[:, :1] + keep[:, :1] * start, new[:, 1:]], 1)
+    reach = 1
+    while reach < new.shape[1]:
+        # From here on every position knows what the `reach` positions up to it have added and kept.
+        values = torch.cat([values[:, :reach], values[:, reach:] + keep[:, reach:] * values[:, :-reach]], 1)
+        keep = torch.cat([keep[:, :reach], keep[:, reach:] * keep[:, :-reach]], 1)
+        reach *= 2
+    return values
 
 
 def _state_layer(cache: Cache) -> TrellisStateLayer:

@@ -52,7 +52,8 @@ class CausalConvolution(nn.Module):
     Args:
         in_features, out_features: sizes of x and y.
         kernel_size, dilation: taps, and positions between them.
-        weight_norm: hold g `(out, 1, 1)` and v `(out, in, kernel)` instead of W.
+        weight_norm: hold g and v, as `magnitude` `(out, 1, 1)` and `direction` `(out, in, kernel)`, instead of W.
+            (Transformers renames parameters called weight_g and weight_v when it loads them.)
         gain: standard deviation of initial weights, relative to (in_features * kernel_size) ** -0.5.
     """
 
@@ -62,8 +63,8 @@ class CausalConvolution(nn.Module):
         self.weight_norm, self.initializer_gain = weight_norm, gain
         shape = (out_features, in_features, kernel_size)
         if weight_norm:
-            self.weight_g = nn.Parameter(torch.empty(out_features, 1, 1))
-            self.weight_v = nn.Parameter(torch.empty(shape))
+            self.magnitude = nn.Parameter(torch.empty(out_features, 1, 1))
+            self.direction = nn.Parameter(torch.empty(shape))
         else:
             self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(out_features))
@@ -75,20 +76,20 @@ class CausalConvolution(nn.Module):
 
     def initialize(self) -> None:
         """Fill in whatever parameter was not loaded; g starts as the length of v."""
-        weight = self.weight_v if self.weight_norm else self.weight
+        weight = self.direction if self.weight_norm else self.weight
         init.normal_(weight, std=self.initializer_gain * weight[0].numel() ** -0.5)
         if self.weight_norm:
-            init.copy_(self.weight_g, torch.linalg.vector_norm(weight, dim=(1, 2), keepdim=True))
+            init.copy_(self.magnitude, torch.linalg.vector_norm(weight, dim=(1, 2), keepdim=True))
         init.zeros_(self.bias)
 
     def solve_weight(self, dropout: float = 0.0) -> Tensor:
         """The weight as a matrix `(out, kernel_size * in)`, a share of its entries dropped in training."""
-        weight = self.weight_v * self._scale() if self.weight_norm else self.weight
+        weight = self.direction * self._scale() if self.weight_norm else self.weight
         weight = apply_mask(weight, draw_dropout_mask(weight, dropout, self.training))
         return weight.transpose(1, 2).flatten(1)
 
     def _scale(self) -> Tensor:
-        return self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=(1, 2), keepdim=True)
+        return self.magnitude / torch.linalg.vector_norm(self.direction, dim=(1, 2), keepdim=True)
 
     def forward(self, x: Tensor, past: Tensor, weight: Tensor) -> Tensor:
         """Convolve `(batch, sequence, in)`, with `(batch, reach, in)` before it, by a `solve_weight`."""

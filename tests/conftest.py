@@ -1,4 +1,4 @@
-"""What several test files need: a contractive causal map and tiny models."""
+"""What several test files need: a fresh state, a contractive causal map, the variants of model families."""
 
 import os
 
@@ -7,8 +7,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from hf_deq import DEQTransformerConfig, DEQTransformerForCausalLM
 from hf_deq.fixed_point import FixedPointSolver
+
+pytest.register_assert_rewrite("model_laws", "generation_laws")
 
 
 @pytest.fixture(autouse=True)
@@ -37,30 +38,8 @@ def causal_map():
     return CausalMap()
 
 
-def tiny_config(**fields) -> DEQTransformerConfig:
-    """Small enough for a test, solved to round-off unless told otherwise."""
-    defaults = dict(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=2,
-        solver_tolerance=1e-10,
-        solver_max_evaluations=200,
-        backward_tolerance=1e-10,
-        backward_max_evaluations=200,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return DEQTransformerConfig(**(defaults | fields))
-
-
-def tiny_model(**fields) -> DEQTransformerForCausalLM:
-    """A float64 model in evaluation mode, made the same way every time."""
-    torch.manual_seed(0)
-    return DEQTransformerForCausalLM(tiny_config(**fields)).double().eval()
-
-
-def random_ids(batch: int, length: int, vocab_size: int = 61) -> torch.Tensor:
-    """Ids without the special ones."""
-    return torch.randint(3, vocab_size, (batch, length))
+def pytest_generate_tests(metafunc):
+    """Laws that take `fields` run once for every variant of their class's model family."""
+    if "fields" in metafunc.fixturenames and hasattr(metafunc.cls, "family"):
+        variants = metafunc.cls.family.variants
+        metafunc.parametrize("fields", variants.values(), ids=variants.keys())

@@ -1,10 +1,10 @@
 """Configurations: validated at the edge, typos refused, saved and loaded unchanged."""
 
 import pytest
-from conftest import tiny_config
+from families import TRANSFORMER, TRELLISNET
 from transformers import AutoConfig
 
-from hf_deq import DEQTransformerConfig
+families = pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,17 @@ from hf_deq import DEQTransformerConfig
         ({"solver_damping": 0.0}, r"solver_damping must be in \(0, 1\]"),
         ({"jacobian_loss_frequency": 2}, r"jacobian_loss_frequency must be in \(0, 1\]"),
         ({"shallow_depth": 0}, "shallow_depth must be at least 1"),
+    ],
+)
+@families
+def test_bad_fields_name_themselves(family, fields, message):
+    with pytest.raises(Exception, match=message):
+        family.config(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
         ({"num_attention_heads": 3}, "num_attention_heads=3 must divide hidden_size=16"),
         ({"num_attention_heads": 16}, "must be even"),
         ({"hidden_size": 5, "num_attention_heads": 1, "position_embedding_type": "relative"}, "even hidden_size"),
@@ -33,11 +44,33 @@ from hf_deq import DEQTransformerConfig
         ({"sliding_window": 0}, "sliding_window must be at least 1"),
         ({"hidden_dropout": 1.0}, r"hidden_dropout must lie in \[0, 1\)"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"memory_length": -1}, "memory_length must be zero or positive"),
     ],
 )
-def test_bad_fields_name_themselves(fields, message):
+def test_bad_transformers_are_refused(fields, message):
     with pytest.raises(Exception, match=message):
-        tiny_config(**fields)
+        TRANSFORMER.config(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"kernel_size": 1}, "kernel_size must be at least 2, got 1"),
+        ({"dilation": 0}, "dilation must be at least 1, got 0"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers must be 1"),
+        ({"embedding_size": 8}, "embedding_size=8 must equal hidden_size=16.*tie_word_embeddings=False"),
+        ({"num_softmax_experts": -1}, "num_softmax_experts must be zero or positive"),
+        ({"num_softmax_experts": 2, "cutoffs": [20]}, "two kinds of softmax"),
+        ({"cutoffs": []}, "cutoffs must rise strictly between 0 and vocab_size=61"),
+        ({"cutoffs": [0, 10]}, "cutoffs must rise strictly"),
+        ({"cutoffs": [30, 30]}, "cutoffs must rise strictly"),
+        ({"cutoffs": [61]}, "cutoffs must rise strictly"),
+        ({"weight_dropout": 1.5}, r"weight_dropout must lie in \[0, 1\)"),
+    ],
+)
+def test_bad_trellisnets_are_refused(fields, message):
+    with pytest.raises(Exception, match=message):
+        TRELLISNET.config(**fields)
 
 
 @pytest.mark.parametrize(
@@ -55,28 +88,47 @@ def test_bad_fields_name_themselves(fields, message):
 )
 def test_misspelt_fields_are_refused_with_a_hint(typo, field):
     with pytest.raises(ValueError, match=f"no field '{typo}'; did you mean '{field}'"):
-        tiny_config(**{typo: 1})
+        TRANSFORMER.config(**{typo: 1})
 
 
-def test_wrong_types_are_refused():
+@pytest.mark.parametrize("typo, field", [("kernal_size", "kernel_size"), ("dilations", "dilation")])
+def test_misspelt_fields_of_a_trellisnet(typo, field):
+    with pytest.raises(ValueError, match=f"no field '{typo}'; did you mean '{field}'"):
+        TRELLISNET.config(**{typo: 1})
+
+
+@families
+def test_wrong_types_are_refused(family):
     with pytest.raises(Exception, match="hidden_size"):
-        tiny_config(hidden_size="wide")
+        family.config(hidden_size="wide")
 
 
-def test_keys_of_transformers_and_of_others_pass():
-    config = tiny_config(num_labels=3, my_note="kept", attn_implementation="eager")
+@families
+def test_keys_of_transformers_and_of_others_pass(family):
+    config = family.config(num_labels=3, my_note="kept", attn_implementation="eager")
     assert config.num_labels == 3 and config.my_note == "kept"
 
 
-def test_round_trip(tmp_path):
-    config = tiny_config(
-        solver="broyden", gradient="phantom", rope_parameters={"rope_type": "default", "rope_theta": 500.0}
-    )
+@pytest.mark.parametrize(
+    "family, fields",
+    [
+        (TRANSFORMER, dict(rope_parameters={"rope_type": "default", "rope_theta": 500.0}, memory_length=3)),
+        (TRELLISNET, dict(cutoffs=[5, 9], kernel_size=4)),
+    ],
+)
+def test_round_trip(family, fields, tmp_path):
+    config = family.config(solver="broyden", gradient="phantom", **fields)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
-    assert type(loaded) is DEQTransformerConfig and loaded.to_diff_dict() == config.to_diff_dict()
+    assert type(loaded) is family.config_class and loaded.to_diff_dict() == config.to_diff_dict()
 
 
-def test_an_unrolled_model_does_not_cache():
-    assert not tiny_config(gradient="unrolled").use_cache and tiny_config().use_cache
-    assert not tiny_config(solver_scope="sequence").use_cache
+@families
+def test_an_unrolled_model_does_not_cache(family):
+    assert not family.config(gradient="unrolled").use_cache and family.config().use_cache
+    assert not family.config(solver_scope="sequence").use_cache
+
+
+def test_the_embeddings_of_a_trellisnet_are_as_wide_as_its_output():
+    assert TRELLISNET.config().embedding_size == 16
+    assert TRELLISNET.config(embedding_size=8, num_softmax_experts=2).embedding_size == 8

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
+from families import TRANSFORMER, random_ids
 
 from hf_deq.data import TokenStream
 from hf_deq.evaluation import dial_table, evaluate_perplexity, format_table, ngram_bits_per_byte
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
     "length, stride, tokens", [(8, 8, 40), (8, 3, 41), (8, 1, 15), (8, None, 8), (8, 8, 5), (8, 4, 43)]
 )
 def test_every_token_is_predicted_once_with_the_most_context(length, stride, tokens):
-    model = tiny_model()
+    model = TRANSFORMER.model()
     stream = TokenStream(random_ids(1, tokens)[0], num_bytes=100, num_words=20)
     report = evaluate_perplexity(model, stream, start_id=1, length=length, stride=stride, batch_size=3)
     step = stride or length // 2
@@ -37,7 +37,7 @@ def test_every_token_is_predicted_once_with_the_most_context(length, stride, tok
 
 
 def test_mode_is_restored_and_stride_checked():
-    model = tiny_model().train()
+    model = TRANSFORMER.model().train()
     stream = TokenStream(random_ids(1, 10)[0], 10, 2)
     evaluate_perplexity(model, stream, 1, length=4)
     assert model.training
@@ -49,7 +49,7 @@ def test_dial_table_turns_the_dial():
     stream = TokenStream(random_ids(1, 30)[0], 30, 5)
     settings = [{"solver_max_evaluations": n, "solver_tolerance": 0.0} for n in (1, 4)]
     settings += [{"solver_max_evaluations": None, "solver_tolerance": 1e-6}]
-    rows = dial_table(tiny_model(), stream, 1, settings, length=8)
+    rows = dial_table(TRANSFORMER.model(), stream, 1, settings, length=8)
     assert [row["num_evaluations"] for row in rows[:2]] == [1, 4] and rows[2]["num_evaluations"] > 6
     assert rows[0]["residual"] > rows[1]["residual"] > rows[2]["residual"]
     table = format_table(rows).splitlines()

@@ -1,0 +1,120 @@
+"""The model families and the options of each that the laws are tested for."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from hf_deq import (
+    DEQConfig,
+    DEQTransformerConfig,
+    DEQTransformerForCausalLM,
+    DEQTransformerModel,
+    DEQTrellisNetConfig,
+    DEQTrellisNetForCausalLM,
+    DEQTrellisNetModel,
+)
+from hf_deq.modeling_deq import DEQForCausalLM, DEQModel
+
+# Small enough for a test, solved to round-off unless told otherwise.
+TINY = dict(
+    vocab_size=61,
+    hidden_size=16,
+    solver_tolerance=1e-10,
+    solver_max_evaluations=200,
+    backward_tolerance=1e-10,
+    backward_max_evaluations=200,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        tiny: fields of a model small enough for a test.
+        wide: fields of one that is not: its initialisation should behave as in earnest.
+        remembering: fields with which a memory reaches as far as a cache.
+        dropouts: every dropout field.
+        variants: fields of each variant that every law is tested for, by name.
+    """
+
+    config_class: type[DEQConfig]
+    base_class: type[DEQModel]
+    model_class: type[DEQForCausalLM]
+    tiny: dict
+    wide: dict
+    remembering: dict
+    dropouts: tuple[str, ...]
+    variants: dict[str, dict]
+
+    def config(self, **fields) -> DEQConfig:
+        return self.config_class(**(TINY | self.tiny | fields))
+
+    def model(self, **fields) -> DEQForCausalLM:
+        """A float64 model in evaluation mode, made the same way every time."""
+        torch.manual_seed(0)
+        return self.model_class(self.config(**fields)).double().eval()
+
+
+def _named(*variants: dict) -> dict[str, dict]:
+    return {"-".join(f"{name}={value}" for name, value in fields.items()) or "default": fields for fields in variants}
+
+
+TRANSFORMER = Family(
+    config_class=DEQTransformerConfig,
+    base_class=DEQTransformerModel,
+    model_class=DEQTransformerForCausalLM,
+    tiny=dict(intermediate_size=32, num_attention_heads=2),
+    wide=dict(vocab_size=500, hidden_size=128, intermediate_size=512, num_attention_heads=4),
+    remembering=dict(memory_length=100),
+    dropouts=("embedding_dropout", "hidden_dropout", "output_dropout"),
+    variants=_named(
+        {},
+        {"tie_word_embeddings": False},
+        *(
+            {"norm_position": norm, "position_embedding_type": positions}
+            for norm, positions in itertools.product(("post", "pre"), ("rotary", "relative"))
+        ),
+        {"num_hidden_layers": 2},
+        {"num_hidden_layers": 2, "norm_position": "pre", "position_embedding_type": "relative"},
+        {"sliding_window": 3},
+        {"sliding_window": 4, "norm_position": "pre", "position_embedding_type": "relative"},
+        {"attn_implementation": "eager"},
+        {"attn_implementation": "eager", "norm_position": "pre", "position_embedding_type": "relative"},
+        {"solver": "broyden"},
+        {"solver": "picard"},
+    ),
+)
+
+TRELLISNET = Family(
+    config_class=DEQTrellisNetConfig,
+    base_class=DEQTrellisNetModel,
+    model_class=DEQTrellisNetForCausalLM,
+    tiny=dict(intermediate_size=12),
+    wide=dict(vocab_size=500, hidden_size=128, intermediate_size=128),
+    remembering={},
+    dropouts=("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout"),
+    variants=_named(
+        {},
+        {"cell_scan": False},
+        {"weight_norm": False},
+        {"kernel_size": 3, "dilation": 2},
+        {"kernel_size": 2, "dilation": 4, "cell_scan": False},
+        {"tie_word_embeddings": False, "embedding_size": 10},
+        {"cutoffs": [9, 30]},
+        {"cutoffs": [20], "tie_word_embeddings": False, "kernel_size": 3},
+        {"num_softmax_experts": 3, "embedding_size": 10},
+        {"num_softmax_experts": 2, "tie_word_embeddings": False},
+        {"solver": "broyden"},
+        {"solver": "picard", "kernel_size": 3},
+    ),
+)
+
+
+def random_ids(batch: int, length: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:
+    """Ids without the special ones."""
+    return torch.randint(3, vocab_size, (batch, length))

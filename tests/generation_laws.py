@@ -1,0 +1,193 @@
+"""Generation, for every model family and option: every way of decoding gives what the full forward pass gives."""
+
+import pytest
+import torch
+from families import Family, random_ids
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, TextIteratorStreamer, pipeline
+
+GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+
+
+@torch.no_grad()
+def greedy_without_cache(model, ids, steps):
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+class GenerationLaws:
+    """Derive from it and name the `family`."""
+
+    family: Family
+
+    @pytest.mark.parametrize("pieces", [[1] * 14, [6] + [1] * 8, [5, 4, 5]])
+    @torch.no_grad()
+    def test_cached_logits_equal_uncached_ones(self, fields, pieces):
+        model = self.family.model(**fields)
+        ids = random_ids(2, 14)
+        full = model(ids, use_cache=False)
+        cache, logits = None, []
+        for piece in ids.split(pieces, 1):
+            output = model(piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+        assert full.converged.all()
+        assert (torch.cat(logits, 1) - full.logits).abs().max() <= 1e-8
+
+    @torch.no_grad()
+    def test_cached_logits_at_the_default_tolerance(self):
+        """In float32 at tolerance 1e-3: apart by a few times the tolerance, relative to the size of the logits."""
+        model = self.family.model(solver_tolerance=1e-3).float()
+        ids = random_ids(4, 24)
+        full = model(ids, use_cache=False).logits
+        cache, logits = DynamicCache(config=model.config), []
+        for piece in ids.split([8] + [1] * 16, 1):
+            logits.append(model(piece, past_key_values=cache, use_cache=True).logits)
+        assert (torch.cat(logits, 1) - full).norm() <= 5e-3 * full.norm()
+
+    @torch.no_grad()
+    def test_an_unconverged_solve_caches_the_state_it_returns(self):
+        model = self.family.model(solver_max_evaluations=3)
+        ids = random_ids(1, 6)
+        with pytest.warns(UserWarning, match="Raise max_evaluations"):
+            cache = model(ids, use_cache=True).past_key_values
+        exact = self.family.model()(ids, use_cache=True).past_key_values
+        error = (cache.layers[0].keys - exact.layers[0].keys).norm() / exact.layers[0].keys.norm()
+        assert error < 0.1 and cache.get_seq_length() == 6
+
+    @torch.no_grad()
+    def test_a_neighbour_that_does_not_converge_leaves_a_row_and_its_cache_alone(self):
+        model, rows = self.family.model(solver_tolerance=1e-3), random_ids(60, 6)
+        evaluations = model(rows).num_evaluations
+        budget = int(evaluations.min())
+        easy, hard = rows[evaluations == budget][:1], rows[evaluations > budget]
+        dial = dict(use_cache=True, solver_max_evaluations=budget)
+        alone, together = model(easy, **dial), model(torch.cat([easy, hard[:1]]), **dial)
+        assert together.converged.tolist() == [True, False]
+        torch.testing.assert_close(together.logits[:1], alone.logits, rtol=0, atol=1e-12)
+        keys = [output.past_key_values.layers[0].keys[:1] for output in (together, alone)]
+        torch.testing.assert_close(*keys, rtol=0, atol=1e-12)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+    def test_caches_under_autocast(self, kind):
+        model = self.family.model(solver_tolerance=1e-2).float()
+        ids = random_ids(2, 8)
+        cache = kind(config=model.config, max_cache_len=8) if kind is StaticCache else kind(config=model.config)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = torch.cat(
+                [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split([5, 1, 1, 1], 1)], 1
+            )
+        assert (logits - model(ids).logits).norm() < 0.05 * logits.norm()
+
+    def test_greedy_generation_equals_decoding_without_cache(self, fields):
+        model = self.family.model(**fields)
+        ids = random_ids(2, 5)
+        assert torch.equal(model.generate(ids, **GREEDY), greedy_without_cache(model, ids, 12))
+        assert torch.equal(model.generate(ids, **GREEDY, use_cache=False), greedy_without_cache(model, ids, 12))
+
+    def test_static_cache(self, fields):
+        model = self.family.model(**fields)
+        ids = random_ids(2, 5)
+        assert torch.equal(
+            model.generate(ids, **GREEDY, cache_implementation="static"), greedy_without_cache(model, ids, 12)
+        )
+
+    def test_left_padded_batches(self, fields):
+        model = self.family.model(**fields)
+        rows = [random_ids(1, length) for length in (3, 7, 5)]
+        ids = torch.cat([pad(row, (7 - row.shape[1], 0)) for row in rows])
+        mask = (ids != 0).long()
+        for cache in (None, "static"):
+            batch = model.generate(ids, attention_mask=mask, **GREEDY, cache_implementation=cache)
+            for tokens, row in zip(batch, rows, strict=True):
+                assert torch.equal(tokens[7:], model.generate(row, **GREEDY)[0, row.shape[1] :])
+
+    def test_beam_search(self, fields):
+        model = self.family.model(**fields)
+        beams = dict(GREEDY, num_beams=3, return_dict_in_generate=True, output_scores=True)
+        cached, uncached = (
+            model.generate(ids, **beams, use_cache=use) for ids in [random_ids(2, 4)] for use in (True, False)
+        )
+        assert torch.equal(cached.sequences, uncached.sequences)
+        torch.testing.assert_close(cached.sequences_scores, uncached.sequences_scores, rtol=0, atol=1e-5)
+
+    def test_prompt_lookup_and_assisted_decoding_crop_the_cache(self, fields):
+        model = self.family.model(**fields)
+        ids = random_ids(1, 4).repeat(1, 3)
+        expected = greedy_without_cache(model, ids, 12)
+        assert torch.equal(model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3), expected)
+        torch.manual_seed(1)
+        assistant = type(model)(self.family.config(**fields)).double().eval()
+        assert torch.equal(model.generate(ids, **GREEDY, assistant_model=assistant), expected)
+
+    def test_sampling_follows_the_seed(self):
+        model = self.family.model()
+        ids = random_ids(2, 4)
+        samples = []
+        for use_cache in (True, False):
+            torch.manual_seed(5)
+            samples.append(
+                model.generate(ids, do_sample=True, top_k=0, max_new_tokens=10, eos_token_id=None, use_cache=use_cache)
+            )
+        assert torch.equal(*samples)
+
+    def test_the_dial_reaches_generate_and_misspelt_dials_do_not_pass(self):
+        model, evaluations = self.family.model(), []
+        model.model.register_forward_hook(
+            lambda module, args, output: evaluations.append(output.num_evaluations.max().item())
+        )
+        ids = random_ids(1, 4)
+        model.generate(ids, **GREEDY)
+        precise = sum(evaluations)
+        evaluations.clear()
+        model.generate(ids, **GREEDY, solver_tolerance=1e-2)
+        assert sum(evaluations) < precise / 2
+        evaluations.clear()
+        with pytest.warns(UserWarning, match="Raise max_evaluations"):
+            model.generate(ids, **GREEDY, solver_max_evaluations=2)
+        assert max(evaluations) == 2
+        with pytest.raises(ValueError, match="solver_tolerence"):
+            model.generate(ids, **GREEDY, solver_tolerence=1e-2)
+
+    def test_continuing_from_a_returned_cache(self):
+        model = self.family.model()
+        ids = random_ids(1, 5)
+        first = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+        longer = torch.cat([first.sequences, random_ids(1, 3)], 1)
+        continued = model.generate(longer, **GREEDY, past_key_values=first.past_key_values)
+        assert torch.equal(continued, greedy_without_cache(model, longer, 12))
+
+    def test_generation_from_embeddings_and_chunked_prefill(self):
+        model = self.family.model()
+        ids = random_ids(1, 6)
+        expected = greedy_without_cache(model, ids, 12)
+        assert torch.equal(model.generate(inputs_embeds=model.get_input_embeddings()(ids), **GREEDY), expected[:, 6:])
+        assert torch.equal(model.generate(ids, **GREEDY, prefill_chunk_size=4), expected)
+
+    @pytest.fixture
+    def tokenizer(self):
+        vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 61)}
+        words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+        )
+
+    def test_pipeline_and_streamer(self, tokenizer):
+        model = self.family.model()
+        prompts = ["w5 w6 w7", "w9"]
+        generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        batched = generator(prompts, batch_size=2, do_sample=False, max_new_tokens=5)
+        alone = [generator(prompt, do_sample=False, max_new_tokens=5) for prompt in prompts]
+        assert [text[0]["generated_text"] for text in batched] == [text[0]["generated_text"] for text in alone]
+        assert batched[0][0]["generated_text"].startswith("w5 w6 w7")
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+        inputs = tokenizer(prompts[0], return_tensors="pt", return_token_type_ids=False)
+        ids = model.generate(**inputs, **GREEDY, streamer=streamer)
+        assert "".join(streamer).split() == tokenizer.decode(ids[0, 3:]).split()
+
+    def test_generation_starts_from_nothing_but_the_bos_token(self):
+        assert self.family.model().generate(max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, 5)

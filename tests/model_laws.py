@@ -1,0 +1,325 @@
+"""The laws of the house, for every model family and option: causality, invariance, gradients, memory, round trips.
+
+A test class that derives from `ModelLaws` and names its `family` inherits a test of each law; those
+that take `fields` run once for every variant of the family.
+"""
+
+import pytest
+import torch
+from families import Family, random_ids
+from torch.nn.functional import cross_entropy, pad
+from transformers import AutoModel, AutoModelForCausalLM
+
+from hf_deq import ConvergenceWarning
+
+
+@pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
+class ModelLaws:
+    family: Family
+
+    # Causality
+
+    @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
+    @pytest.mark.parametrize("budget", [1, 2, 4, 8, 30])
+    @pytest.mark.parametrize("tolerance", [0.3, 1e-3, 1e-12])
+    def test_strict_causality_at_any_budget_and_tolerance(self, solver, budget, tolerance):
+        model = self.family.model(solver=solver)
+        ids = random_ids(2, 12)
+        changed = ids.clone()
+        changed[:, 7] = (changed[:, 7] - 2) % 58 + 3
+        dial = dict(solver_max_evaluations=budget, solver_tolerance=tolerance, use_cache=False)
+        difference = (model(ids, **dial).logits - model(changed, **dial).logits).abs()
+        assert difference[:, :7].max() <= 1e-12
+        assert difference[:, 7].min() > 0
+
+    def test_strict_causality_of_every_variant(self, fields):
+        model = self.family.model(**fields)
+        ids = random_ids(2, 10)
+        changed = torch.cat([ids[:, :6], random_ids(2, 4)], 1)
+        for budget in (2, 5):
+            dial = dict(solver_max_evaluations=budget, use_cache=False)
+            assert (model(ids, **dial).logits - model(changed, **dial).logits)[:, :6].abs().max() <= 1e-12
+
+    # Batch and padding invariance
+
+    def test_rows_do_not_depend_on_the_batch_or_on_padding(self, fields):
+        model = self.family.model(**fields)
+        rows = [random_ids(1, length) for length in (9, 5, 2)]
+        for side in ("left", "right"):
+            ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+            for i, row in enumerate(rows):
+                place = slice(9 - row.shape[1], 9) if side == "left" else slice(0, row.shape[1])
+                ids[i, place], mask[i, place] = row[0], 1
+            # A small budget, so that agreement is exact by construction and not by convergence.
+            for budget in (3, 200):
+                batch = model(ids, attention_mask=mask, use_cache=False, solver_max_evaluations=budget)
+                for i, row in enumerate(rows):
+                    alone = model(row, use_cache=False, solver_max_evaluations=budget)
+                    assert (batch.logits[i][mask[i].bool()] - alone.logits[0]).abs().max() < 1e-9
+                    assert batch.residual[i] == pytest.approx(alone.residual[0].item(), rel=1e-3, abs=1e-11)
+
+    def test_left_padding_with_position_ids_is_exact(self, fields):
+        """What `generate` passes: positions that count tokens only."""
+        model = self.family.model(**fields)
+        row = random_ids(1, 5)
+        ids, mask = pad(row, (4, 0)), torch.tensor([[0] * 4 + [1] * 5])
+        position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+        dial = dict(solver_max_evaluations=4)
+        padded = model(ids, attention_mask=mask, position_ids=position_ids, **dial).logits[:, 4:]
+        assert (padded - model(row, **dial).logits).abs().max() < 1e-12
+
+    # Gradients
+
+    def test_implicit_gradient_equals_200_unrolled_steps(self, fields):
+        """For every parameter and the input, at the start of a text and where a memory goes in."""
+        ids, before = random_ids(2, 6), random_ids(2, 5)
+        for previous in (None, before):
+            implicit = self._gradients(ids, previous, fields)
+            unrolled = self._gradients(ids, previous, fields, gradient="unrolled", solver_max_evaluations=200)
+            assert implicit.keys() == unrolled.keys()
+            assert len(implicit) == 1 + sum(1 for _ in self.family.model(**fields).parameters())
+            for name, exact in unrolled.items():
+                error = torch.linalg.vector_norm(implicit[name] - exact)
+                assert error <= 1e-6 * torch.linalg.vector_norm(exact) + 1e-12, name
+
+    def _gradients(self, ids, previous, fields, **how):
+        tolerances = dict(solver_tolerance=1e-12, backward_tolerance=1e-12)
+        model = self.family.model(**self.family.remembering, **fields, **tolerances, **how)
+        memory = None if previous is None else model(previous, use_cache=False).memory
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=embeds, labels=ids, use_cache=False, memory=memory).loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if model.get_input_embeddings().weight.grad is None:  # untied, and the input was given embedded
+            gradients["model.embed_tokens.weight"] = torch.zeros(())
+        return gradients | {"embeds": embeds.grad}
+
+    @pytest.mark.parametrize("gradient", ["implicit", "phantom", "unrolled"])
+    def test_a_few_steps_of_training_lower_the_loss(self, gradient):
+        model = self.family.model(
+            gradient=gradient, solver_max_evaluations=12, solver_tolerance=1e-3, backward_tolerance=1e-2
+        ).train()
+        ids = random_ids(4, 10)
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+        losses = []
+        for _ in range(40):
+            optimizer.zero_grad()
+            losses.append(model(ids, labels=ids, use_cache=False).loss)
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[-1] < 0.5 * losses[0]
+
+    # Memory over segments
+
+    def test_segments_with_memory_equal_the_whole_text(self, fields):
+        if fields.get("num_hidden_layers", 1) > 1:
+            pytest.skip("the memory of several layers is the state of the last one, as in torchdeq")
+        model = self.family.model(**self.family.remembering, **fields)
+        ids = random_ids(2, 14)
+        memory, logits = None, []
+        for piece in ids.split([5, 1, 6, 2], 1):
+            output = model(piece, memory=memory, use_cache=False)
+            memory = output.memory
+            logits.append(output.logits)
+        assert not any(state.requires_grad for state in memory)
+        assert (torch.cat(logits, 1) - model(ids).logits).abs().max() <= 1e-8
+
+    @pytest.mark.parametrize(
+        "how", [dict(gradient="unrolled", solver_max_evaluations=3), dict(solver_scope="sequence")]
+    )
+    def test_memory_goes_where_a_cache_cannot(self, how):
+        model = self.family.model(**self.family.remembering, **how)
+        ids = random_ids(2, 6)
+        memory = model(ids).memory
+        assert not torch.allclose(model(ids, memory=memory).logits, model(ids).logits)
+
+    def test_memory_does_not_look_ahead(self):
+        model = self.family.model(**self.family.remembering)
+        ids = random_ids(1, 6)
+        memory = model(ids).memory
+        changed = torch.cat([ids[:, :4], random_ids(1, 2)], 1)
+        dial = dict(memory=memory, solver_max_evaluations=3)
+        difference = model(ids, **dial).logits - model(changed, **dial).logits
+        assert difference[:, :4].abs().max() <= 1e-12
+
+    def test_memory_and_a_cache_exclude_each_other(self):
+        model = self.family.model(**self.family.remembering)
+        first = model(random_ids(1, 4), use_cache=True)
+        with pytest.raises(ValueError, match="memory and past_key_values.*pass one of them"):
+            model(random_ids(1, 4), memory=first.memory, past_key_values=first.past_key_values)
+
+    # Saving and loading
+
+    def test_round_trip_is_bitwise(self, fields, tmp_path):
+        model = self.family.model(**fields)
+        model.save_pretrained(tmp_path)
+        assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".json", ".safetensors"]
+        how = dict(dtype=torch.float64, attn_implementation=fields.get("attn_implementation"))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **how)
+        ids = random_ids(2, 8)
+        assert type(loaded) is self.family.model_class
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        base = AutoModel.from_pretrained(tmp_path, **how)
+        assert type(base) is self.family.base_class
+        assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_round_trip_in_other_dtypes(self, tied, dtype, tmp_path):
+        model = self.family.model(tie_word_embeddings=tied).to(dtype)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", device_map="cpu")
+        ids = random_ids(2, 8)
+        assert loaded.dtype == dtype
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert (loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()) == tied
+
+    def test_missing_weights_are_initialised(self, fields):
+        """Loading builds on the meta device: everything that is not in the file must come from _init_weights."""
+        loaded = self.family.model_class.from_pretrained(None, config=self.family.config(**fields), state_dict={})
+        for name, parameter in loaded.named_parameters():
+            assert parameter.isfinite().all() and parameter.abs().max() < 50, name
+        assert loaded(random_ids(1, 4)).logits.isfinite().all()
+
+    # Convergence
+
+    def test_bfloat16_converges_to_what_rounding_allows(self):
+        model = self.family.model(solver_tolerance=1e-3, solver_max_evaluations=30).to(torch.bfloat16)
+        output = model(random_ids(3, 20))
+        assert output.logits.dtype == torch.bfloat16 and output.converged.all()
+
+    def test_a_new_default_model_converges_quickly(self):
+        torch.manual_seed(0)
+        model = self.family.model_class(self.family.config(**self.family.wide)).eval()
+        output = model(torch.randint(3, 500, (4, 64)), solver_tolerance=1e-3)
+        assert output.converged.all() and output.num_evaluations.max() <= 15
+
+    def test_sequence_scope_agrees_at_convergence_and_refuses_a_cache(self):
+        ids = random_ids(2, 8)
+        model = self.family.model(solver_scope="sequence")
+        torch.testing.assert_close(model(ids).logits, self.family.model()(ids).logits, rtol=0, atol=1e-8)
+        assert model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None).shape == (2, 10)
+        with pytest.raises(ValueError, match='solver_scope="sequence".*use_cache=False'):
+            model(ids, use_cache=True)
+
+    def test_unroll_steps_apply_f_so_many_times(self):
+        ids = random_ids(1, 5)
+        output = self.family.model()(ids, unroll_steps=3, use_cache=False)
+        with torch.no_grad():
+            picard = self.family.model(solver="picard")(ids, solver_max_evaluations=3, solver_tolerance=0.0)
+        assert output.num_evaluations.tolist() == [3]
+        torch.testing.assert_close(output.logits, picard.logits, rtol=0, atol=1e-12)
+
+    def test_unrolled_models_refuse_a_cache_and_generate_without(self):
+        ids = random_ids(1, 4)
+        model = self.family.model(gradient="unrolled", solver_max_evaluations=3)
+        with pytest.raises(ValueError, match="Unrolled steps.*use_cache=False"):
+            model(ids, use_cache=True)
+        cache = self.family.model()(ids).past_key_values
+        assert self.family.model()(ids, unroll_steps=2).past_key_values is None
+        with pytest.raises(ValueError, match="Unrolled steps.*use_cache=False"):
+            self.family.model()(ids, past_key_values=cache, unroll_steps=2)
+        tokens = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        assert tokens[0, -1] == model(tokens[:, :-1]).logits[0, -1].argmax()
+
+    def test_a_missed_tolerance_is_reported(self):
+        with pytest.warns(ConvergenceWarning, match="Raise max_evaluations"):
+            output = self.family.model()(random_ids(2, 5), solver_max_evaluations=2)
+        assert not output.converged.any() and (output.residual > 1e-10).all()
+
+    # The interface
+
+    def test_loss_is_the_mean_over_next_tokens(self, fields):
+        model = self.family.model(**fields)
+        ids = random_ids(2, 9)
+        labels = ids.clone()
+        labels[0, :4] = -100
+        output = model(ids, labels=labels)
+        expected = cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        torch.testing.assert_close(output.loss.float(), expected)
+        halves = [model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=13).loss for i in range(2)]
+        torch.testing.assert_close(sum(halves).float(), expected)
+        shifted = model(ids, labels=labels, shift_labels=pad(labels[:, 1:], (0, 1), value=-100)).loss
+        torch.testing.assert_close(shifted.float(), expected)
+        torch.testing.assert_close(model.train()(ids, labels=labels).loss.float(), expected)
+
+    def test_logits_to_keep_embeds_and_hidden_states(self, fields):
+        model = self.family.model(**fields)
+        ids = random_ids(2, 9)
+        full = model(ids, output_hidden_states=True)
+        kept = model(ids, logits_to_keep=2).logits
+        torch.testing.assert_close(kept, full.logits[:, -2:], rtol=0, atol=1e-12)
+        kept = model(ids, logits_to_keep=torch.tensor([0, 5])).logits
+        torch.testing.assert_close(kept, full.logits[:, [0, 5]], rtol=0, atol=1e-12)
+        embeds = model.get_input_embeddings()(ids)
+        assert torch.equal(model(inputs_embeds=embeds).logits, full.logits)
+        injected, equilibrium_state = full.hidden_states
+        assert injected.shape == embeds.shape and equilibrium_state.shape == (2, 9, model.config.hidden_size)
+        assert torch.equal(model.lm_head(equilibrium_state), full.logits)
+
+    def test_return_dict_false_and_model_outputs(self):
+        model = self.family.model()
+        ids = random_ids(1, 4)
+        output = model(ids, labels=ids)
+        assert model(ids, labels=ids, return_dict=False)[0] == output.loss
+        assert {"residual", "num_evaluations", "converged"} <= output.keys()
+
+    @pytest.mark.parametrize(
+        "inputs, message",
+        [
+            (dict(input_ids=torch.tensor([[3, 61]])), r"\[0, vocab_size=61\), got 3 to 61"),
+            (dict(input_ids=torch.tensor([[-1, 5]])), "got -1 to 5"),
+            (dict(input_ids=torch.empty(1, 0, dtype=torch.long)), "input is empty"),
+            (dict(), "exactly one of input_ids and inputs_embeds"),
+            (dict(input_ids=torch.tensor([[3]]), inputs_embeds=torch.zeros(1, 1, 16)), "exactly one of"),
+            (dict(input_ids=torch.tensor([[3]]), solver_max_evaluations=0), "solver_max_evaluations must be at least"),
+            (dict(input_ids=torch.tensor([[3]]), solver_tolerance=-1.0), "tolerance must be zero or positive"),
+        ],
+    )
+    def test_bad_inputs_are_refused(self, inputs, message):
+        with pytest.raises(ValueError, match=message):
+            self.family.model()(**inputs)
+
+    # Regularization
+
+    def test_dropout_masks_are_drawn_once_per_solve(self):
+        ids = random_ids(2, 8)
+        for dropout in self.family.dropouts:
+            model = self.family.model(**{dropout: 0.3}).train()
+            torch.manual_seed(1)
+            first = model(ids, use_cache=False)
+            assert first.converged.all(), dropout  # impossible if f changed between its evaluations
+            torch.manual_seed(1)
+            assert torch.equal(model(ids, use_cache=False).logits, first.logits), dropout
+            assert not torch.allclose(model(ids, use_cache=False).logits, first.logits), dropout
+            model.eval()
+            assert torch.equal(model(ids).logits, model(ids).logits), dropout
+
+    def test_jacobian_loss_enters_the_loss(self):
+        ids = random_ids(4, 8)
+        assert self.family.model().train()(ids, labels=ids).jacobian_loss is None
+        model = self.family.model(jacobian_loss_weight=2.0)
+        assert model(ids, labels=ids).jacobian_loss is None  # evaluation mode
+        plain = model(ids, labels=ids).loss
+        model.train()
+        output = model(ids, labels=ids)
+        torch.testing.assert_close(output.loss, plain + 2.0 * output.jacobian_loss)
+
+    def test_jacobian_loss_shrinks_the_jacobian(self):
+        def jacobian_after_training(weight):
+            model = self.family.model(jacobian_loss_weight=weight, solver_max_evaluations=30).train()
+            optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+            for _ in range(30):
+                optimizer.zero_grad()
+                model(ids, labels=ids, use_cache=False).loss.backward()
+                optimizer.step()
+            model.config.jacobian_loss_weight = 1.0
+            return torch.stack([model(ids, labels=ids).jacobian_loss for _ in range(10)]).mean()
+
+        ids = random_ids(4, 8)
+        assert jacobian_after_training(100.0) < 0.6 * jacobian_after_training(0.0)
+
+    def test_jacobian_loss_frequency_is_a_share_of_the_steps(self):
+        model = self.family.model(jacobian_loss_weight=1.0, jacobian_loss_frequency=0.3, solver_tolerance=1e-2).train()
+        ids = random_ids(1, 3)
+        applied = sum(model(ids, labels=ids, use_cache=False).jacobian_loss is not None for _ in range(100))
+        assert 15 <= applied <= 45

@@ -1,0 +1,189 @@
+"""DEQ-TrellisNet: the laws of the house, its equations, and the reference implementation's numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import TRELLISNET, random_ids
+from generation_laws import GenerationLaws
+from model_laws import ModelLaws
+from safetensors.torch import load_file
+
+from hf_deq import DEQTrellisNetConfig, DEQTrellisNetForCausalLM
+from hf_deq.modeling_deq import Dial
+from hf_deq.modeling_deq_trellisnet import linear_recurrence
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+
+
+class TestLaws(ModelLaws):
+    family = TRELLISNET
+
+
+class TestGeneration(GenerationLaws):
+    family = TRELLISNET
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 8, 13])
+def test_linear_recurrence_equals_the_loop(length):
+    keep, new = torch.rand(2, length, 3, dtype=torch.float64), torch.randn(2, length, 3, dtype=torch.float64)
+    cell = start = torch.randn(2, 1, 3, dtype=torch.float64)
+    expected = []
+    for t in range(length):
+        cell = keep[:, t : t + 1] * cell + new[:, t : t + 1]
+        expected.append(cell)
+    torch.testing.assert_close(linear_recurrence(keep, new, start), torch.cat(expected, 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fields", [{}, {"kernel_size": 3, "dilation": 2}])
+def test_the_scan_has_the_same_equilibrium_in_fewer_evaluations(fields):
+    ids = random_ids(2, 24)
+    with_scan, without = (TRELLISNET.model(**fields, cell_scan=scan)(ids, labels=ids) for scan in (True, False))
+    assert (with_scan.logits - without.logits).abs().max() < 1e-8
+    assert with_scan.num_evaluations.max() < 0.6 * without.num_evaluations.min()
+    gradients = []
+    for scan in (True, False):
+        model = TRELLISNET.model(**fields, cell_scan=scan)
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("fields", [{}, {"kernel_size": 3, "dilation": 2}])
+@torch.no_grad()
+def test_the_equilibrium_solves_the_equations_position_by_position(fields):
+    """Written out for one row and one position at a time, from the definition."""
+    model = TRELLISNET.model(**fields)
+    layer, config = model.model.layers[0], model.config
+    ids = random_ids(1, 7)
+    embedded, channels = model.model.embed_tokens(ids)[0], config.intermediate_size + config.hidden_size
+    inner = model.model(ids).last_hidden_state[0]
+    taps, dilation = config.kernel_size, config.dilation
+    weight_u, weight = (
+        conv.magnitude * conv.direction / conv.direction.flatten(1).norm(dim=1)[:, None, None]
+        for conv in (layer.injection, layer.recurrence)
+    )
+    hidden, cell = [torch.zeros(channels, dtype=torch.float64)] * 99, torch.zeros(channels, dtype=torch.float64)
+    for t in range(7):
+        u = layer.injection.bias.clone()
+        for q in range(taps):
+            if t - (taps - 1) + q >= 0:
+                u += weight_u[:, :, q] @ embedded[t - (taps - 1) + q]
+        new = torch.zeros(channels, dtype=torch.float64)
+        for _ in range(100):  # this position's own equilibrium, by plain iteration
+            a = u + layer.recurrence.bias + weight[:, :, -1] @ new
+            for q in range(taps - 1):
+                a = a + weight[:, :, q] @ hidden[-(taps - 1 - q) * dilation]
+            i, o, g, f = a.view(4, channels)
+            new_cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+            new = o.sigmoid() * new_cell.tanh()
+        hidden, cell = [*hidden, new], new_cell
+        torch.testing.assert_close(inner[t], new[config.intermediate_size :], rtol=0, atol=1e-8)
+
+
+def test_weight_norm_holds_length_and_direction():
+    model = TRELLISNET.model()
+    for convolution in (model.model.layers[0].injection, model.model.layers[0].recurrence):
+        torch.testing.assert_close(convolution.magnitude.flatten(), convolution.direction.flatten(1).norm(dim=1))
+        with torch.no_grad():
+            convolution.direction.mul_(3)
+        lengths = convolution.solve_weight().norm(dim=1)
+        torch.testing.assert_close(lengths, convolution.magnitude.flatten())
+
+
+def test_dropped_word_types_are_dropped_everywhere():
+    model = TRELLISNET.model(embedding_dropout=0.5).train()
+    ids = random_ids(4, 30)
+    injected = model(ids, output_hidden_states=True).hidden_states[0]
+    dropped = injected.abs().sum(-1) == 0
+    assert 0 < dropped.sum() < dropped.numel()
+    for word in ids.unique():
+        assert dropped[ids == word].all() or not dropped[ids == word].any()
+
+
+@pytest.mark.parametrize("name", ["input_dropout", "output_dropout"])
+def test_features_are_dropped_for_a_whole_row(name):
+    model = TRELLISNET.model(**{name: 0.5}).train()
+    injected, output = model(random_ids(3, 20), output_hidden_states=True).hidden_states
+    dropped = (injected if name == "input_dropout" else output) == 0
+    assert 0 < dropped.sum() < dropped.numel()
+    assert torch.equal(dropped.all(1), dropped.any(1))
+
+
+def test_a_loss_in_training_needs_no_logits():
+    ids = random_ids(2, 6)
+    for fields in ({"cutoffs": [20]}, {"num_softmax_experts": 2}):
+        model = TRELLISNET.model(**fields)
+        assert model.train()(ids, labels=ids).logits is None
+        assert model(ids).logits is not None and model.eval()(ids, labels=ids).logits is not None
+
+
+@pytest.mark.parametrize("variant", ["trellisnet_lstm", "trellisnet_splitcross"])
+@pytest.mark.parametrize("segment", ["seg1", "seg2"])
+def test_numbers_of_the_reference_implementation(variant, segment):
+    """Fixed point, log-probabilities, loss, gradients and carried state of the paper's code, in float64."""
+    if not REFERENCE.is_dir():
+        pytest.skip("the reference implementation's tensors are not distributed with the package")
+    said = json.loads((REFERENCE / variant / "config.json").read_text())
+    expected = {
+        name.removeprefix(f"{segment}."): value
+        for name, value in load_file(REFERENCE / variant / "io.safetensors").items()
+        if name.startswith(segment)
+    }
+    model, names = _from_reference(said, load_file(REFERENCE / variant / "model.safetensors"))
+    ids, targets = expected["data"].t(), expected["target"].t().contiguous()
+    memory = _replicated(expected["z0_in"], model.config)
+    output = model(ids, labels=targets, shift_labels=targets, memory=memory)
+    logprobs = output.logits.log_softmax(-1)
+    states = model.model.layers[0](model.model.embed_tokens(ids), _SOLVED, memory=memory).solution.value
+    torch.testing.assert_close(states.transpose(1, 2), expected["z_star"], rtol=0, atol=1e-8)
+    torch.testing.assert_close(logprobs.transpose(0, 1), expected["logprobs"], rtol=0, atol=1e-8)
+    torch.testing.assert_close(states[:, -1], expected["mem_out"][0], rtol=0, atol=1e-8)
+    nats = torch.nn.functional.nll_loss(logprobs.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(nats, expected["loss"][0], rtol=0, atol=1e-8)
+    nats.backward()
+    for ours, theirs in names.items():
+        exact = expected[f"grad.{theirs}"]
+        error = torch.linalg.vector_norm(model.get_parameter(ours).grad - exact)
+        assert error <= 1e-6 * torch.linalg.vector_norm(exact), ours
+
+
+_SOLVED = Dial()  # as configured
+
+
+def _from_reference(said: dict, tensors: dict) -> tuple[DEQTrellisNetForCausalLM, dict[str, str]]:
+    """The same model here, and what each of its parameters is called there."""
+    sizes, splits = said["constructor"], (said["criterion"] or {}).get("splits")
+    config = DEQTrellisNetConfig(
+        vocab_size=sizes["n_token"],
+        embedding_size=sizes["ninp"],
+        intermediate_size=sizes["nhid"],
+        hidden_size=sizes["nout"],
+        kernel_size=sizes["kernel_size"],
+        dilation=sizes["dilation"],
+        weight_norm=sizes["wnorm"],
+        tie_word_embeddings=sizes["tie_weights"],
+        cutoffs=splits,
+        solver_tolerance=1e-13,
+        solver_max_evaluations=300,
+        backward_tolerance=1e-13,
+        backward_max_evaluations=300,
+    )
+    names = {"model.embed_tokens.weight": "encoder.weight", "lm_head.bias": "decoder.bias"}
+    for ours, theirs in {"magnitude": "weight_g", "direction": "weight_v", "bias": "bias"}.items():
+        names[f"model.layers.0.recurrence.{ours}"] = f"trellisnet.func.full_conv.{theirs}"
+        names[f"model.layers.0.injection.{ours}"] = f"trellisnet.inject_conv.{theirs}"
+    if splits:
+        names |= {"lm_head.cluster_weight": "criterion.tail_vectors", "lm_head.cluster_bias": "criterion.tail_bias"}
+    model = DEQTrellisNetForCausalLM(config).double().eval()
+    missing, unexpected = model.load_state_dict({ours: tensors[name] for ours, name in names.items()}, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}  # tied
+    return model, names
+
+
+def _replicated(state: torch.Tensor, config: DEQTrellisNetConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the reference carries over: the last state in the place of all before it, and no inputs."""
+    states = state.transpose(1, 2).expand(-1, (config.kernel_size - 1) * config.dilation, -1)
+    return states, states.new_zeros(len(states), config.kernel_size - 1, config.embedding_size)

@@ -1,0 +1,42 @@
+"""What is fixed over a solve: dropout masks and normalised weights."""
+
+import pytest
+import torch
+
+from hf_deq.weight_tying import CausalConvolution, VariationalDropout, draw_dropout_mask
+
+
+@pytest.mark.parametrize("kernel, dilation", [(2, 1), (3, 2), (4, 3)])
+@pytest.mark.parametrize("weight_norm", [True, False])
+def test_a_causal_convolution_is_torchs_own_with_padding_in_front(kernel, dilation, weight_norm):
+    convolution = CausalConvolution(3, 5, kernel, dilation, weight_norm).double()
+    for parameter in convolution.parameters():
+        torch.nn.init.normal_(parameter)
+    x, past = torch.randn(2, 7, 3, dtype=torch.float64), torch.randn(2, convolution.reach, 3, dtype=torch.float64)
+    weight = convolution.weight if not weight_norm else torch._weight_norm(convolution.direction, convolution.magnitude)
+    padded = torch.cat([past, x], 1).transpose(1, 2)
+    expected = torch.nn.functional.conv1d(padded, weight, convolution.bias, dilation=dilation).transpose(1, 2)
+    ours = convolution(x, past, convolution.solve_weight())
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+def test_weights_are_dropped_in_training_only():
+    convolution = CausalConvolution(30, 40, 2)
+    convolution.initialize()
+    whole = convolution.eval().solve_weight(dropout=0.4)
+    assert (whole != 0).all()
+    dropped = convolution.train().solve_weight(dropout=0.4)
+    assert 0.3 < (dropped == 0).float().mean() < 0.5
+    torch.testing.assert_close(dropped[dropped != 0], whole[dropped != 0] / 0.6)
+
+
+def test_dropout_masks_keep_the_mean_and_do_nothing_outside_of_training():
+    like = torch.ones(100, 100)
+    assert draw_dropout_mask(like, 0.3, training=False) is None and draw_dropout_mask(like, 0.0, training=True) is None
+    assert abs(draw_dropout_mask(like, 0.3, training=True).mean() - 1) < 0.03
+
+
+def test_variational_dropout_drops_a_feature_of_a_row_everywhere():
+    dropped = VariationalDropout(0.5).train()(torch.ones(4, 9, 50)) == 0
+    assert torch.equal(dropped.all(1), dropped.any(1)) and 0.3 < dropped.float().mean() < 0.7
+    assert not torch.equal(dropped[0, 0], dropped[1, 0])
