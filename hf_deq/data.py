@@ -3,7 +3,7 @@
     corpus = load_corpus("cpython_docs")                # DatasetDict with "train" and "validation"
     tokenizer = train_tokenizer(corpus["train"], 2048)  # byte-level BPE
     stream = encode_corpus(corpus["train"], tokenizer)  # one long tensor of ids
-    blocks = SequenceBlocks(stream, length=128)         # a torch dataset for any DataLoader
+    blocks = SequenceBlocks(stream.ids, length=128)     # a torch dataset for any DataLoader
 
 A corpus is a `datasets.DatasetDict` with one document per row in the column `text`.
 """
@@ -142,7 +142,7 @@ def encode_corpus(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenSt
 
 
 class SequenceBlocks(torch.utils.data.Dataset):
-    """A stream cut into blocks of `length + 1` ids that overlap by one: each predicts `length` tokens.
+    """A stream cut into contiguous blocks of `length` inputs; `labels` are the ids that follow each.
 
     Raises:
         ValueError: the stream is shorter than one block.
@@ -161,7 +161,39 @@ class SequenceBlocks(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         start = index * self.length
-        return {"input_ids": self.ids[start : start + self.length + 1]}
+        ids = self.ids[start : start + self.length + 1]
+        return {"input_ids": ids[:-1], "labels": ids[1:]}
+
+
+class ContiguousBatches(torch.utils.data.Sampler):
+    """Index batches of steps `first` to `last` for `rows` parallel streams: a row's next block continues its last.
+
+    Row r of step k is block r * steps_per_epoch + k % steps_per_epoch; the remainder of the blocks is left out. Each
+    step is split into `pieces` batches of neighbouring rows.
+
+    Raises:
+        ValueError: there are fewer blocks than rows.
+    """
+
+    def __init__(self, num_blocks: int, rows: int, pieces: int, first: int, last: int):
+        self.rows, self.first, self.last = rows, first, last
+        self.batch_size = rows // pieces
+        self.steps_per_epoch = num_blocks // rows
+        self.drop_last = True  # accelerate asks; every batch is full
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"The corpus has {num_blocks} sequences, less than one for each of {rows} streams: use more text, a "
+                "smaller batch_size or a smaller sequence_length."
+            )
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * (self.rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.last):
+            blocks = [row * self.steps_per_epoch + step % self.steps_per_epoch for row in range(self.rows)]
+            for start in range(0, self.rows, self.batch_size):
+                yield blocks[start : start + self.batch_size]
 
 
 class StepBatches(torch.utils.data.Sampler):

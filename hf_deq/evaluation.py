@@ -1,21 +1,25 @@
-"""How good is it, and does the equilibrium matter: perplexity with a sliding window, the dial, n-gram baselines.
+"""How good is it, and does the equilibrium matter: perplexity of a stream, and the dial as a table.
 
 `evaluate_perplexity` is the only place that computes a perplexity. Every token of the stream is
-predicted once, the first one from an end-of-text token; windows of `length` tokens advance by
-`stride`, and a token counts in the window where it has the most context.
+predicted once, the first one from an end-of-text token. There are two protocols:
+
+    sliding windows     windows of `length` tokens advance by `stride`; a token counts in the window
+                        where it has the most context
+    carried memory      `batch_size` contiguous streams are read side by side in segments of `length`, and what
+                        the model remembers of a segment is handed on to the next
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .data import TokenStream
+from .position_algebra import widest_dtype
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ def evaluate_perplexity(
     length: int = 128,
     stride: int | None = None,
     batch_size: int = 16,
+    carry_memory: bool = False,
     accelerator=None,
     progress: bool = False,
     **dial,
@@ -60,30 +65,35 @@ def evaluate_perplexity(
         model: any causal language model; put into evaluation mode for the time being.
         stream: what to predict.
         start_id: the token in front of the first one, usually end-of-text.
-        length: tokens per window.
+        length: tokens per window or segment.
         stride: tokens by which the window advances, at most `length` (no overlap); default half of it.
-        batch_size: windows per forward pass.
+        batch_size: windows per forward pass; with `carry_memory` the number of streams, which is then part of the
+            protocol: each starts without a memory.
+        carry_memory: the second protocol.
         accelerator: an `accelerate.Accelerator` whose processes share the work.
         progress: show a progress bar.
         dial: `solver_tolerance` or `solver_max_evaluations` for the model's forward.
 
     Raises:
-        ValueError: `stride` is not in 1 to `length`.
+        ValueError: `stride` is not in 1 to `length`, or the model has no memory to carry.
     """
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
         raise ValueError(f"stride must lie in 1 to length={length}, got {stride}.")
     ids = torch.cat([torch.tensor([start_id]), stream.ids])
-    batches = list(_batches(len(stream.ids), length, stride, batch_size))
-    rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    if carry_memory:
+        steps, scores = _score_streams(model, ids, length, batch_size, share, dial)
+    else:
+        steps, scores = _score_windows(model, ids, length, stride, batch_size, share, dial)
     totals = torch.zeros(5, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    for batch in tqdm(batches[rank::processes], desc="evaluate", leave=False, disable=not progress or rank > 0):
-        totals += _score(model, ids, batch, dial)
+    for sums in tqdm(scores, desc="evaluate", total=steps, leave=False, disable=not progress or share[0] > 0):
+        totals += sums
     model.train(was_training)
     if accelerator is not None:
-        totals = accelerator.reduce(totals.to(accelerator.device, _widest(accelerator.device))).double().cpu()
+        totals = accelerator.reduce(totals.to(accelerator.device, widest_dtype(accelerator.device))).double().cpu()
     nats, rows, evaluations, residual, converged = totals.tolist()
     return PerplexityReport(
         num_tokens=len(stream.ids),
@@ -113,36 +123,22 @@ def format_table(rows: list[dict]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
-def ngram_bits_per_byte(train: TokenStream, valid: TokenStream, start_id: int, vocab_size: int, order: int) -> float:
-    """Bits per byte of an interpolated Witten-Bell n-gram model (Witten & Bell 1991) on the same tokens.
+def _score_windows(model, ids, length, stride, batch_size, share, dial) -> tuple[int, Iterator[Tensor]]:
+    """How many batches this process has, and the sums over each."""
+    rank, processes = share
+    mine = list(_windows(len(ids) - 1, length, stride, batch_size))[rank::processes]
 
-    P(w | h) = (c(hw) + T(h) P(w | h')) / (c(h) + T(h)) where T(h) counts the distinct successors
-    of h, h' is h without its oldest token, and the recursion ends at the uniform distribution.
+    def scores():
+        for batch in mine:
+            _, inputs, counted = batch[0]
+            windows = torch.stack([ids[start : start + inputs + 1] for start, _, _ in batch])
+            sums, _ = _score(model, windows[:, :-1], windows[:, 1:], counted, dial)
+            yield sums
 
-    Args:
-        train, valid: streams of the same tokenizer.
-        start_id: stands in front of both streams.
-        vocab_size: number of ids.
-        order: 1 for unigrams, 2 for bigrams, 3 for trigrams.
-    """
-    train_ids, valid_ids = (
-        np.concatenate([np.full(order - 1, start_id), stream.ids.numpy()]) for stream in (train, valid)
-    )
-    probability = np.full(len(valid.ids), 1 / vocab_size)
-    for n in range(1, order + 1):
-        train_grams, valid_grams = (_ngram_keys(ids, n, order, vocab_size) for ids in (train_ids, valid_ids))
-        grams, gram_counts = np.unique(train_grams, return_counts=True)
-        contexts, successors = np.unique(grams // vocab_size, return_counts=True)
-        context_counts = np.bincount(np.searchsorted(contexts, grams // vocab_size), weights=gram_counts)
-        counts = _look_up(grams, gram_counts, valid_grams)
-        context_count = _look_up(contexts, context_counts, valid_grams // vocab_size)
-        types = _look_up(contexts, successors, valid_grams // vocab_size)
-        seen = context_count + types > 0
-        probability[seen] = ((counts + types * probability) / np.maximum(context_count + types, 1))[seen]
-    return float(-np.log2(probability).sum() / valid.num_bytes)
+    return len(mine), scores()
 
 
-def _batches(num_tokens: int, length: int, stride: int, batch_size: int) -> Iterator[list[tuple[int, int, int]]]:
+def _windows(num_tokens: int, length: int, stride: int, batch_size: int) -> Iterator[list[tuple[int, int, int]]]:
     """Batches of windows (first input, inputs, predictions that count), all of a batch of one shape."""
     windows = [(0, min(length, num_tokens), min(length, num_tokens))]
     while (done := sum(windows[-1][:2])) < num_tokens:
@@ -157,36 +153,43 @@ def _batches(num_tokens: int, length: int, stride: int, batch_size: int) -> Iter
     yield batch
 
 
+def _score_streams(model, ids, length, streams, share, dial) -> tuple[int, Iterator[Tensor]]:
+    """How many segments there are, and the sums over each, in order: the memory goes from one to the next."""
+    rank, processes = share
+    tokens = len(ids) - 1
+    piece = -(-tokens // streams)
+    starts = torch.arange(0, tokens, piece)[rank::processes]
+    offsets = range(0, piece if len(starts) else 0, length)
+
+    def scores():
+        memory = None
+        for offset in offsets:
+            places = starts[:, None] + torch.arange(offset, min(offset + length, piece))
+            targets = ids[(places + 1).clamp_max(tokens)]
+            targets[places >= tokens] = -100  # the last stream is shorter
+            inputs = ids[places.clamp_max(tokens)]
+            sums, memory = _score(model, inputs, targets, 0, dial | {"memory": memory})
+            if memory is None:
+                raise ValueError("carry_memory: the model remembers nothing. Set memory_length in its configuration.")
+            yield sums
+
+    return len(offsets), scores()
+
+
 @torch.no_grad()
-def _score(model: PreTrainedModel, ids: Tensor, batch: list[tuple[int, int, int]], dial: dict) -> Tensor:
-    """Sums over a batch: nats, rows, evaluations, residuals, converged rows."""
-    _, length, counted = batch[0]
-    windows = torch.stack([ids[start : start + length + 1] for start, _, _ in batch]).to(model.device)
-    outputs = model(windows[:, :-1], use_cache=False, logits_to_keep=counted, **dial)
+def _score(model: PreTrainedModel, inputs: Tensor, targets: Tensor, counted: int, arguments: dict):
+    """Sums over a batch (nats, rows, evaluations, residuals, converged rows), and the memory after it.
+
+    `targets` belong to the inputs of the same place; the last `counted` count (0: all), except for -100.
+    """
+    outputs = model(inputs.to(model.device), use_cache=False, logits_to_keep=counted, **arguments)
+    targets = targets[:, -counted:].to(model.device)
     nats = torch.nn.functional.cross_entropy(
-        outputs.logits.float().flatten(0, 1), windows[:, -counted:].flatten(), reduction="sum"
+        outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100
     )
     solver = [getattr(outputs, name, None) for name in ("num_evaluations", "residual", "converged")]
     sums = [0.0 if report is None else report.float().sum().item() for report in solver]
-    return torch.tensor([nats.item(), len(batch), *sums], dtype=torch.float64)
-
-
-def _ngram_keys(ids: np.ndarray, n: int, order: int, vocab_size: int) -> np.ndarray:
-    """One integer per n-gram that ends at each token, the last token in the lowest digit."""
-    keys = np.zeros(len(ids) - order + 1, dtype=np.int64)
-    for offset in range(order - n, order):
-        keys = keys * vocab_size + ids[offset : len(ids) - order + 1 + offset]
-    return keys
-
-
-def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, 0 for those not among the sorted keys."""
-    places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[places] == wanted, values[places], 0)
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.tensor([nats.item(), len(inputs), *sums], dtype=torch.float64), getattr(outputs, "memory", None)
 
 
 def _exp(nats: float) -> float:

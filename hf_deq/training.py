@@ -2,6 +2,8 @@
 
     result = train(DataArguments(), TrainingArguments(output_dir="out"), model_fields)
 
+What is learnt is a task of `tasks.py`: a corpus for `DataArguments`, copy memory for `CopyMemoryArguments`.
+
 The run is a function of its arguments: the batch of step k depends on the seed and k alone, so a
 run that stops and resumes takes the same steps as one that does not, and several processes take
 the steps of one.
@@ -27,20 +29,12 @@ from accelerate.utils import (
 )
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import AutoConfig, AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
-from .data import (
-    SequenceBlocks,
-    StepBatches,
-    TokenStream,
-    corpus_fingerprint,
-    encode_corpus,
-    load_corpus,
-    train_tokenizer,
-)
-from .evaluation import evaluate_perplexity, ngram_bits_per_byte
-from .training_arguments import DataArguments, TrainingArguments
+from .tasks import CopyMemoryTask, LanguageModeling, make_task
+from .training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
 from .training_log import Meter, MetricsFile, summary
+from .training_memory import CarriedMemory
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = (
@@ -61,12 +55,15 @@ class Interrupted(Exception):
 
 
 def train(
-    data: DataArguments, training: TrainingArguments, model_fields: dict, model_type: str = "deq_transformer"
+    data: DataArguments | CopyMemoryArguments,
+    training: TrainingArguments,
+    model_fields: dict,
+    model_type: str = "deq_transformer",
 ) -> dict:
-    """Train, save, evaluate against n-gram baselines and sample a text.
+    """Train, save, evaluate against the task's baselines and show a sample.
 
     Args:
-        data, training: see there.
+        data, training: see there; `data` says which task it is.
         model_fields: fields of the model's configuration that differ from the defaults.
         model_type: which configuration, as registered with `AutoConfig`.
 
@@ -84,64 +81,50 @@ def train(
         torch.set_num_threads(training.num_threads or _cores_per_process())
     set_seed(training.seed)
     with accelerator.main_process_first():
-        task = _prepare_task(data, training, model_fields, model_type, accelerator.print)
+        run = _prepare(data, training, model_fields, model_type, accelerator.print)
     _check_divisible(training, accelerator.num_processes)
     set_seed(training.seed, device_specific=True)  # from here on: dropout, which processes must not share
-    return _Trainer(task, training, folder, accelerator).run()
+    return _Trainer(run, training, folder, accelerator).run()
 
 
 @dataclass
-class _Task:
+class _Run:
     """What a run has before it starts; the recipe says all that made it so."""
 
+    task: LanguageModeling | CopyMemoryTask
     model: torch.nn.Module
-    tokenizer: object
-    train: TokenStream
-    validation: TokenStream
-    blocks: SequenceBlocks
     recipe: dict
 
 
-def _prepare_task(data: DataArguments, training: TrainingArguments, model_fields: dict, model_type: str, say) -> _Task:
-    corpus = load_corpus(data.corpus, data.corpus_config, data.validation_file)
-    fingerprint = corpus_fingerprint(corpus)
-    if data.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
-    else:
-        tokenizer = train_tokenizer(corpus["train"], model_fields.get("vocab_size", 2048))
-    streams = {split: encode_corpus(corpus[split], tokenizer) for split in ("train", "validation")}
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(model_type, **(model_fields | {"vocab_size": len(tokenizer)} | special))
-    tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+def _prepare(data, training: TrainingArguments, model_fields: dict, model_type: str, say) -> _Run:
+    task = make_task(data, model_fields)
+    config = AutoConfig.for_model(model_type, **(model_fields | task.model_fields))
+    task.check(config)
     model = AutoModelForCausalLM.from_config(config)
-    say(
-        f"{data.corpus} ({fingerprint}): {len(streams['train'].ids):,} training and {len(streams['validation'].ids):,} "
-        f"validation tokens of {len(tokenizer):,} kinds; {model_type} with {model.num_parameters():,} parameters"
-    )
-    recipe = (
-        {"model_type": model_type, "corpus_fingerprint": fingerprint} | asdict(data) | asdict(training) | model_fields
-    )
-    recipe = {name: value for name, value in recipe.items() if value is not None}
-    blocks = SequenceBlocks(streams["train"].ids, data.sequence_length)
-    return _Task(model, tokenizer, streams["train"], streams["validation"], blocks, recipe)
+    say(f"{task}; {model_type} with {model.num_parameters():,} parameters")
+    recipe = {"task": data.task, "model_type": model_type} | task.recipe | asdict(data) | asdict(training)
+    recipe = {name: value for name, value in (recipe | model_fields).items() if value is not None}
+    return _Run(task, model, recipe)
 
 
 class _Trainer:
     """One run: optimizer, data and progress, the steps, checkpoints, and the report at the end."""
 
-    def __init__(self, task: _Task, training: TrainingArguments, folder: Path, accelerator: Accelerator):
-        self.task, self.arguments, self.folder, self.accelerator = task, training, folder, accelerator
-        self.config = task.model.config
+    def __init__(self, run: _Run, training: TrainingArguments, folder: Path, accelerator: Accelerator):
+        self.task, self.recipe = run.task, run.recipe
+        self.arguments, self.folder, self.accelerator = training, folder, accelerator
+        self.config = run.model.config
         self.step = 0
+        self.memory = CarriedMemory(accelerator, training.gradient_accumulation_steps)
         self.stop_requested = False
         self.meter, self.metrics = Meter(accelerator.device), MetricsFile(folder, accelerator)
         optimizer = torch.optim.AdamW(
-            _parameter_groups(task.model, training.weight_decay),
+            _parameter_groups(run.model, training.weight_decay),
             lr=training.learning_rate,
             betas=(0.9, training.adam_beta2),
         )
         schedule = get_cosine_schedule_with_warmup(optimizer, training.warmup_steps, training.max_steps)
-        self.model, self.optimizer, self.schedule = accelerator.prepare(task.model, optimizer, schedule)
+        self.model, self.optimizer, self.schedule = accelerator.prepare(run.model, optimizer, schedule)
 
     @property
     def bare_model(self) -> torch.nn.Module:
@@ -176,23 +159,16 @@ class _Trainer:
             if self.step % arguments.logging_steps == 0 or self.step == arguments.max_steps:
                 self._log(bar)
             if arguments.eval_steps and self.step % arguments.eval_steps == 0 and self.step < arguments.max_steps:
-                self.metrics.write({"step": self.step} | _prefixed("validation", asdict(self._validate())))
+                self.metrics.write({"step": self.step} | _prefixed("validation", self._validate()))
             if arguments.save_steps and self.step % arguments.save_steps == 0:
                 self._save_checkpoint()
             self._stop_if_requested(bar)
         bar.close()
 
     def _loader(self) -> DataLoader:
-        accumulation = self.arguments.gradient_accumulation_steps
-        batches = StepBatches(
-            len(self.task.blocks),
-            self.arguments.batch_size // accumulation,
-            self.arguments.seed,
-            self.step * accumulation,
-            self.arguments.max_steps * accumulation,
-        )
+        batches = self.task.batches(self.arguments, self.step)
         # A generator of its own: a loader draws one number when it starts, which would shift dropout on resuming.
-        loader = DataLoader(self.task.blocks, batch_sampler=batches, generator=torch.Generator())
+        loader = DataLoader(self.task.examples, batch_sampler=batches, generator=torch.Generator())
         return self.accelerator.prepare(loader)
 
     def _optimize(self, micro_batches: list[dict]) -> None:
@@ -202,10 +178,19 @@ class _Trainer:
         if self.arguments.train_solver_tolerance is not None:
             dial["solver_tolerance"] = self.arguments.train_solver_tolerance
         self.model.train()
-        for batch in micro_batches:
+        if self.task.memory_starts_at(self.arguments, self.step):
+            self.memory.forget()
+        for piece, batch in enumerate(micro_batches):
             with self.accelerator.accumulate(self.model):
-                ids = batch["input_ids"]
-                outputs = self.model(ids, labels=ids, use_cache=False, **dial)
+                outputs = self.model(
+                    batch["input_ids"],
+                    labels=batch["labels"],
+                    shift_labels=batch["labels"],
+                    memory=self.memory.pieces[piece],
+                    use_cache=False,
+                    **dial,
+                )
+                self.memory.pieces[piece] = outputs.memory
                 self.accelerator.backward(outputs.loss)
                 if self.accelerator.sync_gradients and self.arguments.max_grad_norm:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
@@ -213,11 +198,11 @@ class _Trainer:
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()
-            self._measure(outputs, ids, shallow)
+            self._measure(outputs, batch["labels"].numel(), shallow)
 
-    def _measure(self, outputs, ids, shallow: bool) -> None:
+    def _measure(self, outputs, tokens: int, shallow: bool) -> None:
         meter = self.meter
-        meter.tokens += ids.shape[0] * (ids.shape[1] - 1) * self.accelerator.num_processes
+        meter.tokens += tokens * self.accelerator.num_processes
         loss = outputs.loss.detach()
         if outputs.jacobian_loss is not None:  # logged by itself: the loss in the log is the cross-entropy
             meter.add(jacobian_loss=outputs.jacobian_loss)
@@ -264,9 +249,10 @@ class _Trainer:
         path, fresh = self.folder / "checkpoint", self.folder / "checkpoint.new"
         meter = self.meter.totals()
         self.accelerator.save_state(str(fresh))
+        self.memory.save(fresh)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            state = {"step": self.step, "meter": meter, "recipe": self.task.recipe}
+            state = {"step": self.step, "meter": meter, "recipe": self.recipe}
             (fresh / "run.json").write_text(json.dumps(state, indent=1))
             shutil.rmtree(path, ignore_errors=True)  # only now that the new one is complete
             fresh.rename(path)
@@ -280,7 +266,7 @@ class _Trainer:
         if not (path / "run.json").is_file():
             raise ValueError(f"resume: {self.folder} holds no checkpoint. Check output_dir, or start without --resume.")
         state = json.loads((path / "run.json").read_text())
-        theirs, ours = state["recipe"], self.task.recipe
+        theirs, ours = state["recipe"], self.recipe
         different = {n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n)} - set(FREE_ON_RESUME)
         if different:
             changes = ", ".join(f"{name}: {theirs.get(name)} -> {ours.get(name)}" for name in sorted(different))
@@ -288,6 +274,7 @@ class _Trainer:
                 f"resume: {path} belongs to a run with other arguments ({changes}); use those, or another output_dir."
             )
         self.accelerator.load_state(str(path))
+        self.memory.load(path)
         self.step = state["step"]
         if self.accelerator.is_main_process:  # it holds the sums of all processes
             self.meter.resume(state["meter"])
@@ -295,46 +282,28 @@ class _Trainer:
     def _save_model(self) -> None:
         if self.accelerator.is_main_process:
             self.bare_model.save_pretrained(self.folder)
-            self.task.tokenizer.save_pretrained(self.folder)
-            (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.task.recipe, sort_keys=False))
+            self.task.save(self.folder)
+            (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
         self.accelerator.wait_for_everyone()
 
-    def _validate(self):
-        return evaluate_perplexity(
-            self.bare_model,
-            self.task.validation,
-            self.task.tokenizer.eos_token_id,
-            length=self.task.blocks.length,
-            accelerator=self.accelerator,
-            progress=True,
-        )
+    def _validate(self) -> dict[str, float]:
+        return self.task.validate(self.bare_model, self.accelerator)
 
     def _report(self, seconds: float) -> dict:
-        task, say = self.task, self.accelerator.print
-        report = self._validate()
-        names = ("unigram", "bigram", "trigram")
-        vocab_size, start = self.config.vocab_size, task.tokenizer.eos_token_id
-        baselines = {
-            name: ngram_bits_per_byte(task.train, task.validation, start, vocab_size, order)
-            for order, name in enumerate(names, start=1)
-        }
+        say, metrics, baselines = self.accelerator.print, self._validate(), self.task.baselines()
         say(
-            f"\nvalidation: perplexity {report.perplexity:.2f} per token, {report.word_perplexity:.1f} per word; "
-            f"{report.bits_per_byte:.3f} bits per byte over {report.num_tokens:,} tokens\n"
-            "n-grams (Witten-Bell) on the same tokens: "
-            + ", ".join(f"{name} {bits:.3f}" for name, bits in baselines.items())
-            + f" bits per byte\nequilibrium: {report.num_evaluations:.1f} evaluations to a residual of "
-            f"{report.residual:.1e}, {report.converged:.0%} of the sequences converged; "
-            f"training took {seconds / 60:.1f} minutes"
+            f"\nvalidation: {self.task.describe(metrics, baselines)}\n"
+            f"equilibrium: {metrics['num_evaluations']:.1f} evaluations to a residual of {metrics['residual']:.1e}, "
+            f"{metrics['converged']:.0%} of the sequences converged; training took {seconds / 60:.1f} minutes"
         )
         line = {"step": self.step, "seconds": seconds, "num_processes": self.accelerator.num_processes}
-        line |= _prefixed("validation", asdict(report)) | _prefixed("bits_per_byte", baselines)
+        line |= _prefixed("validation", metrics) | baselines
         self.metrics.write(line)
         self._say_sample()
         say(
-            f"\nLoad it:\n  import hf_deq; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            f'  model = AutoModelForCausalLM.from_pretrained("{self.folder}"); '
-            f'tokenizer = AutoTokenizer.from_pretrained("{self.folder}")'
+            "\nLoad it:\n  import hf_deq; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f'  model = AutoModelForCausalLM.from_pretrained("{self.folder}")'
+            + (f'; tokenizer = AutoTokenizer.from_pretrained("{self.folder}")' if self.task.tokenizer else "")
         )
         self._end()
         return line
@@ -350,14 +319,7 @@ class _Trainer:
     def _say_sample(self) -> None:
         if not self.accelerator.is_main_process or not self.arguments.sample_tokens:
             return
-        model, tokenizer = self.bare_model.eval(), self.task.tokenizer
-        inputs = tokenizer(self.arguments.sample_prompt, return_tensors="pt", return_token_type_ids=False).to(
-            model.device
-        )
-        ids = model.generate(
-            **inputs, max_new_tokens=self.arguments.sample_tokens, do_sample=True, top_p=0.9, temperature=0.8
-        )
-        self.accelerator.print(f"\nsample:\n{tokenizer.decode(ids[0], skip_special_tokens=True)}")
+        self.accelerator.print(f"\nsample:\n{self.task.sample(self.bare_model.eval(), self.arguments)}")
 
 
 class _signals_as_requests:

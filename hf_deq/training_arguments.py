@@ -1,14 +1,16 @@
 """What a recipe may say: the names in recipe.yaml and the flags of `scripts/train.py`, besides the model's own."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from .data import BUILT_IN_CORPUS
 
 
 @dataclass
 class DataArguments:
-    """What to train on."""
+    """What text to train on, and how it is read."""
 
+    task: ClassVar[str] = "language_modeling"
     corpus: str = field(
         default=BUILT_IN_CORPUS,
         metadata={"help": "cpython_docs (built in, no network), a local text file, or a Hub dataset."},
@@ -19,6 +21,25 @@ class DataArguments:
         default=None, metadata={"help": "An existing tokenizer (folder or Hub name); default: train one of vocab_size."}
     )
     sequence_length: int = field(default=128, metadata={"help": "Predicted tokens per training sequence."})
+    carry_memory: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the text as batch_size contiguous streams and hand the model's memory of each sequence on to "
+            "the next (truncated backpropagation through time); validation does so too."
+        },
+    )
+
+
+@dataclass
+class CopyMemoryArguments:
+    """The copy memory task: ten symbols to recall."""
+
+    task: ClassVar[str] = "copy_memory"
+    copy_delay: int = field(default=400, metadata={"help": "Positions from the last symbol to the sign, T."})
+    copy_variant: str = field(
+        default="deq",
+        metadata={"help": "deq (a single sign; 20,000 sequences) or tcn (eleven signs; 10,000 sequences)."},
+    )
 
 
 @dataclass
@@ -65,3 +86,6 @@ class TrainingArguments:
             )
         if self.train_solver_tolerance is not None and self.train_solver_tolerance < 0:
             raise ValueError(f"train_solver_tolerance must not be negative, got {self.train_solver_tolerance}.")
+
+
+TASKS = {arguments.task: arguments for arguments in (DataArguments, CopyMemoryArguments)}

@@ -4,13 +4,14 @@
     python scripts/evaluate.py deq-model --corpus my_text.txt --tolerances 1e-2 1e-3 --budgets 1 2 4
 
 The first row bypasses the solver: one application of f to the zero state. The rows by budget stop
-after so many evaluations, the rows by tolerance at that residual.
+after so many evaluations, the rows by tolerance at that residual. What the model was trained on, and whether with a
+carried memory, is read from its recipe.yaml.
 """
 
 import json
 import sys
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -20,8 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 import hf_deq  # noqa: F401  registers the model types
 from hf_deq.data import BUILT_IN_CORPUS, corpus_fingerprint, encode_corpus, load_corpus
 from hf_deq.evaluation import dial_table, format_table
+from hf_deq.tasks import make_task
+from hf_deq.training_arguments import CopyMemoryArguments
 
-COLUMNS = ("bits_per_byte", "perplexity", "word_perplexity", "num_evaluations", "residual", "converged")
+SOLVE = ("num_evaluations", "residual", "converged")
+COLUMNS = ("bits_per_byte", "perplexity", "word_perplexity", *SOLVE)
+COPY_COLUMNS = ("loss", "recalled", *SOLVE)
 
 
 @dataclass
@@ -36,17 +41,21 @@ class EvaluateArguments:
     split: str = field(default="validation", metadata={"help": "Split of the corpus."})
     tolerances: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3], metadata={"help": "Rows by tolerance."})
     budgets: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Rows by evaluations of f."})
-    length: int = field(default=128, metadata={"help": "Tokens per window."})
+    length: int = field(default=128, metadata={"help": "Tokens per window or segment."})
     stride: int | None = field(default=None, metadata={"help": "Tokens a window advances; default: half of it."})
-    batch_size: int = field(default=16, metadata={"help": "Windows per forward pass."})
+    batch_size: int = field(
+        default=16, metadata={"help": "Windows per forward pass; with carried memory, streams (part of the protocol)."}
+    )
+    carry_memory: bool | None = field(
+        default=None, metadata={"help": "Read contiguous streams, handing on the memory; default: as in training."}
+    )
     output: str | None = field(default=None, metadata={"help": "Also write the table to this JSON file."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu, cuda, mps."})
 
 
-def load_stream(model_folder: str, tokenizer, arguments: EvaluateArguments):
+def load_stream(recipe: dict, tokenizer, arguments: EvaluateArguments):
     """The stream to evaluate on: what the arguments name, else what the model's recipe names."""
-    recipe_file = Path(model_folder) / "recipe.yaml"
-    recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() and arguments.corpus is None else {}
+    recipe = recipe if arguments.corpus is None else {}
     corpus = load_corpus(
         arguments.corpus or recipe.get("corpus", BUILT_IN_CORPUS),
         arguments.corpus_config or recipe.get("corpus_config"),
@@ -64,12 +73,11 @@ def load_stream(model_folder: str, tokenizer, arguments: EvaluateArguments):
     return encode_corpus(corpus[arguments.split], tokenizer)
 
 
-def main(model_folder: str, arguments: EvaluateArguments) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder).to(arguments.device)
-    stream = load_stream(model_folder, tokenizer, arguments)
-    settings = [{"solver_max_evaluations": budget, "solver_tolerance": 0.0} for budget in arguments.budgets]
-    settings += [{"solver_max_evaluations": None, "solver_tolerance": tolerance} for tolerance in arguments.tolerances]
+def evaluate_language_model(model, folder: str, recipe: dict, settings: list[dict], arguments: EvaluateArguments):
+    """What was measured, the rows of the table, and which of their values to show."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stream = load_stream(recipe, tokenizer, arguments)
+    carry_memory = recipe.get("carry_memory", False) if arguments.carry_memory is None else arguments.carry_memory
     rows = dial_table(
         model,
         stream,
@@ -78,13 +86,36 @@ def main(model_folder: str, arguments: EvaluateArguments) -> None:
         length=arguments.length,
         stride=arguments.stride,
         batch_size=arguments.batch_size,
+        carry_memory=carry_memory,
         progress=True,
     )
-    print(
-        f"{model_folder} on {len(stream.ids):,} tokens ({stream.num_words:,} words, {stream.num_bytes:,} bytes), "
-        f"windows of {arguments.length}, stride {arguments.stride or arguments.length // 2}\n"
-    )
-    print(format_table([label(row) | {name: row[name] for name in COLUMNS} for row in rows]))
+    counts = f"{len(stream.ids):,} tokens ({stream.num_words:,} words, {stream.num_bytes:,} bytes)"
+    if carry_memory:
+        protocol = f"{arguments.batch_size} streams in segments of {arguments.length} with carried memory"
+    else:
+        protocol = f"windows of {arguments.length}, stride {arguments.stride or arguments.length // 2}"
+    return f"{counts}, {protocol}", rows, COLUMNS
+
+
+def evaluate_copy_memory(model, recipe: dict, settings: list[dict]):
+    """The same for the copy memory task."""
+    names = [field.name for field in fields(CopyMemoryArguments)]
+    task = make_task(CopyMemoryArguments(**{name: recipe[name] for name in names}), {})
+    return str(task), [setting | task.validate(model, **setting) for setting in settings], COPY_COLUMNS
+
+
+def main(folder: str, arguments: EvaluateArguments) -> None:
+    recipe_file = Path(folder) / "recipe.yaml"
+    recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
+    model = AutoModelForCausalLM.from_pretrained(folder).to(arguments.device)
+    settings = [{"solver_max_evaluations": budget, "solver_tolerance": 0.0} for budget in arguments.budgets]
+    settings += [{"solver_max_evaluations": None, "solver_tolerance": tolerance} for tolerance in arguments.tolerances]
+    if recipe.get("task") == CopyMemoryArguments.task:
+        measured, rows, columns = evaluate_copy_memory(model, recipe, settings)
+    else:
+        measured, rows, columns = evaluate_language_model(model, folder, recipe, settings, arguments)
+    print(f"{folder} on {measured}\n")
+    print(format_table([label(row) | {name: row[name] for name in columns} for row in rows]))
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(rows, indent=1))
 

@@ -1,11 +1,14 @@
 """Train a deep equilibrium language model.
 
     accelerate launch scripts/train.py                                          # the built-in corpus, minutes on a CPU
+    accelerate launch scripts/train.py --model_type deq_trellisnet              # the same with a DEQ-TrellisNet
+    accelerate launch scripts/train.py --task copy_memory                       # the copy memory task
     accelerate launch scripts/train.py model_cards/deq-transformer-small/recipe.yaml --max_steps 500
     accelerate launch scripts/train.py --corpus my_text.txt --hidden_size 256
 
-A recipe is a YAML file of the same names as the flags; flags win over the recipe. Every field of
-the model's configuration is a flag too (`--help` lists them all).
+A recipe is a YAML file of the same names as the flags; flags win over the recipe. Without one, the smallest
+of model_cards/ for the model type and the task is taken. Every field of the model's configuration is a
+flag too (`--help` lists them all).
 """
 
 import argparse
@@ -24,9 +27,10 @@ from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 
 import hf_deq  # noqa: F401  registers the model types
 from hf_deq.training import Interrupted, train
-from hf_deq.training_arguments import DataArguments, TrainingArguments
+from hf_deq.training_arguments import TASKS, TrainingArguments
 
-DEFAULT_RECIPE = Path(__file__).parents[1] / "model_cards" / "deq-transformer-tiny" / "recipe.yaml"
+MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
+DEFAULT_RECIPES = {"language_modeling": "tiny", "copy_memory": "copy-memory"}
 
 
 def model_arguments(model_type: str) -> type:
@@ -45,36 +49,48 @@ def model_arguments(model_type: str) -> type:
 def flag_type(annotation) -> type | None:
     """The widest of the plain types in an annotation; `None` if it has a structure that a flag cannot spell."""
     kinds = set(get_args(annotation) or (annotation,)) - {type(None)}
+    if kinds == {list[int]}:
+        return list[int]
     if not kinds <= {bool, float, int, str}:
         return None
     return next(kind for kind in (str, float, int, bool) if kind in kinds)
 
 
-def parse(arguments: list[str]) -> tuple[DataArguments, TrainingArguments, dict, str]:
+def parse(arguments: list[str]) -> tuple[object, TrainingArguments, dict, str]:
     """Recipe and flags to the arguments of `train`."""
-    recipe_file = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
-    if not recipe_file.is_file():
-        raise ValueError(
-            f"there is no recipe {str(recipe_file)!r}; those of this repository are model_cards/*/recipe.yaml."
-        )
-    recipe = yaml.safe_load(recipe_file.read_text()) or {}
-    recipe.pop("corpus_fingerprint", None)  # a saved run's recipe says what its corpus was; nothing can be asked of it
+    file = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else None
+    recipe = {} if file is None else read_recipe(file)
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--model_type", default=recipe.pop("model_type", "deq_transformer"))
+    first.add_argument("--model_type", default=recipe.get("model_type", "deq_transformer"), help="A registered type.")
+    first.add_argument("--task", default=recipe.get("task", "language_modeling"), choices=TASKS)
     chosen, flags = first.parse_known_args(arguments)
+    if file is None:
+        name = f"{chosen.model_type.replace('_', '-')}-{DEFAULT_RECIPES[chosen.task]}"
+        file = MODEL_CARDS / name / "recipe.yaml"
+        recipe = read_recipe(file)
 
     parser = HfArgumentParser(
-        (DataArguments, TrainingArguments, model_arguments(chosen.model_type)),
+        (TASKS[chosen.task], TrainingArguments, model_arguments(chosen.model_type)),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[first],
     )
     unknown = sorted(set(recipe) - {action.dest for action in parser._actions})
     if unknown:
-        raise ValueError(f"{recipe_file}: unknown names {unknown}; see --help for those that exist.")
-    parser.set_defaults(**recipe)
-    data, training, model = parser.parse_args_into_dataclasses(flags)
+        raise ValueError(f"{file}: unknown names {unknown}; see --help for those that exist.")
+    parser.set_defaults(**(recipe | vars(chosen)))
+    data, training, model, _ = parser.parse_args_into_dataclasses(flags)
     model_fields = {name: value for name, value in vars(model).items() if value is not None}
     return data, training, model_fields, chosen.model_type
+
+
+def read_recipe(file: Path) -> dict:
+    """The names and values of a recipe."""
+    if not file.is_file():
+        raise ValueError(f"there is no recipe {str(file)!r}; those of this repository are model_cards/*/recipe.yaml.")
+    recipe = yaml.safe_load(file.read_text()) or {}
+    recipe.pop("corpus_fingerprint", None)  # a saved run's recipe says what its corpus was; nothing can be asked of it
+    return recipe
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from hf_deq.data import (
     END_OF_TEXT,
+    ContiguousBatches,
     SequenceBlocks,
     StepBatches,
     corpus_fingerprint,
@@ -71,11 +72,23 @@ def test_local_files(tmp_path):
     assert len(load_corpus(str(lines))["train"]) == 18
 
 
-def test_blocks_cover_the_stream_once_and_overlap_by_one():
+def test_blocks_predict_every_token_of_the_stream_once():
     blocks = SequenceBlocks(torch.arange(21), 5)
     assert len(blocks) == 4
-    targets = torch.cat([blocks[i]["input_ids"][1:] for i in range(4)])
-    assert torch.equal(targets, torch.arange(1, 21)) and blocks[1]["input_ids"][0] == 5
+    for name, first in (("input_ids", 0), ("labels", 1)):
+        assert torch.equal(torch.cat([blocks[i][name] for i in range(4)]), torch.arange(first, first + 20))
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_contiguous_batches_go_on_where_each_row_stopped(pieces):
+    batches = list(ContiguousBatches(num_blocks=11, rows=4, pieces=pieces, first=0, last=5))
+    steps = [[block for batch in batches[i : i + pieces] for block in batch] for i in range(0, len(batches), pieces)]
+    assert steps == [[0, 2, 4, 6], [1, 3, 5, 7], [0, 2, 4, 6], [1, 3, 5, 7], [0, 2, 4, 6]]
+    assert all(len(batch) == 4 // pieces for batch in batches)
+    resumed = list(ContiguousBatches(11, 4, pieces, first=3, last=5))
+    assert resumed == batches[3 * pieces :] and len(ContiguousBatches(11, 4, pieces, 3, 5)) == len(resumed)
+    with pytest.raises(ValueError, match="3 sequences, less than one for each of 4 streams"):
+        ContiguousBatches(3, 4, pieces, 0, 5)
 
 
 def test_batches_are_epochs_of_permutations_and_resume_anywhere():

@@ -1,14 +1,13 @@
-"""Perplexity protocol and n-gram baselines, each against a slow and obvious version."""
+"""Perplexity protocols, each against a slow and obvious version."""
 
 import math
-from collections import Counter
 
 import pytest
 import torch
-from families import TRANSFORMER, random_ids
+from families import TRANSFORMER, TRELLISNET, random_ids
 
 from hf_deq.data import TokenStream
-from hf_deq.evaluation import dial_table, evaluate_perplexity, format_table, ngram_bits_per_byte
+from hf_deq.evaluation import dial_table, evaluate_perplexity, format_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
 
@@ -56,31 +55,27 @@ def test_dial_table_turns_the_dial():
     assert len(table) == 4 and len(set(map(len, table))) == 1
 
 
-def slow_witten_bell(train, valid, start, vocab_size, order):
-    train, valid = ([start] * (order - 1) + ids for ids in (train, valid))
-    counts = [
-        Counter(tuple(train[i - n + 1 : i + 1]) for i in range(order - 1, len(train))) for n in range(1, order + 1)
-    ]
-
-    def probability(word, history):
-        if history is None:
-            return 1 / vocab_size
-        lower = probability(word, history[1:] if history else None)
-        successors = {gram: c for gram, c in counts[len(history)].items() if gram[:-1] == history}
-        total, types = sum(successors.values()), len(successors)
-        return lower if total == 0 else (successors.get((*history, word), 0) + types * lower) / (total + types)
-
-    return -sum(math.log2(probability(valid[i], tuple(valid[i - order + 1 : i]))) for i in range(order - 1, len(valid)))
-
-
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_ngrams_against_the_definition(order):
-    train, valid = (torch.randint(0, 6, (length,)) ** 2 % 7 for length in (60, 25))
-    streams = [TokenStream(ids, num_bytes=50, num_words=1) for ids in (train, valid)]
-    expected = slow_witten_bell(train.tolist(), valid.tolist(), 0, 7, order) / 50
-    assert ngram_bits_per_byte(*streams, start_id=0, vocab_size=7, order=order) == pytest.approx(expected, rel=1e-12)
+@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+@pytest.mark.parametrize("tokens, streams, length", [(40, 1, 7), (40, 4, 5), (41, 4, 5), (9, 6, 4), (5, 8, 3)])
+def test_carried_memory_reads_each_stream_as_one_text(family, tokens, streams, length):
+    """Segments with an exact memory are one forward pass over the whole stream."""
+    model = family.model(**family.remembering)
+    ids = random_ids(1, tokens)[0]
+    report = evaluate_perplexity(
+        model, TokenStream(ids, 100, 20), 1, length=length, batch_size=streams, carry_memory=True
+    )
+    piece, nats, counted = math.ceil(tokens / streams), 0.0, 0
+    with_start = torch.cat([torch.tensor([1]), ids])
+    for start in range(0, tokens, piece):
+        text = with_start[start : min(start + piece, tokens) + 1]
+        logits = model(text[None, :-1], use_cache=False).logits[0]
+        nats += torch.nn.functional.cross_entropy(logits, text[1:], reduction="sum").item()
+        counted += len(text) - 1
+    assert counted == tokens == report.num_tokens
+    assert report.nats_per_token == pytest.approx(nats / tokens, rel=1e-6)
 
 
-def test_unseen_tokens_keep_a_probability():
-    streams = [TokenStream(torch.tensor(ids), 10, 1) for ids in ([1, 1, 2], [5, 6])]
-    assert math.isfinite(ngram_bits_per_byte(*streams, start_id=0, vocab_size=7, order=3))
+def test_a_model_without_memory_cannot_carry_it():
+    stream = TokenStream(random_ids(1, 10)[0], 10, 2)
+    with pytest.raises(ValueError, match="carry_memory.*Set memory_length"):
+        evaluate_perplexity(TRANSFORMER.model(), stream, 1, length=4, carry_memory=True)

@@ -12,9 +12,9 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_deq import DEQTransformerForCausalLM
+from hf_deq import DEQTransformerForCausalLM, DEQTrellisNetForCausalLM
 from hf_deq.training import Interrupted, train
-from hf_deq.training_arguments import DataArguments, TrainingArguments
+from hf_deq.training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -27,6 +27,16 @@ MODEL = dict(
     shallow_steps=4,
     shallow_depth=2,
 )
+MODELS = {
+    "deq_transformer": MODEL,
+    "deq_trellisnet": {name: value for name, value in MODEL.items() if name != "num_attention_heads"},
+}
+both = pytest.mark.parametrize("model_type", MODELS)
+# With these, training carries a memory over segments.
+REMEMBERING = {
+    "deq_transformer": dict(carry_memory=True, model=dict(memory_length=16)),
+    "deq_trellisnet": dict(carry_memory=True),
+}
 # Solved so well that runs which differ by rounding only do not drift apart visibly.
 TIGHT = dict(max_steps=6, train_solver_tolerance=1e-6, model=dict(backward_tolerance=1e-6, shallow_steps=3))
 TRAINING = dict(max_steps=12, batch_size=8, warmup_steps=2, logging_steps=1, sample_tokens=0, learning_rate=1e-2)
@@ -49,9 +59,10 @@ def corpus(tmp_path_factory):
     return str(file)
 
 
-def run(corpus, folder, model=None, sequence_length=16, **training):
+def run(corpus, folder, model=None, model_type="deq_transformer", sequence_length=16, carry_memory=False, **training):
     arguments = TrainingArguments(**(TRAINING | {"output_dir": str(folder)} | training))
-    return train(DataArguments(corpus=corpus, sequence_length=sequence_length), arguments, MODEL | (model or {}))
+    data = DataArguments(corpus=corpus, sequence_length=sequence_length, carry_memory=carry_memory)
+    return train(data, arguments, MODELS[model_type] | (model or {}), model_type)
 
 
 def losses(folder) -> dict[int, float]:
@@ -72,8 +83,9 @@ def interrupt_at(step, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", counting)
 
 
-def test_learns_reports_and_saves(corpus, tmp_path, capsys):
-    report = run(corpus, tmp_path, max_steps=60, logging_steps=20, sample_tokens=5, eval_steps=40)
+@both
+def test_learns_reports_and_saves(model_type, corpus, tmp_path, capsys):
+    report = run(corpus, tmp_path, None, model_type, max_steps=60, logging_steps=20, sample_tokens=5, eval_steps=40)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert report == lines[-1]
     assert lines[0]["loss"] > 1.5 * lines[-2]["loss"]
@@ -86,7 +98,7 @@ def test_learns_reports_and_saves(corpus, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "bits per byte" in printed and f'from_pretrained("{tmp_path}")' in printed and "sample:\nThe " in printed
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert type(model) is DEQTransformerForCausalLM and len(tokenizer) == model.config.vocab_size == 300
+    assert model.config.model_type == model_type and len(tokenizer) == model.config.vocab_size == 300
     assert model.config.eos_token_id == tokenizer.eos_token_id is not None
 
 
@@ -100,10 +112,17 @@ def test_shallow_pretraining_switches_to_the_equilibrium(corpus, tmp_path):
 
 @pytest.mark.parametrize("interrupted_at", [2, 9])
 @pytest.mark.parametrize("logging_steps", [1, 5])
-def test_interrupt_saves_and_resume_continues_exactly(corpus, tmp_path, monkeypatch, interrupted_at, logging_steps):
-    """Across the switch from shallow pretraining, with dropout and a random Jacobian penalty."""
+@pytest.mark.parametrize(
+    "model_type, remember", [("deq_transformer", False), ("deq_transformer", True), ("deq_trellisnet", True)]
+)
+def test_interrupt_saves_and_resume_continues_exactly(
+    corpus, tmp_path, monkeypatch, interrupted_at, logging_steps, model_type, remember
+):
+    """Across the switch from shallow pretraining, with dropout, a random Jacobian penalty and a carried memory."""
     model = dict(hidden_dropout=0.1, embedding_dropout=0.1, jacobian_loss_weight=0.1, jacobian_loss_frequency=0.5)
-    how = dict(model=model, logging_steps=logging_steps, gradient_accumulation_steps=2)
+    how = dict(REMEMBERING[model_type]) if remember else {}
+    how |= dict(model_type=model_type, logging_steps=logging_steps, gradient_accumulation_steps=2)
+    how["model"] = model | how.get("model", {})
     whole = run(corpus, tmp_path / "whole", **how)
     AcceleratorState._reset_state(True)
     interrupt_at(interrupted_at, monkeypatch)
@@ -133,17 +152,21 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(corpus, tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
 
 
-def test_accumulation_does_not_change_the_run(corpus, tmp_path):
+@pytest.mark.parametrize("carry_memory", [False, True])
+def test_accumulation_does_not_change_the_run(corpus, tmp_path, carry_memory):
+    how = dict(TIGHT, carry_memory=carry_memory, model_type="deq_trellisnet" if carry_memory else "deq_transformer")
     for pieces in (1, 4):
         AcceleratorState._reset_state(True)
-        run(corpus, tmp_path / str(pieces), **TIGHT, gradient_accumulation_steps=pieces)
+        run(corpus, tmp_path / str(pieces), **how, gradient_accumulation_steps=pieces)
     one, four = losses(tmp_path / "1"), losses(tmp_path / "4")
     assert len(one) == 6
     assert list(four.values()) == pytest.approx(list(one.values()), rel=1e-4)
 
 
-def test_two_processes_take_the_steps_of_one(corpus, tmp_path):
-    flags = {**TRAINING, **MODEL, **TIGHT["model"], **TIGHT, "corpus": corpus, "sequence_length": 16}
+@pytest.mark.parametrize("model_type, remember", [("deq_transformer", False), ("deq_trellisnet", True)])
+def test_two_processes_take_the_steps_of_one(corpus, tmp_path, model_type, remember):
+    how = dict(TIGHT, carry_memory=remember, model_type=model_type)
+    flags = {**TRAINING, **MODELS[model_type], **TIGHT["model"], **how, "corpus": corpus, "sequence_length": 16}
     del flags["model"]
     arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -153,7 +176,7 @@ def test_two_processes_take_the_steps_of_one(corpus, tmp_path):
     assert finished.returncode == 0, finished.stderr[-3000:]
     two = json.loads((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()[-1])
     assert two["num_processes"] == 2
-    one = run(corpus, tmp_path / "one", **TIGHT)
+    one = run(corpus, tmp_path / "one", **how)
     assert one["num_processes"] == 1
     assert list(losses(tmp_path / "two").values()) == pytest.approx(list(losses(tmp_path / "one").values()), rel=1e-4)
     assert two["validation_perplexity"] == pytest.approx(one["validation_perplexity"], rel=1e-3)
@@ -181,6 +204,10 @@ def test_bad_input_is_refused_before_training(corpus, tmp_path):
         run(corpus, tmp_path / "a", sequence_length=100_000)
     with pytest.raises(ValueError, match="batch_size=8 must be divisible by gradient_accumulation_steps"):
         run(corpus, tmp_path / "a", gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match="carry_memory needs a model that remembers: set memory_length"):
+        run(corpus, tmp_path / "a", carry_memory=True)
+    with pytest.raises(ValueError, match="less than one for each of 4096 streams"):
+        run(corpus, tmp_path / "a", None, "deq_trellisnet", carry_memory=True, batch_size=4096)
     with pytest.raises(ValueError, match="holds no checkpoint"):
         run(corpus, tmp_path / "a", resume=True)
     with pytest.raises(ValueError, match="max_steps must be at least 1"):
@@ -204,3 +231,41 @@ def test_a_diverging_loss_stops_with_advice(corpus, tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="The loss is .* at step 1: lower learning_rate"):
         run(corpus, tmp_path)
+
+
+@both
+def test_memory_goes_from_step_to_step(model_type, corpus, tmp_path, monkeypatch):
+    """Every step is given what the step before it returned, and nothing where the streams start again."""
+    given, returned = [], []
+    model_class = {"deq_transformer": DEQTransformerForCausalLM, "deq_trellisnet": DEQTrellisNetForCausalLM}[model_type]
+    plain = model_class.forward
+
+    def noting(self, *args, memory=None, **kwargs):
+        output = plain(self, *args, memory=memory, **kwargs)
+        if self.training:
+            given.append(memory)
+            returned.append(output.memory)
+        return output
+
+    monkeypatch.setattr(model_class, "forward", noting)
+    report = run(corpus, tmp_path, **REMEMBERING[model_type] | {"model_type": model_type}, batch_size=64, max_steps=20)
+    blocks_per_row = len(given) // sum(memory is None for memory in given)
+    assert 2 < blocks_per_row < 20 and report["validation_num_tokens"] > 0
+    for step, memory in enumerate(given):
+        if step % blocks_per_row == 0:
+            assert memory is None
+        else:
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(memory, returned[step - 1], strict=True))
+
+
+@both
+def test_copy_memory_trains(model_type, tmp_path, capsys):
+    arguments = TrainingArguments(**(TRAINING | {"output_dir": str(tmp_path), "sample_tokens": 1, "max_steps": 40}))
+    fields = {name: value for name, value in MODELS[model_type].items() if name != "vocab_size"}
+    report = train(CopyMemoryArguments(copy_delay=3, copy_variant="tcn"), arguments, fields, model_type)
+    assert losses(tmp_path)[40] < 0.5 * losses(tmp_path)[1]
+    assert report["memoryless_loss"] == pytest.approx(10 * 2.0794 / 23, rel=1e-4)
+    assert 0 < report["validation_loss"] < 1.5 and 0 < report["validation_recalled"] < 1
+    printed = capsys.readouterr().out
+    assert "10,000 training and 1,000 test sequences" in printed and "to recall [" in printed
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == 10

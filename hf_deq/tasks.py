@@ -1,0 +1,225 @@
+"""What there is to learn: examples to train on, a validation, and words for its result.
+
+    task = make_task(DataArguments(), {"hidden_size": 192})           # a language model of a corpus
+    task = make_task(CopyMemoryArguments(copy_delay=50), {...})       # the copy memory task
+
+A task gives `examples` (a dataset of `input_ids` and the `labels` of the same positions), sampled by
+`batches`, and the fields that a model's configuration must have; `validate` returns numbers, `describe` says them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from .copy_memory import CLASSES, SYMBOLS, CopyMemory
+from .data import (
+    ContiguousBatches,
+    SequenceBlocks,
+    StepBatches,
+    corpus_fingerprint,
+    encode_corpus,
+    load_corpus,
+    train_tokenizer,
+)
+from .evaluation import evaluate_perplexity
+from .ngrams import ngram_bits_per_byte
+from .training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
+
+
+class LanguageModeling:
+    """Predict the next token of a corpus.
+
+    Args:
+        data: the corpus and how it is read.
+        model_fields: of the model's configuration; `vocab_size` is that of a tokenizer to be trained.
+    """
+
+    def __init__(self, data: DataArguments, model_fields: dict):
+        self.data = data
+        corpus = load_corpus(data.corpus, data.corpus_config, data.validation_file)
+        self.fingerprint = corpus_fingerprint(corpus)
+        if data.tokenizer:
+            self.tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+        else:
+            self.tokenizer = train_tokenizer(corpus["train"], model_fields.get("vocab_size", 2048))
+        self.train, self.validation = (
+            encode_corpus(corpus[split], self.tokenizer) for split in ("train", "validation")
+        )
+        self.examples = SequenceBlocks(self.train.ids, data.sequence_length)
+        special = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        self.model_fields = {"vocab_size": len(self.tokenizer)} | special
+        self.recipe = {"corpus_fingerprint": self.fingerprint}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.data.corpus} ({self.fingerprint}): {len(self.train.ids):,} training and "
+            f"{len(self.validation.ids):,} validation tokens of {len(self.tokenizer):,} kinds"
+        )
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse a model that does not fit.
+
+        Raises:
+            ValueError: memory is to be carried, and the model has none.
+        """
+        if self.data.carry_memory and getattr(config, "memory_length", None) == 0:
+            raise ValueError("carry_memory needs a model that remembers: set memory_length, say to sequence_length.")
+        self.tokenizer.model_max_length = getattr(config, "max_position_embeddings", self.tokenizer.model_max_length)
+
+    def batches(self, training: TrainingArguments, first_step: int) -> Iterable[list[int]]:
+        """Indices of the examples of every micro-batch from a step on."""
+        if self.data.carry_memory:
+            return ContiguousBatches(
+                len(self.examples),
+                training.batch_size,
+                training.gradient_accumulation_steps,
+                first_step,
+                training.max_steps,
+            )
+        return _shuffled(self.examples, training, first_step)
+
+    def memory_starts_at(self, training: TrainingArguments, step: int) -> bool:
+        """Whether the streams are at their beginning (always so if no memory is carried)."""
+        steps_per_epoch = len(self.examples) // training.batch_size
+        return not self.data.carry_memory or step % steps_per_epoch == 0
+
+    def validate(self, model: PreTrainedModel, accelerator=None) -> dict[str, float]:
+        """Perplexity on the validation stream, as in `evaluate_perplexity`, by the protocol that trains."""
+        return asdict(
+            evaluate_perplexity(
+                model,
+                self.validation,
+                self.tokenizer.eos_token_id,
+                length=self.data.sequence_length,
+                carry_memory=self.data.carry_memory,
+                accelerator=accelerator,
+                progress=True,
+            )
+        )
+
+    def baselines(self) -> dict[str, float]:
+        """Bits per byte of n-gram models on the same tokens."""
+        names, start = ("unigram", "bigram", "trigram"), self.tokenizer.eos_token_id
+        return {
+            f"bits_per_byte_{name}": ngram_bits_per_byte(self.train, self.validation, start, len(self.tokenizer), order)
+            for order, name in enumerate(names, start=1)
+        }
+
+    def describe(self, metrics: dict[str, float], baselines: dict[str, float]) -> str:
+        """Metrics and baselines in a sentence or two."""
+        grams = ", ".join(f"{name.removeprefix('bits_per_byte_')} {bits:.3f}" for name, bits in baselines.items())
+        return (
+            f"perplexity {metrics['perplexity']:.2f} per token, {metrics['word_perplexity']:.1f} per word; "
+            f"{metrics['bits_per_byte']:.3f} bits per byte over {metrics['num_tokens']:,} tokens\n"
+            f"n-grams (Witten-Bell) on the same tokens: {grams} bits per byte"
+        )
+
+    def save(self, folder: Path) -> None:
+        """What a model needs besides itself."""
+        self.tokenizer.save_pretrained(folder)
+
+    def sample(self, model: PreTrainedModel, training: TrainingArguments) -> str:
+        """What the model continues the sample prompt with."""
+        inputs = self.tokenizer(training.sample_prompt, return_tensors="pt", return_token_type_ids=False)
+        ids = model.generate(
+            **inputs.to(model.device), max_new_tokens=training.sample_tokens, do_sample=True, top_p=0.9, temperature=0.8
+        )
+        return self.tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+class CopyMemoryTask:
+    """Recall symbols after a delay; see `copy_memory`.
+
+    Args:
+        data: which variant, and how long the delay is.
+        model_fields: of the model's configuration; nothing is asked of them.
+    """
+
+    def __init__(self, data: CopyMemoryArguments, model_fields: dict):
+        self.data = data
+        self.examples, self.test = (
+            CopyMemory(data.copy_delay, data.copy_variant, split) for split in ("train", "test")
+        )
+        self.tokenizer = None  # ids are the symbols themselves
+        self.model_fields = {"vocab_size": CLASSES}
+        self.recipe = {}
+
+    def __str__(self) -> str:
+        return (
+            f"copy memory, variant {self.data.copy_variant!r}, delay {self.data.copy_delay}: "
+            f"{len(self.examples):,} training and {len(self.test):,} test sequences"
+        )
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Any model fits."""
+
+    def batches(self, training: TrainingArguments, first_step: int) -> Iterable[list[int]]:
+        """Indices of the examples of every micro-batch from a step on."""
+        return _shuffled(self.examples, training, first_step)
+
+    def memory_starts_at(self, training: TrainingArguments, step: int) -> bool:
+        """Every sequence starts without a memory."""
+        return True
+
+    def validate(self, model: PreTrainedModel, accelerator=None, batch_size: int = 50, **dial) -> dict[str, float]:
+        """Loss over all positions of the test sequences, share of the symbols recalled, and the solver's report."""
+        rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        was_training = model.training
+        model.eval()
+        mine = torch.utils.data.Subset(self.test, range(rank, len(self.test), processes))
+        batches = tqdm(DataLoader(mine, batch_size), desc="evaluate", leave=False, disable=rank > 0)
+        totals = sum(_score(model, batch, dial) for batch in batches)
+        model.train(was_training)
+        if accelerator is not None:
+            totals = accelerator.reduce(totals.to(accelerator.device)).cpu()
+        names = ("loss", "recalled", "num_evaluations", "residual", "converged")
+        return dict(zip(names, (totals / len(self.test)).tolist(), strict=True))
+
+    def baselines(self) -> dict[str, float]:
+        """What a model scores that remembers nothing."""
+        return {"memoryless_loss": self.test.memoryless_loss}
+
+    def describe(self, metrics: dict[str, float], baselines: dict[str, float]) -> str:
+        """Metrics and baselines in a sentence."""
+        return (
+            f"loss {metrics['loss']:.2e} nats per position (without a memory {baselines['memoryless_loss']:.2e}); "
+            f"{metrics['recalled']:.2%} of the symbols recalled"
+        )
+
+    def save(self, folder: Path) -> None:
+        """Nothing."""
+
+    def sample(self, model: PreTrainedModel, training: TrainingArguments) -> str:
+        """One test sequence: what was to be recalled, and what was."""
+        example = self.test[0]
+        answer = model(example["input_ids"][None].to(model.device)).logits[0].argmax(-1)
+        wanted, given = (ids[-SYMBOLS:].tolist() for ids in (example["labels"], answer))
+        return f"to recall {wanted}\nrecalled  {given}"
+
+
+def make_task(data: DataArguments | CopyMemoryArguments, model_fields: dict) -> LanguageModeling | CopyMemoryTask:
+    """The task that the arguments are for."""
+    return (CopyMemoryTask if isinstance(data, CopyMemoryArguments) else LanguageModeling)(data, model_fields)
+
+
+def _shuffled(examples, training: TrainingArguments, first_step: int) -> StepBatches:
+    pieces = training.gradient_accumulation_steps
+    return StepBatches(
+        len(examples), training.batch_size // pieces, training.seed, first_step * pieces, training.max_steps * pieces
+    )
+
+
+@torch.no_grad()
+def _score(model: PreTrainedModel, batch: dict, dial: dict) -> torch.Tensor:
+    """Sums over a batch of sequences: mean nats, share of symbols recalled, evaluations, residual, converged."""
+    labels = batch["labels"].to(model.device)
+    outputs = model(batch["input_ids"].to(model.device), use_cache=False, **dial)
+    nats = torch.nn.functional.cross_entropy(outputs.logits.double().transpose(1, 2), labels, reduction="none").mean(1)
+    recalled = (outputs.logits[:, -SYMBOLS:].argmax(-1) == labels[:, -SYMBOLS:]).double().mean(1)
+    rows = (nats, recalled, outputs.num_evaluations, outputs.residual, outputs.converged)
+    return torch.stack([row.double().sum() for row in rows])
