@@ -107,6 +107,13 @@ def evaluate_perplexity(
     )
 
 
+def protocol(length: int, stride: int | None, batch_size: int, carry_memory: bool) -> str:
+    """The arguments of `evaluate_perplexity` that decide its result, in words."""
+    if carry_memory:
+        return f"{batch_size} streams in segments of {length}, memory carried"
+    return f"windows of {length}, stride {stride or max(1, length // 2)}"
+
+
 def dial_table(
     model: PreTrainedModel, stream: TokenStream, start_id: int, settings: Iterable[dict], **arguments
 ) -> list[dict]:

@@ -16,16 +16,8 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .cache_deq import EquilibriumCacheView
 from .configuration_deq_transformer import DEQTransformerConfig
-from .modeling_deq import (
-    DEQForCausalLM,
-    DEQLayer,
-    DEQLayerOutput,
-    DEQModel,
-    DEQPreTrainedModel,
-    Dial,
-    latest,
-    token_mask,
-)
+from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
+from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel, token_mask
 from .weight_tying import apply_mask, draw_dropout_mask
 
 # Standard deviations of initial weights, relative to fan_in ** -0.5. With these a new f is solved
@@ -238,12 +230,12 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
 
     layer_class = DEQTransformerLayer
 
-    def _make_norm(self, config: DEQTransformerConfig) -> nn.Module:
-        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def _add_dropouts(self, config: DEQTransformerConfig) -> None:
+    def __init__(self, config: DEQTransformerConfig):
+        super().__init__(config)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.output_dropout = nn.Dropout(config.output_dropout)
+        self.post_init()
 
     def _embed(self, inputs_embeds: Tensor, input_ids: Tensor | None) -> Tensor:
         # To unit size, which states have; the tied output layer wants the embeddings small.

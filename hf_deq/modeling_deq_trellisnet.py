@@ -24,16 +24,8 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .cache_deq import TrellisStateLayer, refuse_offloaded
 from .configuration_deq_trellisnet import DEQTrellisNetConfig
-from .modeling_deq import (
-    DEQForCausalLM,
-    DEQLayer,
-    DEQLayerOutput,
-    DEQModel,
-    DEQPreTrainedModel,
-    Dial,
-    latest,
-    token_mask,
-)
+from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
+from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel, token_mask
 from .softmax_heads import LogProbabilityHead, MixtureOfSoftmaxes, SplitSoftmax
 from .weight_tying import CausalConvolution, VariationalDropout, apply_mask, draw_dropout_mask
 
@@ -146,9 +138,12 @@ class DEQTrellisNetModel(DEQTrellisNetPreTrainedModel, DEQModel):
 
     layer_class = DEQTrellisNetLayer
 
-    def _add_dropouts(self, config: DEQTrellisNetConfig) -> None:
+    def __init__(self, config: DEQTrellisNetConfig):
+        super().__init__(config)
+        self.norm = nn.Identity()
         self.input_dropout = VariationalDropout(config.input_dropout)
         self.output_dropout = VariationalDropout(config.output_dropout)
+        self.post_init()
 
     def _embed(self, inputs_embeds: Tensor, input_ids: Tensor | None) -> Tensor:
         if input_ids is not None:

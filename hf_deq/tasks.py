@@ -26,7 +26,7 @@ from .data import (
     load_corpus,
     train_tokenizer,
 )
-from .evaluation import evaluate_perplexity
+from .evaluation import evaluate_perplexity, protocol
 from .ngrams import ngram_bits_per_byte
 from .training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
 
@@ -95,12 +95,17 @@ class LanguageModeling:
                 model,
                 self.validation,
                 self.tokenizer.eos_token_id,
-                length=self.data.sequence_length,
-                carry_memory=self.data.carry_memory,
+                **self.protocol,
                 accelerator=accelerator,
                 progress=True,
             )
         )
+
+    @property
+    def protocol(self) -> dict:
+        """How the validation stream is read."""
+        carry_memory = self.data.carry_memory
+        return dict(length=self.data.sequence_length, stride=None, batch_size=16, carry_memory=carry_memory)
 
     def baselines(self) -> dict[str, float]:
         """Bits per byte of n-gram models on the same tokens."""
@@ -115,7 +120,8 @@ class LanguageModeling:
         grams = ", ".join(f"{name.removeprefix('bits_per_byte_')} {bits:.3f}" for name, bits in baselines.items())
         return (
             f"perplexity {metrics['perplexity']:.2f} per token, {metrics['word_perplexity']:.1f} per word; "
-            f"{metrics['bits_per_byte']:.3f} bits per byte over {metrics['num_tokens']:,} tokens\n"
+            f"{metrics['bits_per_byte']:.3f} bits per byte over {metrics['num_tokens']:,} tokens "
+            f"({protocol(**self.protocol)})\n"
             f"n-grams (Witten-Bell) on the same tokens: {grams} bits per byte"
         )
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import hf_deq  # noqa: F401  registers the model types
 from hf_deq.data import BUILT_IN_CORPUS, corpus_fingerprint, encode_corpus, load_corpus
-from hf_deq.evaluation import dial_table, format_table
+from hf_deq.evaluation import dial_table, format_table, protocol
 from hf_deq.tasks import make_task
 from hf_deq.training_arguments import CopyMemoryArguments
 
@@ -90,11 +90,8 @@ def evaluate_language_model(model, folder: str, recipe: dict, settings: list[dic
         progress=True,
     )
     counts = f"{len(stream.ids):,} tokens ({stream.num_words:,} words, {stream.num_bytes:,} bytes)"
-    if carry_memory:
-        protocol = f"{arguments.batch_size} streams in segments of {arguments.length} with carried memory"
-    else:
-        protocol = f"windows of {arguments.length}, stride {arguments.stride or arguments.length // 2}"
-    return f"{counts}, {protocol}", rows, COLUMNS
+    how = protocol(arguments.length, arguments.stride, arguments.batch_size, carry_memory)
+    return f"{counts}, {how}", rows, COLUMNS
 
 
 def evaluate_copy_memory(model, recipe: dict, settings: list[dict]):

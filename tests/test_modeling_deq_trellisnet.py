@@ -11,7 +11,7 @@ from model_laws import ModelLaws
 from safetensors.torch import load_file
 
 from hf_deq import DEQTrellisNetConfig, DEQTrellisNetForCausalLM
-from hf_deq.modeling_deq import Dial
+from hf_deq.layer_deq import Dial
 from hf_deq.modeling_deq_trellisnet import linear_recurrence
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"

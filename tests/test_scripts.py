@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 from accelerate.state import AcceleratorState
+
+from hf_deq.training_arguments import TrainingArguments
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -128,6 +131,12 @@ def test_evaluate_turns_the_dial(trained, tmp_path):
         (["--solver", "newton"], "solver must be one of"),
         (["--corpus", "missing.txt"], "no such file"),
         (["--max_steps", "0"], "max_steps must be at least 1"),
+        (["--model_type", "deq_trellisnet", "--kernel_size", "1"], "kernel_size must be at least 2"),
+        (["--model_type", "deq_trellisnet", "--cutoffs", "9", "5"], "cutoffs must rise strictly"),
+        (["--task", "copy_memory", "--copy_delay", "0"], "copy_delay must be at least 1"),
+        (["--task", "copy_memory", "--copy_variant", "rnn"], "copy_variant must be one of"),
+        (["--task", "translation"], "invalid choice: 'translation'"),
+        (["--model_type", "deq_mamba"], "deq_mamba"),
     ],
 )
 def test_train_refuses_bad_flags_in_a_line(arguments, message, tmp_path):
@@ -154,28 +163,63 @@ def test_generate_and_evaluate_refuse_what_is_not_a_model(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe", sorted((ROOT / "model_cards").glob("*/recipe.yaml")), ids=lambda path: path.parent.name
+    "recipe", sorted((ROOT / "model_cards").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
 def test_recipes_take_their_first_steps(recipe, corpus, tmp_path):
+    flags = ["--output_dir", tmp_path, "--max_steps", 2, "--sample_tokens", 0, "--batch_size", 2]
+    if yaml.safe_load(recipe.read_text()).get("task") == "copy_memory":
+        flags += ["--copy_delay", 1, "--copy_variant", "tcn", "--solver_max_evaluations", 2]
+    else:
+        flags += ["--corpus", corpus, "--vocab_size", 300, "--sequence_length", 16]
+    finished = script("train.py", recipe, *flags)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+
+
+@pytest.mark.parametrize("model_type", ["deq_transformer", "deq_trellisnet"])
+@pytest.mark.parametrize("task", ["language_modeling", "copy_memory"])
+def test_there_is_a_recipe_for_every_model_and_task(model_type, task, monkeypatch):
+    """Chosen by these two flags alone."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    parse = runpy.run_path(str(ROOT / "scripts" / "train.py"))["parse"]
+    data, training, fields, chosen = parse(["--model_type", model_type, "--task", task, "--max_steps", "7"])
+    assert (data.task, chosen, training.max_steps) == (task, model_type, 7)
+    assert "hidden_size" in fields and training.learning_rate != TrainingArguments().learning_rate
+
+
+def test_a_trellisnet_goes_through_the_same_scripts(corpus, tmp_path):
+    flags = [flag for flag in TINY if flag not in ("--num_attention_heads", "2")]
+    flags += ["--model_type", "deq_trellisnet", "--cutoffs", 50, 150, "--carry_memory", "true", "--warmup_steps", 2]
+    finished = script("train.py", "--corpus", corpus, "--output_dir", tmp_path, *flags)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "16 streams in segments of 16, memory carried" in finished.stdout
+    assert json.loads((tmp_path / "config.json").read_text())["cutoffs"] == [50, 150]
+    finished = script("evaluate.py", tmp_path, "--length", 16, "--tolerances", 1e-3, "--budgets", 1)
+    assert "16 streams in segments of 16, memory carried" in finished.stdout, finished.stderr[-2000:]
+    finished = script("evaluate.py", tmp_path, "--length", 16, "--tolerances", 1e-3, "--carry_memory", "false")
+    assert "windows of 16, stride 8" in finished.stdout, finished.stderr[-2000:]
+    finished = script("generate.py", tmp_path, "--prompt", "sentence number", "--max_new_tokens", 6)
+    assert finished.stdout.startswith("sentence number"), finished.stderr[-2000:]
+
+
+def test_copy_memory_goes_through_the_same_scripts(tmp_path):
+    flags = ["--hidden_size", 16, "--intermediate_size", 16, "--max_steps", 5, "--warmup_steps", 1]
+    flags += ["--copy_delay", 2, "--copy_variant", "tcn", "--output_dir", tmp_path, "--batch_size", 4]
+    finished = script("train.py", "--task", "copy_memory", *flags)
+    assert "of the symbols recalled" in finished.stdout and "recalled  [" in finished.stdout, finished.stderr[-2000:]
+    finished = script("evaluate.py", tmp_path, "--tolerances", 1e-3, "--budgets", 1)
+    assert "copy memory, variant 'tcn', delay 2" in finished.stdout, finished.stderr[-2000:]
+    assert "recalled" in finished.stdout and "tolerance 1e-03" in finished.stdout
+
+
+def test_the_generation_benchmark_shows_a_constant_cache(tmp_path):
     finished = script(
-        "train.py",
-        recipe,
-        "--corpus",
-        corpus,
-        "--output_dir",
-        tmp_path,
-        "--max_steps",
-        2,
-        "--sample_tokens",
-        0,
-        "--batch_size",
-        2,
-        "--vocab_size",
-        300,
-        "--sequence_length",
-        16,
+        "benchmark_generation.py", "--lengths", 10, 40, "--vocab_size", 50, "--output", tmp_path / "b.json"
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
+    rows = json.loads((tmp_path / "b.json").read_text())
+    cache = {(row["model"], row["tokens"]): row["cache (KB)"] for row in rows}
+    assert cache["deq_trellisnet", 10] == cache["deq_trellisnet", 40]
+    assert cache["deq_transformer", 40] == 4 * cache["deq_transformer", 10]
 
 
 def test_ctrl_c_saves_and_leaves(corpus, tmp_path):

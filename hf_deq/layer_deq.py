@@ -1,0 +1,141 @@
+"""The container of an equilibrium: the one module that solves, whatever f it holds.
+
+class MyLayer(DEQLayer):
+    def forward(self, hidden_states, dial, **context):
+        solution, jacobian_loss = self.solve(lambda z: ..., z0, dial)
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .configuration_deq import DEQConfig
+from .equilibrium import (
+    GradientEstimator,
+    ImplicitGradient,
+    PhantomGradient,
+    UnrolledGradient,
+    equilibrium,
+    evaluate_with_graph,
+)
+from .fixed_point import SOLVERS, FixedPointSolution, FixedPointSolver, PicardSolver, SequenceMap
+from .jacobian import jacobian_regularization
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The quality/compute dial of one call; `None` leaves the configured value.
+
+    Attributes:
+        solver_tolerance, solver_max_evaluations: as in `DEQConfig`.
+        unroll_steps: apply f that many times with ordinary backpropagation instead of solving, as
+            in shallow pretraining.
+    """
+
+    solver_tolerance: float | None = None
+    solver_max_evaluations: int | None = None
+    unroll_steps: int | None = None
+
+
+def make_solver(
+    name: str, tolerance: float, max_evaluations: int, history: int, damping: float, scope: str
+) -> FixedPointSolver:
+    """The solver of that name (`SOLVERS`); Picard iteration has no history."""
+    arguments = {"tolerance": tolerance, "max_evaluations": max_evaluations, "damping": damping, "scope": scope}
+    if SOLVERS[name] is not PicardSolver:
+        arguments["history"] = history
+    return SOLVERS[name](**arguments)
+
+
+class DEQLayerOutput(NamedTuple):
+    """What the container of an equilibrium returns.
+
+    Attributes:
+        hidden_states: the part of the equilibrium that the output layer sees, `(batch, sequence, hidden_size)`.
+        attentions: attention weights at the equilibrium, if there are any.
+        solution: the equilibrium and how well it was solved.
+        jacobian_loss: its Jacobian regularization, if this step has one.
+        memory: for the next segment, as in `DEQModelOutputWithPast`.
+    """
+
+    hidden_states: Tensor
+    attentions: Tensor | None
+    solution: FixedPointSolution
+    jacobian_loss: Tensor | None
+    memory: tuple[Tensor, ...] | None
+
+
+class DEQLayer(nn.Module):
+    """The container of one equilibrium: holds the modules of f and knows how to solve.
+
+    It, not f, is called as a module: f runs many times and carries no hooks. Subclasses define
+    `forward(hidden_states, dial, *, past_key_values, memory, tokens, **context) -> DEQLayerOutput`.
+
+    Attributes:
+        backward_evaluations: vector-Jacobian products per sequence of the most recent implicit backward
+            solve, `(batch,)`, for logging.
+    """
+
+    def __init__(self, config: DEQConfig):
+        super().__init__()
+        self.config = config
+        self.backward_evaluations: Tensor | None = None
+
+    def solve(self, f: SequenceMap, z0: Tensor, dial: Dial) -> tuple[FixedPointSolution, Tensor | None]:
+        """The differentiable equilibrium of f, and its Jacobian regularization if this step has one."""
+        solution = equilibrium(f, z0, self.forward_solver(dial), self.gradient_estimator(dial))
+        return solution, self._jacobian_loss(f, solution.value, dial)
+
+    def forward_solver(self, dial: Dial) -> FixedPointSolver:
+        """The configured solver."""
+        config = self.config
+        tolerance = config.solver_tolerance if dial.solver_tolerance is None else dial.solver_tolerance
+        scope, history, damping = config.solver_scope, config.solver_history, config.solver_damping
+        return make_solver(config.solver, tolerance, self._budget(dial), history, damping, scope)
+
+    def gradient_estimator(self, dial: Dial) -> GradientEstimator:
+        """The configured estimator, or the unrolled one where the dial asks for it."""
+        config = self.config
+        if dial.unroll_steps is not None:
+            return UnrolledGradient(dial.unroll_steps)
+        if config.gradient == "unrolled":
+            return UnrolledGradient(self._budget(dial))
+        if config.gradient == "phantom":
+            return PhantomGradient(config.phantom_steps, config.phantom_damping)
+        solver = make_solver(
+            config.backward_solver,
+            config.backward_tolerance,
+            config.backward_max_evaluations,
+            config.solver_history,
+            config.solver_damping,
+            config.solver_scope,
+        )
+        return ImplicitGradient(solver, self._record_backward)
+
+    def _budget(self, dial: Dial) -> int:
+        budget = (
+            self.config.solver_max_evaluations if dial.solver_max_evaluations is None else dial.solver_max_evaluations
+        )
+        if budget < 1:
+            raise ValueError(f"solver_max_evaluations must be at least 1, got {budget}.")
+        return budget
+
+    def _record_backward(self, solution: FixedPointSolution) -> None:
+        self.backward_evaluations = solution.num_evaluations
+
+    def _jacobian_loss(self, f: SequenceMap, value: Tensor, dial: Dial) -> Tensor | None:
+        config = self.config
+        wanted = self.training and torch.is_grad_enabled() and config.jacobian_loss_weight > 0
+        if not wanted or dial.unroll_steps is not None or torch.rand(()).item() >= config.jacobian_loss_frequency:
+            return None
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be differentiated twice
+            z, f_z = evaluate_with_graph(f, value)
+            return jacobian_regularization(f_z, z)
+
+
+def latest(past: Tensor, new: Tensor, length: int) -> Tensor:
+    """The last `length` positions of two pieces `(batch, positions, size)`, detached, in storage of their own."""
+    return torch.cat([past, new], 1)[:, -length:].detach().clone()
