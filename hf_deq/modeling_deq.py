@@ -126,8 +126,7 @@ class DEQModel(DEQPreTrainedModel):
         _check_inputs(self.config, input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if memory is not None and past_key_values is not None:
-            raise ValueError("memory and past_key_values both say what came before: pass one of them.")
+        _check_memory(memory, past_key_values, len(inputs_embeds))
         use_cache = use_cache and unroll_steps is None and memory is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -271,6 +270,10 @@ def _check_inputs(config: DEQConfig, input_ids: Tensor | None, inputs_embeds: Te
     given = inputs_embeds if input_ids is None else input_ids
     if given.shape[1] == 0:
         raise ValueError("The input is empty: give at least one token (a beginning-of-text token will do).")
+    if inputs_embeds is not None and inputs_embeds.shape[-1] != config.embedding_size:
+        raise ValueError(
+            f"inputs_embeds must be (batch, sequence, {config.embedding_size}), got {tuple(inputs_embeds.shape)}."
+        )
     if input_ids is not None and not torch.compiler.is_compiling():
         smallest, largest = input_ids.aminmax()
         if smallest < 0 or largest >= config.vocab_size:
@@ -278,6 +281,17 @@ def _check_inputs(config: DEQConfig, input_ids: Tensor | None, inputs_embeds: Te
                 f"input_ids must lie in [0, vocab_size={config.vocab_size}), got {int(smallest)} to {int(largest)}. "
                 "Do the tokenizer and the model belong together?"
             )
+
+
+def _check_memory(memory: tuple[Tensor, ...] | None, past_key_values: Cache | None, rows: int) -> None:
+    if memory is None:
+        return
+    if past_key_values is not None:
+        raise ValueError("memory and past_key_values both say what came before: pass one of them.")
+    if any(len(state) != rows for state in memory):
+        raise ValueError(
+            f"memory has {len(memory[0])} rows and the input {rows}: each row goes on where its own text stopped."
+        )
 
 
 def _check_cacheable(config: DEQConfig, unroll_steps: int | None) -> None:

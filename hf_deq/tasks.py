@@ -61,8 +61,8 @@ class LanguageModeling:
             f"{len(self.validation.ids):,} validation tokens of {len(self.tokenizer):,} kinds"
         )
 
-    def check(self, config: PreTrainedConfig) -> None:
-        """Refuse a model that does not fit.
+    def adapt_to(self, config: PreTrainedConfig) -> None:
+        """Take note of the model that is to learn this.
 
         Raises:
             ValueError: memory is to be carried, and the model has none.
@@ -161,8 +161,8 @@ class CopyMemoryTask:
             f"{len(self.examples):,} training and {len(self.test):,} test sequences"
         )
 
-    def check(self, config: PreTrainedConfig) -> None:
-        """Any model fits."""
+    def adapt_to(self, config: PreTrainedConfig) -> None:
+        """Any model will do."""
 
     def batches(self, training: TrainingArguments, first_step: int) -> Iterable[list[int]]:
         """Indices of the examples of every micro-batch from a step on."""

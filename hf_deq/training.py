@@ -99,7 +99,7 @@ class _Run:
 def _prepare(data, training: TrainingArguments, model_fields: dict, model_type: str, say) -> _Run:
     task = make_task(data, model_fields)
     config = AutoConfig.for_model(model_type, **(model_fields | task.model_fields))
-    task.check(config)
+    task.adapt_to(config)
     model = AutoModelForCausalLM.from_config(config)
     say(f"{task}; {model_type} with {model.num_parameters():,} parameters")
     recipe = {"task": data.task, "model_type": model_type} | task.recipe | asdict(data) | asdict(training)

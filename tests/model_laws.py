@@ -146,6 +146,8 @@ class ModelLaws:
         first = model(random_ids(1, 4), use_cache=True)
         with pytest.raises(ValueError, match="memory and past_key_values.*pass one of them"):
             model(random_ids(1, 4), memory=first.memory, past_key_values=first.past_key_values)
+        with pytest.raises(ValueError, match="memory has 1 rows and the input 2"):
+            model(random_ids(2, 4), memory=first.memory)
 
     # Saving and loading
 
@@ -271,6 +273,7 @@ class ModelLaws:
             (dict(input_ids=torch.empty(1, 0, dtype=torch.long)), "input is empty"),
             (dict(), "exactly one of input_ids and inputs_embeds"),
             (dict(input_ids=torch.tensor([[3]]), inputs_embeds=torch.zeros(1, 1, 16)), "exactly one of"),
+            (dict(inputs_embeds=torch.zeros(1, 2, 5)), r"must be \(batch, sequence, 16\), got \(1, 2, 5\)"),
             (dict(input_ids=torch.tensor([[3]]), solver_max_evaluations=0), "solver_max_evaluations must be at least"),
             (dict(input_ids=torch.tensor([[3]]), solver_tolerance=-1.0), "tolerance must be zero or positive"),
         ],
