@@ -53,7 +53,8 @@ def refuse_offloaded(cache: Cache) -> None:
     """
     if getattr(cache, "offloading", False):
         raise ValueError(
-            "An offloaded cache would be fetched in every evaluation of f: use a dynamic or a static cache."
+            "An offloaded cache is sent away after every update, but a solve reads it all along: use a dynamic or a "
+            "static cache."
         )
 
 

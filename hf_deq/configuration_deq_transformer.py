@@ -31,7 +31,7 @@ class DEQTransformerConfig(DEQConfig):
         max_position_embeddings: longest sequence the model is meant for; nothing is allocated.
         sliding_window: tokens that a position attends to, itself included; `None` for all.
         memory_length: tokens of earlier segments whose states `forward` returns as `memory` and attends to when
-            they are passed back; 0 for none.
+            they are passed back; 0 for none. With more than one layer, all attend to the last one's states.
         layer_norm_eps: epsilon of every layer norm.
         initializer_range: standard deviation of the token embeddings; by default `hidden_size ** -0.5`.
         embedding_dropout: on the token embeddings.

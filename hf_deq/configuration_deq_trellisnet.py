@@ -32,7 +32,8 @@ class DEQTrellisNetConfig(DEQConfig):
             Ids should be ordered by falling frequency.
         num_softmax_experts: softmaxes that are mixed (Yang et al. 2018), or 0 for a single one.
         initializer_range: standard deviation of the token embeddings; by default `embedding_size ** -0.5`.
-        embedding_dropout: on word types: the embeddings of a dropped one are zero wherever it occurs.
+        embedding_dropout: on word types: the embeddings of a dropped one are zero wherever it occurs. It
+            needs `input_ids`, and does nothing to `inputs_embeds`.
         input_dropout: on the embedded input, one mask for all positions.
         hidden_dropout: on the hidden state that is convolved, one mask for all positions and evaluations.
         output_dropout: on the output, one mask for all positions.
@@ -102,6 +103,8 @@ class DEQTrellisNetConfig(DEQConfig):
                 f"embedding_size={self.embedding_size} must equal hidden_size={self.hidden_size}: make them equal, set "
                 "tie_word_embeddings=False, or use num_softmax_experts, whose latent states have the embeddings' size."
             )
+        if self.initializer_range <= 0:
+            raise ValueError(f"initializer_range must be positive, got {self.initializer_range}.")
         self._validate_cutoffs()
 
     def _validate_cutoffs(self):

@@ -186,6 +186,10 @@ class ContiguousBatches(torch.utils.data.Sampler):
                 "smaller batch_size or a smaller sequence_length."
             )
 
+    def starts_anew_at(self, step: int) -> bool:
+        """Whether that step does not continue the one before it: the streams are at their beginning."""
+        return step % self.steps_per_epoch == 0
+
     def __len__(self) -> int:
         return (self.last - self.first) * (self.rows // self.batch_size)
 
@@ -202,6 +206,10 @@ class StepBatches(torch.utils.data.Sampler):
     def __init__(self, num_blocks: int, batch_size: int, seed: int, first: int, last: int):
         self.num_blocks, self.batch_size, self.seed, self.first, self.last = num_blocks, batch_size, seed, first, last
         self.drop_last = True  # accelerate asks; every batch is full
+
+    def starts_anew_at(self, step: int) -> bool:
+        """Yes: no sequence continues another."""
+        return True
 
     def __len__(self) -> int:
         return self.last - self.first

@@ -11,6 +11,7 @@ predicted once, the first one from an end-of-text token. There are two protocols
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -75,8 +76,10 @@ def evaluate_perplexity(
         dial: `solver_tolerance` or `solver_max_evaluations` for the model's forward.
 
     Raises:
-        ValueError: `stride` is not in 1 to `length`, or the model has no memory to carry.
+        ValueError: `stride` is not in 1 to `length` or given where there are no windows, or the model has no memory.
     """
+    if carry_memory and stride is not None:
+        raise ValueError(f"stride={stride} is for windows: with carry_memory segments follow each other.")
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
         raise ValueError(f"stride must lie in 1 to length={length}, got {stride}.")
@@ -87,11 +90,9 @@ def evaluate_perplexity(
     else:
         steps, scores = _score_windows(model, ids, length, stride, batch_size, share, dial)
     totals = torch.zeros(5, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    for sums in tqdm(scores, desc="evaluate", total=steps, leave=False, disable=not progress or share[0] > 0):
-        totals += sums
-    model.train(was_training)
+    with evaluating(model):
+        for sums in tqdm(scores, desc="evaluate", total=steps, leave=False, disable=not progress or share[0] > 0):
+            totals += sums
     if accelerator is not None:
         totals = accelerator.reduce(totals.to(accelerator.device, widest_dtype(accelerator.device))).double().cpu()
     nats, rows, evaluations, residual, converged = totals.tolist()
@@ -105,6 +106,17 @@ def evaluate_perplexity(
         residual=residual / rows,
         converged=converged / rows,
     )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module):
+    """Within this context the model is in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def protocol(length: int, stride: int | None, batch_size: int, carry_memory: bool) -> str:
@@ -166,16 +178,18 @@ def _score_streams(model, ids, length, streams, share, dial) -> tuple[int, Itera
     tokens = len(ids) - 1
     piece = -(-tokens // streams)
     starts = torch.arange(0, tokens, piece)[rank::processes]
-    offsets = range(0, piece if len(starts) else 0, length)
+    longest = min(piece, tokens - int(starts[0])) if len(starts) else 0
+    offsets = range(0, longest, length)
 
     def scores():
         memory = None
         for offset in offsets:
-            places = starts[:, None] + torch.arange(offset, min(offset + length, piece))
+            going_on = starts + offset < tokens  # the last stream is shorter
+            places = starts[going_on, None] + torch.arange(offset, min(offset + length, piece))
             targets = ids[(places + 1).clamp_max(tokens)]
-            targets[places >= tokens] = -100  # the last stream is shorter
-            inputs = ids[places.clamp_max(tokens)]
-            sums, memory = _score(model, inputs, targets, 0, dial | {"memory": memory})
+            targets[places >= tokens] = -100
+            memory = memory and tuple(state[: len(places)] for state in memory)
+            sums, memory = _score(model, ids[places.clamp_max(tokens)], targets, 0, dial | {"memory": memory})
             if memory is None:
                 raise ValueError("carry_memory: the model remembers nothing. Set memory_length in its configuration.")
             yield sums

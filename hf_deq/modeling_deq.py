@@ -30,7 +30,8 @@ class DEQModelOutputWithPast(BaseModelOutputWithPast):
         converged: whether the tolerance was reached, `(batch,)`.
         jacobian_loss: unweighted Jacobian regularization, scalar; only in training and when it is on.
         memory: what the next segment of the same text can be given as `memory`, detached tensors
-            `(batch, positions, size)`; `None` if the model is configured to remember nothing.
+            `(batch, positions, size)`; `None` if the model is configured to remember nothing, if the segment was
+            padded, or if a key/value cache came before it.
     """
 
     residual: Tensor | None = None
@@ -109,8 +110,8 @@ class DEQModel(DEQPreTrainedModel):
             use_cache: return the cache, default `config.use_cache`.
             memory: the `memory` of the segment before this one: states carried over contiguous segments,
                 without gradients (truncated backpropagation through time). It replaces a cache where
-                one cannot be had: in training, with unrolled steps, in sequence scope. A segment that is
-                followed by another must not be padded on the right.
+                one cannot be had: in training, with unrolled steps, in sequence scope. Such segments are
+                not padded, and nothing is cached.
             solver_tolerance, solver_max_evaluations: override the config for this call.
             unroll_steps: apply f so many times with ordinary backpropagation instead of solving; nothing
                 is cached then.
@@ -121,12 +122,16 @@ class DEQModel(DEQPreTrainedModel):
 
         Raises:
             ValueError: no input or both kinds, an empty sequence, ids out of range, a cache with a
-                model that has no equilibrium to cache, a memory next to a cache.
+                model that has no equilibrium to cache, a memory next to a cache or padding, or of another model.
+            TypeError: an argument that looks like one of ours and is not.
         """
+        _refuse_misspelt(kwargs)
         _check_inputs(self.config, input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        _check_memory(memory, past_key_values, len(inputs_embeds))
+        if memory is not None:
+            _check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), attention_mask, past_key_values)
+            attention_mask = None
         use_cache = use_cache and unroll_steps is None and memory is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -143,7 +148,7 @@ class DEQModel(DEQPreTrainedModel):
             num_evaluations=output.solution.num_evaluations,
             converged=output.solution.converged,
             jacobian_loss=output.jacobian_loss,
-            memory=output.memory,
+            memory=None if _is_padded(attention_mask) else output.memory,
         )
 
 
@@ -231,11 +236,24 @@ class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
             memory=outputs.memory,
         )
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in Transformers, for a linear output layer.
+
+        Raises:
+            ValueError: the output layer is a split softmax or a mixture, whose shape depends on the vocabulary.
+        """
+        if isinstance(self.lm_head, LogProbabilityHead) and new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"A {type(self.lm_head).__name__} cannot be resized: make a model of vocab_size={new_num_tokens} and "
+                "load the weights that stay."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def _likelihood_loss(self, states, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor:
         """The library's loss function, for output layers that give likelihoods."""
         targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
         counted = targets != -100
-        nats = self.lm_head.negative_log_likelihood(states[counted], targets[counted])
+        nats = self.lm_head(states[counted], targets[counted])
         return nats.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
     def _jacobian_share(self, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor | float:
@@ -264,6 +282,17 @@ def token_mask(attention_mask: Tensor | None, first_query: int, length: int) -> 
     return tokens[..., None]
 
 
+def _is_padded(attention_mask: Tensor | None) -> bool:
+    return attention_mask is not None and not bool(attention_mask.bool().all())
+
+
+def _refuse_misspelt(arguments: dict) -> None:
+    """What is not ours goes to the attention function, which would swallow a misspelt dial."""
+    for name in arguments:
+        if name.startswith(("solver", "unroll")):
+            raise TypeError(f"forward has no argument {name!r}; the dial is {', '.join(Dial.__dataclass_fields__)}.")
+
+
 def _check_inputs(config: DEQConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -283,14 +312,24 @@ def _check_inputs(config: DEQConfig, input_ids: Tensor | None, inputs_embeds: Te
             )
 
 
-def _check_memory(memory: tuple[Tensor, ...] | None, past_key_values: Cache | None, rows: int) -> None:
-    if memory is None:
-        return
+def _check_memory(memory, sizes: tuple[int, ...], rows: int, attention_mask, past_key_values) -> None:
+    """A memory must be of this model and these rows, and is for texts that are not padded."""
     if past_key_values is not None:
-        raise ValueError("memory and past_key_values both say what came before: pass one of them.")
-    if any(len(state) != rows for state in memory):
         raise ValueError(
-            f"memory has {len(memory[0])} rows and the input {rows}: each row goes on where its own text stopped."
+            "memory and past_key_values both say what came before: pass one of them (generate makes a cache of its "
+            "own; use_cache=False keeps it from doing so)."
+        )
+    if not sizes:
+        raise ValueError("memory was given to a model that remembers nothing: set memory_length in its configuration.")
+    if tuple(state.shape[-1] for state in memory) != sizes or any(len(state) != rows for state in memory):
+        raise ValueError(
+            f"memory must be the output of this model for the same {rows} rows, with states of sizes {sizes}; "
+            f"got shapes {[tuple(state.shape) for state in memory]}."
+        )
+    if _is_padded(attention_mask):
+        raise ValueError(
+            "memory goes on where a text stopped, so there can be no padding: pass segments of one length, without "
+            "zeros in attention_mask."
         )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -139,6 +138,8 @@ class DEQTransformerLayer(DEQLayer):
 
     def __init__(self, config: DEQTransformerConfig):
         super().__init__(config)
+        if config.memory_length:
+            self.memory_sizes = (config.hidden_size, 3 * config.hidden_size)
         self.injection = nn.Linear(config.hidden_size, 4 * config.hidden_size)
         self.blocks = nn.ModuleList([DEQTransformerBlock(config, i) for i in range(config.num_hidden_layers)])
         # A pre-norm f without this norm commutes with shifts of all features and has no isolated fixed point.
@@ -160,6 +161,7 @@ class DEQTransformerLayer(DEQLayer):
         """Embedded input `(batch, sequence, hidden)` to its equilibrium."""
         hidden_size = self.config.hidden_size
         injection = self.injection(hidden_states).split([3 * hidden_size, hidden_size], dim=-1)
+        follows_cache = past_key_values is not None and past_key_values.get_seq_length() > 0
         if memory is not None:
             past_key_values = self._remembered_keys(memory, memory_positions)
         masks = [self._dropout_masks(hidden_states) for _ in self.blocks]
@@ -178,11 +180,15 @@ class DEQTransformerLayer(DEQLayer):
         solution, jacobian_loss = self.solve(f, torch.zeros_like(hidden_states), dial)
         if view is not None:
             view.commit()  # f was last called at the solution
-        memory = self._memory(memory, solution.value, injection[0])
+        # After a cache, which holds keys and not states, only the latest states would be known.
+        memory = None if follows_cache else self._memory(memory, solution.value, injection[0])
         return DEQLayerOutput(solution.value, weights, solution, jacobian_loss, memory)
 
     def _remembered_keys(self, memory: tuple[Tensor, Tensor], positions: tuple) -> DynamicCache:
-        """Keys and values that remembered states have by the present weights, which are trained through them."""
+        """Keys and values that remembered states have by the present weights, which are trained through them.
+
+        With several transformer layers in f every one of them sees the states of the last, as in torchdeq's DEQ-LM.
+        """
         cache = DynamicCache(config=self.config)
         for layer_idx, block in enumerate(self.blocks):
             cache.update(*block.remember(*memory, positions), layer_idx)
@@ -245,8 +251,6 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         length = inputs_embeds.shape[1]
         if memory is not None:
             past_key_values = _cache_as_long_as(memory, self.config)
-            if attention_mask is not None:
-                attention_mask = F.pad(attention_mask, (past_key_values.get_seq_length(), 0), value=1)
         past_length, first_key = 0, 0
         if past_key_values is not None:
             past_length = past_key_values.get_seq_length()
@@ -273,7 +277,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             positions = memory_positions = _relative_positions(inputs_embeds, past_length - first_key, mask.shape[-1])
         else:
             positions = _rotary_positions(self.config, position_ids, inputs_embeds.dtype)
-            before = torch.arange(past_length, device=inputs_embeds.device)[None]
+            before = position_ids[:, :1] - past_length + torch.arange(past_length, device=inputs_embeds.device)
             memory_positions = None if memory is None else _rotary_positions(self.config, before, inputs_embeds.dtype)
         context = {"positions": positions, "memory_positions": memory_positions, "attention_mask": mask}
         return context | {"tokens": token_mask(attention_mask, past_length - first_key, length)} | kwargs

@@ -39,6 +39,7 @@ class DEQTrellisNetLayer(DEQLayer):
     def __init__(self, config: DEQTrellisNetConfig):
         super().__init__(config)
         self.channels = config.intermediate_size + config.hidden_size
+        self.memory_sizes = (2 * self.channels, config.embedding_size)
         # Embeddings are small, for the tied output layer; the gates want a sum of unit size.
         self.injection = CausalConvolution(
             config.embedding_size,
@@ -72,7 +73,7 @@ class DEQTrellisNetLayer(DEQLayer):
         if state_layer is not None and state_layer.past is not None:
             past = state_layer.past
         past_states, past_inputs = past
-        f = self._map(self.injection(hidden_states, past_inputs, self.injection.solve_weight()), past_states, tokens)
+        f = self._map(self.injection()(hidden_states, past_inputs), past_states, tokens)
         start = hidden_states.new_zeros(*hidden_states.shape[:2], 2 * self.channels)
         solution, jacobian_loss = self.solve(f, start, dial)
         states, inputs = solution.value.detach(), hidden_states.detach()
@@ -86,14 +87,14 @@ class DEQTrellisNetLayer(DEQLayer):
 
     def _map(self, injection: Tensor, past_states: Tensor, tokens: Tensor | None):
         """f of this input and past."""
-        config, weight = self.config, self.recurrence.solve_weight(self.config.weight_dropout)
+        config, convolve = self.config, self.recurrence(self.config.weight_dropout)
         past_hidden, past_cell = past_states.chunk(2, -1)
         mask = draw_dropout_mask(injection[:, :1, : self.channels], config.hidden_dropout, self.training)
         past_hidden, last_cell = apply_mask(past_hidden, mask), past_cell[:, -1:]
 
         def f(z: Tensor) -> Tensor:
             hidden, cell = z.chunk(2, -1)
-            gates = injection + self.recurrence(apply_mask(hidden, mask), past_hidden, weight)
+            gates = injection + convolve(apply_mask(hidden, mask), past_hidden)
             input_gate, output_gate, candidate, forget_gate = gates.chunk(4, -1)
             new, keep = input_gate.sigmoid() * candidate.tanh(), forget_gate.sigmoid()
             if tokens is not None:  # a cell is empty on padding
@@ -154,6 +155,7 @@ class DEQTrellisNetModel(DEQTrellisNetPreTrainedModel, DEQModel):
         return self.input_dropout(inputs_embeds)
 
     def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, memory, **kwargs) -> dict:
+        _refuse_inner_padding(attention_mask)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         return {"tokens": token_mask(attention_mask, past_length, inputs_embeds.shape[1])}
 
@@ -188,6 +190,23 @@ def linear_recurrence(keep: Tensor, new: Tensor, start: Tensor) -> Tensor:
         keep = torch.cat([keep[:, :reach], keep[:, reach:] * keep[:, :-reach]], 1)
         reach *= 2
     return values
+
+
+def _refuse_inner_padding(attention_mask: Tensor | None) -> None:
+    """Padding between tokens would empty the cell: whoever follows would have forgotten what came before.
+
+    Raises:
+        ValueError: a row has such padding.
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        return
+    tokens = attention_mask.bool().int()
+    beginnings = (tokens.diff(dim=1) == 1).sum(1) + tokens[:, 0]
+    if bool((beginnings > 1).any()):
+        raise ValueError(
+            "attention_mask has padding between tokens, which a DEQ-TrellisNet cannot skip: pad on the left or on the "
+            "right only."
+        )
 
 
 def _state_layer(cache: Cache) -> TrellisStateLayer:

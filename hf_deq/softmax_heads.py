@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 
 class LogProbabilityHead(nn.Module):
-    """An output layer that gives log-probabilities; `forward` maps `(..., features)` to `(..., vocab_size)`.
+    """An output layer that gives log-probabilities, in single precision at least.
+
+    `head(states)` maps `(..., features)` to `(..., vocab_size)`; `head(states, targets)` gives the negative
+    log-likelihood in nats `(tokens,)` of target ids `(tokens,)`, given states `(tokens, features)`.
 
     Args:
         features: columns of the weight.
@@ -27,9 +30,15 @@ class LogProbabilityHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, features))
         self.bias = nn.Parameter(torch.empty(vocab_size))
 
-    def negative_log_likelihood(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Nats `(tokens,)` of the target ids `(tokens,)`, given states `(tokens, features)`."""
-        return F.nll_loss(self(states), targets, reduction="none")
+    def forward(self, states: Tensor, targets: Tensor | None = None) -> Tensor:
+        """As above."""
+        return self._all(states) if targets is None else self._negative_log_likelihood(states, targets)
+
+    def _all(self, states: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define _all.")
+
+    def _negative_log_likelihood(self, states: Tensor, targets: Tensor) -> Tensor:
+        return F.nll_loss(self._all(states), targets, reduction="none")
 
 
 class SplitSoftmax(LogProbabilityHead):
@@ -51,14 +60,14 @@ class SplitSoftmax(LogProbabilityHead):
         self.cluster_weight = nn.Parameter(torch.empty(len(cutoffs), features))
         self.cluster_bias = nn.Parameter(torch.empty(len(cutoffs)))
 
-    def forward(self, states: Tensor) -> Tensor:
+    def _all(self, states: Tensor) -> Tensor:
         head = self._head(states)
         parts = [head[..., : self.ends[0]]]
         for cluster in range(1, len(self.ends)):
             parts.append(head[..., -cluster, None] + self._within(cluster, states))
         return torch.cat(parts, -1)
 
-    def negative_log_likelihood(self, states: Tensor, targets: Tensor) -> Tensor:
+    def _negative_log_likelihood(self, states: Tensor, targets: Tensor) -> Tensor:
         head = self._head(states)
         cluster_of = torch.bucketize(targets, torch.tensor(self.ends, device=targets.device), right=True)
         entry = torch.where(cluster_of == 0, targets, head.shape[-1] - cluster_of)
@@ -74,11 +83,11 @@ class SplitSoftmax(LogProbabilityHead):
         first = self.ends[0]
         weight = torch.cat([self.weight[:first], self.cluster_weight])
         bias = torch.cat([self.bias[:first], self.cluster_bias])
-        return F.linear(states, weight, bias).log_softmax(-1)
+        return _log_softmax(F.linear(states, weight, bias))
 
     def _within(self, cluster: int, states: Tensor) -> Tensor:
         ids = slice(self.ends[cluster - 1], self.ends[cluster])
-        return F.linear(states, self.weight[ids], self.bias[ids]).log_softmax(-1)
+        return _log_softmax(F.linear(states, self.weight[ids], self.bias[ids]))
 
 
 class MixtureOfSoftmaxes(LogProbabilityHead):
@@ -99,9 +108,13 @@ class MixtureOfSoftmaxes(LogProbabilityHead):
         self.prior = nn.Linear(features, num_experts)
         self.latent = nn.Linear(features, num_experts * latent_size)
 
-    def forward(self, states: Tensor) -> Tensor:
-        log_prior = self.prior(states).log_softmax(-1)
+    def _all(self, states: Tensor) -> Tensor:
+        log_prior = _log_softmax(self.prior(states))
         latent = self.latent(states).tanh().unflatten(-1, (self.num_experts, -1))
-        each = F.linear(latent, self.weight, self.bias).log_softmax(-1)
+        each = _log_softmax(F.linear(latent, self.weight, self.bias))
         mixed = torch.logsumexp(log_prior[..., None] + each, -2)
         return torch.logaddexp(mixed, mixed.new_tensor(math.log(1e-8)))
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -7,7 +7,6 @@ A task gives `examples` (a dataset of `input_ids` and the `labels` of the same p
 `batches`, and the fields that a model's configuration must have; `validate` returns numbers, `describe` says them.
 """
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,8 +25,9 @@ from .data import (
     load_corpus,
     train_tokenizer,
 )
-from .evaluation import evaluate_perplexity, protocol
+from .evaluation import evaluate_perplexity, evaluating, protocol
 from .ngrams import ngram_bits_per_byte
+from .position_algebra import widest_dtype
 from .training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
 
 
@@ -71,22 +71,12 @@ class LanguageModeling:
             raise ValueError("carry_memory needs a model that remembers: set memory_length, say to sequence_length.")
         self.tokenizer.model_max_length = getattr(config, "max_position_embeddings", self.tokenizer.model_max_length)
 
-    def batches(self, training: TrainingArguments, first_step: int) -> Iterable[list[int]]:
+    def batches(self, training: TrainingArguments, first_step: int) -> ContiguousBatches | StepBatches:
         """Indices of the examples of every micro-batch from a step on."""
-        if self.data.carry_memory:
-            return ContiguousBatches(
-                len(self.examples),
-                training.batch_size,
-                training.gradient_accumulation_steps,
-                first_step,
-                training.max_steps,
-            )
-        return _shuffled(self.examples, training, first_step)
-
-    def memory_starts_at(self, training: TrainingArguments, step: int) -> bool:
-        """Whether the streams are at their beginning (always so if no memory is carried)."""
-        steps_per_epoch = len(self.examples) // training.batch_size
-        return not self.data.carry_memory or step % steps_per_epoch == 0
+        if not self.data.carry_memory:
+            return _shuffled(self.examples, training, first_step)
+        rows, pieces = training.batch_size, training.gradient_accumulation_steps
+        return ContiguousBatches(len(self.examples), rows, pieces, first_step, training.max_steps)
 
     def validate(self, model: PreTrainedModel, accelerator=None) -> dict[str, float]:
         """Perplexity on the validation stream, as in `evaluate_perplexity`, by the protocol that trains."""
@@ -164,25 +154,19 @@ class CopyMemoryTask:
     def adapt_to(self, config: PreTrainedConfig) -> None:
         """Any model will do."""
 
-    def batches(self, training: TrainingArguments, first_step: int) -> Iterable[list[int]]:
+    def batches(self, training: TrainingArguments, first_step: int) -> StepBatches:
         """Indices of the examples of every micro-batch from a step on."""
         return _shuffled(self.examples, training, first_step)
-
-    def memory_starts_at(self, training: TrainingArguments, step: int) -> bool:
-        """Every sequence starts without a memory."""
-        return True
 
     def validate(self, model: PreTrainedModel, accelerator=None, batch_size: int = 50, **dial) -> dict[str, float]:
         """Loss over all positions of the test sequences, share of the symbols recalled, and the solver's report."""
         rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-        was_training = model.training
-        model.eval()
         mine = torch.utils.data.Subset(self.test, range(rank, len(self.test), processes))
         batches = tqdm(DataLoader(mine, batch_size), desc="evaluate", leave=False, disable=rank > 0)
-        totals = sum(_score(model, batch, dial) for batch in batches)
-        model.train(was_training)
+        with evaluating(model):
+            totals = sum(_score(model, batch, dial) for batch in batches)
         if accelerator is not None:
-            totals = accelerator.reduce(totals.to(accelerator.device)).cpu()
+            totals = accelerator.reduce(totals.to(accelerator.device, widest_dtype(accelerator.device))).double().cpu()
         names = ("loss", "recalled", "num_evaluations", "residual", "converged")
         return dict(zip(names, (totals / len(self.test)).tolist(), strict=True))
 
@@ -223,9 +207,9 @@ def _shuffled(examples, training: TrainingArguments, first_step: int) -> StepBat
 @torch.no_grad()
 def _score(model: PreTrainedModel, batch: dict, dial: dict) -> torch.Tensor:
     """Sums over a batch of sequences: mean nats, share of symbols recalled, evaluations, residual, converged."""
-    labels = batch["labels"].to(model.device)
-    outputs = model(batch["input_ids"].to(model.device), use_cache=False, **dial)
-    nats = torch.nn.functional.cross_entropy(outputs.logits.double().transpose(1, 2), labels, reduction="none").mean(1)
-    recalled = (outputs.logits[:, -SYMBOLS:].argmax(-1) == labels[:, -SYMBOLS:]).double().mean(1)
+    labels, outputs = batch["labels"], model(batch["input_ids"].to(model.device), use_cache=False, **dial)
+    logits = outputs.logits.cpu().double()
+    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
+    recalled = (logits[:, -SYMBOLS:].argmax(-1) == labels[:, -SYMBOLS:]).double().mean(1)
     rows = (nats, recalled, outputs.num_evaluations, outputs.residual, outputs.converged)
-    return torch.stack([row.double().sum() for row in rows])
+    return torch.stack([row.cpu().double().sum() for row in rows])

@@ -166,9 +166,9 @@ class _Trainer:
         bar.close()
 
     def _loader(self) -> DataLoader:
-        batches = self.task.batches(self.arguments, self.step)
+        self.sampler = self.task.batches(self.arguments, self.step)
         # A generator of its own: a loader draws one number when it starts, which would shift dropout on resuming.
-        loader = DataLoader(self.task.examples, batch_sampler=batches, generator=torch.Generator())
+        loader = DataLoader(self.task.examples, batch_sampler=self.sampler, generator=torch.Generator())
         return self.accelerator.prepare(loader)
 
     def _optimize(self, micro_batches: list[dict]) -> None:
@@ -178,8 +178,6 @@ class _Trainer:
         if self.arguments.train_solver_tolerance is not None:
             dial["solver_tolerance"] = self.arguments.train_solver_tolerance
         self.model.train()
-        if self.task.memory_starts_at(self.arguments, self.step):
-            self.memory.forget()
         for piece, batch in enumerate(micro_batches):
             with self.accelerator.accumulate(self.model):
                 outputs = self.model(
@@ -190,7 +188,7 @@ class _Trainer:
                     use_cache=False,
                     **dial,
                 )
-                self.memory.pieces[piece] = outputs.memory
+                self.memory.pieces[piece] = None if self.sampler.starts_anew_at(self.step + 1) else outputs.memory
                 self.accelerator.backward(outputs.loss)
                 if self.accelerator.sync_gradients and self.arguments.max_grad_norm:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
@@ -386,11 +384,14 @@ def _check_divisible(training: TrainingArguments, num_processes: int) -> None:
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for the matrices of linear maps; none for embeddings, norms and biases."""
+    """Weight decay for the weights of linear maps and convolutions; none for embeddings, norms, biases and output rows.
+
+    Of a normalised weight it shrinks the magnitude; on the direction it only sets the effective learning rate.
+    """
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
-        spared = parameter.dim() < 2 or name.endswith("bias") or id(parameter) in embeddings
+        spared = parameter.dim() < 2 or name.endswith(("bias", "cluster_weight")) or id(parameter) in embeddings
         groups[spared]["params"].append(parameter)
     return groups
 

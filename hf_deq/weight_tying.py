@@ -3,6 +3,8 @@
 Dropout masks are drawn, and normalised weights computed, once for all evaluations of a solve.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,8 +48,11 @@ class CausalConvolution(nn.Module):
     """A causal convolution over the positions of `(batch, sequence, features)`, weights normalised if asked to.
 
     y_t = bias + sum_q W[:, :, q] x_{t - (kernel_size - 1 - q) dilation}. With weight normalisation
-    W[o] = g[o] v[o] / ||v[o]|| (Salimans & Kingma 2016). `solve_weight` computes W once for all
-    applications within a solve.
+    W[o] = g[o] v[o] / ||v[o]|| (Salimans & Kingma 2016). Calling the module computes W, once for all
+    applications within a solve, and returns the convolution as a function:
+
+        convolve = convolution(dropout=0.1)
+        y = convolve(x, past)
 
     Args:
         in_features, out_features: sizes of x and y.
@@ -82,17 +87,22 @@ class CausalConvolution(nn.Module):
             init.copy_(self.magnitude, torch.linalg.vector_norm(weight, dim=(1, 2), keepdim=True))
         init.zeros_(self.bias)
 
-    def solve_weight(self, dropout: float = 0.0) -> Tensor:
-        """The weight as a matrix `(out, kernel_size * in)`, a share of its entries dropped in training."""
+    def forward(self, dropout: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
+        """The convolution of `(batch, sequence, in)`, with `(batch, reach, in)` before it.
+
+        Args:
+            dropout: share of the weights that are dropped, in training.
+        """
         weight = self.direction * self._scale() if self.weight_norm else self.weight
         weight = apply_mask(weight, draw_dropout_mask(weight, dropout, self.training))
-        return weight.transpose(1, 2).flatten(1)
+        matrix, bias = weight.transpose(1, 2).flatten(1), self.bias
+
+        def convolve(x: Tensor, past: Tensor) -> Tensor:
+            padded, length = torch.cat([past, x], 1), x.shape[1]
+            taps = [padded[:, tap * self.dilation :][:, :length] for tap in range(self.kernel_size)]
+            return F.linear(torch.cat(taps, -1), matrix, bias)
+
+        return convolve
 
     def _scale(self) -> Tensor:
         return self.magnitude / torch.linalg.vector_norm(self.direction, dim=(1, 2), keepdim=True)
-
-    def forward(self, x: Tensor, past: Tensor, weight: Tensor) -> Tensor:
-        """Convolve `(batch, sequence, in)`, with `(batch, reach, in)` before it, by a `solve_weight`."""
-        padded, length = torch.cat([past, x], 1), x.shape[1]
-        taps = [padded[:, tap * self.dilation :][:, :length] for tap in range(self.kernel_size)]
-        return F.linear(torch.cat(taps, -1), weight, self.bias)

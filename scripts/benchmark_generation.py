@@ -11,6 +11,7 @@ time per token of the last tenth. Weights do not matter to either, so the models
 import json
 import multiprocessing
 import resource
+import sys
 import time
 import warnings
 from argparse import RawDescriptionHelpFormatter
@@ -40,6 +41,8 @@ class BenchmarkArguments:
 
 
 def main(arguments: BenchmarkArguments) -> None:
+    if min(arguments.lengths) < 10:
+        sys.exit(f"error: lengths must be at least 10, since the last tenth is timed; got {arguments.lengths}")
     context, rows = multiprocessing.get_context("spawn"), []
     for model_type in arguments.model_types:
         with context.Pool(1) as pool:  # a fresh process, whose peak memory is this model's alone
@@ -95,7 +98,8 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 def peak_memory() -> int:
     """Bytes of resident memory that this process has needed at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

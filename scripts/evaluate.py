@@ -41,7 +41,10 @@ class EvaluateArguments:
     split: str = field(default="validation", metadata={"help": "Split of the corpus."})
     tolerances: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3], metadata={"help": "Rows by tolerance."})
     budgets: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Rows by evaluations of f."})
-    length: int = field(default=128, metadata={"help": "Tokens per window or segment."})
+    length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per window or segment; default: the sequence length of training, or 128."},
+    )
     stride: int | None = field(default=None, metadata={"help": "Tokens a window advances; default: half of it."})
     batch_size: int = field(
         default=16, metadata={"help": "Windows per forward pass; with carried memory, streams (part of the protocol)."}
@@ -78,19 +81,20 @@ def evaluate_language_model(model, folder: str, recipe: dict, settings: list[dic
     tokenizer = AutoTokenizer.from_pretrained(folder)
     stream = load_stream(recipe, tokenizer, arguments)
     carry_memory = recipe.get("carry_memory", False) if arguments.carry_memory is None else arguments.carry_memory
+    length = arguments.length or recipe.get("sequence_length", 128)
     rows = dial_table(
         model,
         stream,
         tokenizer.eos_token_id,
         settings,
-        length=arguments.length,
+        length=length,
         stride=arguments.stride,
         batch_size=arguments.batch_size,
         carry_memory=carry_memory,
         progress=True,
     )
     counts = f"{len(stream.ids):,} tokens ({stream.num_words:,} words, {stream.num_bytes:,} bytes)"
-    how = protocol(arguments.length, arguments.stride, arguments.batch_size, carry_memory)
+    how = protocol(length, arguments.stride, arguments.batch_size, carry_memory)
     return f"{counts}, {how}", rows, COLUMNS
 
 

@@ -6,6 +6,7 @@ that take `fields` run once for every variant of the family.
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from families import Family, random_ids
 from torch.nn.functional import cross_entropy, pad
 from transformers import AutoModel, AutoModelForCausalLM
@@ -123,14 +124,16 @@ class ModelLaws:
         assert not any(state.requires_grad for state in memory)
         assert (torch.cat(logits, 1) - model(ids).logits).abs().max() <= 1e-8
 
-    @pytest.mark.parametrize(
-        "how", [dict(gradient="unrolled", solver_max_evaluations=3), dict(solver_scope="sequence")]
-    )
+    @pytest.mark.parametrize("how", [dict(gradient="unrolled"), dict(solver_scope="sequence")])
     def test_memory_goes_where_a_cache_cannot(self, how):
         model = self.family.model(**self.family.remembering, **how)
-        ids = random_ids(2, 6)
-        memory = model(ids).memory
-        assert not torch.allclose(model(ids, memory=memory).logits, model(ids).logits)
+        ids = random_ids(2, 8)
+        parts, memory = [], None
+        for piece in ids.split([4, 4], 1):
+            output = model(piece, memory=memory)
+            memory = output.memory
+            parts.append(output.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), self.family.model()(ids).logits, rtol=0, atol=1e-8)
 
     def test_memory_does_not_look_ahead(self):
         model = self.family.model(**self.family.remembering)
@@ -146,8 +149,30 @@ class ModelLaws:
         first = model(random_ids(1, 4), use_cache=True)
         with pytest.raises(ValueError, match="memory and past_key_values.*pass one of them"):
             model(random_ids(1, 4), memory=first.memory, past_key_values=first.past_key_values)
-        with pytest.raises(ValueError, match="memory has 1 rows and the input 2"):
-            model(random_ids(2, 4), memory=first.memory)
+
+    def test_bad_memories_are_refused(self):
+        model = self.family.model(**self.family.remembering)
+        ids, memory = random_ids(2, 4), model(random_ids(2, 5)).memory
+        with pytest.raises(ValueError, match="output of this model for the same 3 rows"):
+            model(random_ids(3, 4), memory=memory)
+        with pytest.raises(ValueError, match="states of sizes"):
+            model(ids, memory=(memory[0], memory[1][..., :-1]))
+        padding = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+        with pytest.raises(ValueError, match="no padding: pass segments of one length"):
+            model(ids, memory=memory, attention_mask=padding)
+        assert model(ids, attention_mask=padding).memory is None
+        given = model(ids, memory=memory, attention_mask=torch.ones(2, 4, dtype=torch.long))
+        assert torch.equal(given.logits, model(ids, memory=memory).logits)
+
+    def test_generation_goes_on_from_a_memory_without_a_cache(self):
+        model = self.family.model(**self.family.remembering)
+        ids = random_ids(1, 9)
+        memory = model(ids[:, :5]).memory
+        how = dict(max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        step = model.generate(ids[:, 5:], memory=memory, use_cache=False, **how)
+        torch.testing.assert_close(step.logits[0], model(ids).logits[:, -1].float(), rtol=0, atol=1e-6)
+        with pytest.raises(ValueError, match="generate makes a cache of its own; use_cache=False"):
+            model.generate(ids[:, 5:], memory=memory, **how)
 
     # Saving and loading
 
@@ -181,6 +206,15 @@ class ModelLaws:
         for name, parameter in loaded.named_parameters():
             assert parameter.isfinite().all() and parameter.abs().max() < 50, name
         assert loaded(random_ids(1, 4)).logits.isfinite().all()
+
+    def test_weights_that_are_fetched_for_each_module_call(self):
+        """accelerate's offloading gives a module its weights while its own forward runs, and only then."""
+        ids = random_ids(1, 5)
+        for fields in self.family.variants.values():
+            model = self.family.model(**fields)
+            expected = model(ids, labels=ids)
+            output = cpu_offload(model, execution_device="cpu")(ids, labels=ids)
+            assert torch.equal(output.logits, expected.logits) and output.loss == expected.loss
 
     # Convergence
 
@@ -265,6 +299,10 @@ class ModelLaws:
         assert model(ids, labels=ids, return_dict=False)[0] == output.loss
         assert {"residual", "num_evaluations", "converged"} <= output.keys()
 
+    def test_misspelt_dials_are_refused(self):
+        with pytest.raises(TypeError, match="no argument 'solver_tolerence'; the dial is solver_tolerance"):
+            self.family.model()(random_ids(1, 3), solver_tolerence=1e-2)
+
     @pytest.mark.parametrize(
         "inputs, message",
         [
@@ -306,6 +344,17 @@ class ModelLaws:
         model.train()
         output = model(ids, labels=ids)
         torch.testing.assert_close(output.loss, plain + 2.0 * output.jacobian_loss)
+
+    def test_jacobian_loss_is_shared_among_micro_batches(self):
+        model = self.family.model(jacobian_loss_weight=2.0, solver_tolerance=1e-4).train()
+        ids, items = random_ids(4, 8), 50
+        for labels, counted in ((dict(labels=ids), 4 * 7), (dict(labels=ids, shift_labels=ids), 4 * 8)):
+            output = model(ids, **labels, num_items_in_batch=items)
+            model.config.jacobian_loss_weight = 0.0
+            plain = model(ids, **labels, num_items_in_batch=items)
+            model.config.jacobian_loss_weight = 2.0
+            expected = plain.loss + 2.0 * counted / items * output.jacobian_loss
+            torch.testing.assert_close(output.loss, expected.to(output.loss.dtype), rtol=1e-5, atol=1e-6)
 
     def test_jacobian_loss_shrinks_the_jacobian(self):
         def jacobian_after_training(weight):

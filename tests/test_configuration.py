@@ -65,6 +65,7 @@ def test_bad_transformers_are_refused(fields, message):
         ({"cutoffs": [0, 10]}, "cutoffs must rise strictly"),
         ({"cutoffs": [30, 30]}, "cutoffs must rise strictly"),
         ({"cutoffs": [61]}, "cutoffs must rise strictly"),
+        ({"initializer_range": 0.0}, "initializer_range must be positive"),
         ({"weight_dropout": 1.5}, r"weight_dropout must lie in \[0, 1\)"),
     ],
 )

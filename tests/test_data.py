@@ -86,6 +86,8 @@ def test_contiguous_batches_go_on_where_each_row_stopped(pieces):
     assert steps == [[0, 2, 4, 6], [1, 3, 5, 7], [0, 2, 4, 6], [1, 3, 5, 7], [0, 2, 4, 6]]
     assert all(len(batch) == 4 // pieces for batch in batches)
     resumed = list(ContiguousBatches(11, 4, pieces, first=3, last=5))
+    sampler = ContiguousBatches(11, 4, pieces, 0, 5)
+    assert [sampler.starts_anew_at(step) for step in range(5)] == [True, False, True, False, True]
     assert resumed == batches[3 * pieces :] and len(ContiguousBatches(11, 4, pieces, 3, 5)) == len(resumed)
     with pytest.raises(ValueError, match="3 sequences, less than one for each of 4 streams"):
         ContiguousBatches(3, 4, pieces, 0, 5)

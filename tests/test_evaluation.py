@@ -78,4 +78,7 @@ def test_carried_memory_reads_each_stream_as_one_text(family, tokens, streams, l
 def test_a_model_without_memory_cannot_carry_it():
     stream = TokenStream(random_ids(1, 10)[0], 10, 2)
     with pytest.raises(ValueError, match="carry_memory.*Set memory_length"):
-        evaluate_perplexity(TRANSFORMER.model(), stream, 1, length=4, carry_memory=True)
+        evaluate_perplexity(model := TRANSFORMER.model().train(), stream, 1, length=4, carry_memory=True)
+    assert model.training
+    with pytest.raises(ValueError, match="stride=2 is for windows"):
+        evaluate_perplexity(TRELLISNET.model(), stream, 1, length=4, stride=2, carry_memory=True)

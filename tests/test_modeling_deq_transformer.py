@@ -39,13 +39,25 @@ def test_a_memory_of_limited_length_is_the_last_states(fields):
     torch.testing.assert_close(longer[0][:, 0], memory[0][:, 2])
 
 
-def test_a_memory_with_left_padding():
+def test_memory_is_for_models_that_remember():
+    memory, ids = TRANSFORMER.model(memory_length=8)(random_ids(1, 5)).memory, random_ids(1, 4)
+    with pytest.raises(ValueError, match="remembers nothing: set memory_length"):
+        TRANSFORMER.model()(ids, memory=memory)
+
+
+def test_positions_are_counted_from_the_memory_whatever_they_are():
     model = TRANSFORMER.model(memory_length=8)
     memory, ids = model(random_ids(1, 5)).memory, random_ids(1, 4)
-    padded, mask = torch.nn.functional.pad(ids, (2, 0)), torch.tensor([[0, 0, 1, 1, 1, 1]])
-    positions = torch.tensor([[0, 0, 5, 6, 7, 8]])
-    logits = model(padded, attention_mask=mask, position_ids=positions, memory=memory).logits[:, 2:]
-    torch.testing.assert_close(logits, model(ids, memory=memory).logits, rtol=0, atol=1e-9)
+    logits = [model(ids, memory=memory, position_ids=torch.arange(4)[None] + start).logits for start in (0, 5, 70)]
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=0, atol=1e-7)
+
+
+def test_nothing_is_remembered_after_a_cache():
+    model = TRANSFORMER.model(memory_length=8)
+    first = model(random_ids(1, 5), use_cache=True)
+    assert first.memory is not None
+    assert model(random_ids(1, 2), past_key_values=first.past_key_values, use_cache=True).memory is None
 
 
 def test_attentions_are_those_of_the_equilibrium():

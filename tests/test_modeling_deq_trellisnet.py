@@ -87,10 +87,14 @@ def test_weight_norm_holds_length_and_direction():
     model = TRELLISNET.model()
     for convolution in (model.model.layers[0].injection, model.model.layers[0].recurrence):
         torch.testing.assert_close(convolution.magnitude.flatten(), convolution.direction.flatten(1).norm(dim=1))
+        x = torch.randn(1, 3, convolution.direction.shape[1], dtype=torch.float64)
+        past = torch.randn(1, 1, x.shape[2], dtype=torch.float64)
+        before = convolution()(x, past)
         with torch.no_grad():
             convolution.direction.mul_(3)
-        lengths = convolution.solve_weight().norm(dim=1)
-        torch.testing.assert_close(lengths, convolution.magnitude.flatten())
+            torch.testing.assert_close(convolution()(x, past), before, rtol=0, atol=1e-12)
+            convolution.magnitude.mul_(2)
+            torch.testing.assert_close(convolution()(x, past), 2 * before, rtol=0, atol=1e-12)
 
 
 def test_dropped_word_types_are_dropped_everywhere():
@@ -118,6 +122,23 @@ def test_a_loss_in_training_needs_no_logits():
         model = TRELLISNET.model(**fields)
         assert model.train()(ids, labels=ids).logits is None
         assert model(ids).logits is not None and model.eval()(ids, labels=ids).logits is not None
+
+
+def test_padding_between_tokens_is_refused():
+    model, ids = TRELLISNET.model(), random_ids(1, 4)
+    for mask in ([1, 0, 1, 1], [0, 1, 0, 1]):
+        with pytest.raises(ValueError, match="padding between tokens.*pad on the left"):
+            model(ids, attention_mask=torch.tensor([mask]))
+
+
+@pytest.mark.parametrize("fields", [{"cutoffs": [20]}, {"num_softmax_experts": 2}])
+def test_heads_that_depend_on_the_vocabulary_refuse_another(fields):
+    model = TRELLISNET.model(**fields)
+    with pytest.raises(ValueError, match="cannot be resized: make a model of vocab_size=70"):
+        model.resize_token_embeddings(70)
+    model = TRELLISNET.model()
+    model.resize_token_embeddings(70)
+    assert model(torch.tensor([[69]])).logits.shape[-1] == 70
 
 
 @pytest.mark.parametrize("variant", ["trellisnet_lstm", "trellisnet_splitcross"])

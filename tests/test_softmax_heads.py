@@ -34,7 +34,7 @@ def test_likelihoods_and_their_gradients_are_those_of_the_distribution(make):
     head, states, targets = make(), torch.randn(50, 6, dtype=torch.float64), torch.arange(50) % 20
     gradients = []
     for nats in (
-        lambda: head.negative_log_likelihood(states, targets),
+        lambda: head(states, targets),
         lambda: -head(states).gather(-1, targets[:, None])[:, 0],
     ):
         head.zero_grad()
@@ -59,7 +59,7 @@ def test_a_loss_computes_the_rare_ids_only_where_they_are_targets(monkeypatch):
     head, rows = filled(SplitSoftmax(6, 20, [4, 10])), []
     within = SplitSoftmax._within
     monkeypatch.setattr(SplitSoftmax, "_within", lambda self, c, s: rows.append((c, len(s))) or within(self, c, s))
-    head.negative_log_likelihood(torch.randn(8, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 12, 5, 19]))
+    head(torch.randn(8, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 12, 5, 19]))
     assert rows == [(1, 1), (2, 2)]
 
 
@@ -76,3 +76,13 @@ def test_a_mixture_stays_finite_where_probabilities_vanish():
     with torch.no_grad():
         head.bias[0] = 1000.0
     assert head(torch.randn(6))[1:].allclose(torch.tensor(math.log(1e-8)))
+
+
+@heads
+def test_losses_are_in_single_precision_at_least(make):
+    head, states, targets = make(), torch.randn(50, 6, dtype=torch.float64), torch.arange(50) % 20
+    low = head.to(torch.bfloat16)
+    nats = low(states.bfloat16(), targets)
+    assert nats.dtype == torch.float32
+    exact = head.double()(states.bfloat16().double(), targets)
+    torch.testing.assert_close(nats.double(), exact, rtol=0, atol=0.1)

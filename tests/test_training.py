@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from families import TRANSFORMER, TRELLISNET
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_deq import DEQTransformerForCausalLM, DEQTrellisNetForCausalLM
-from hf_deq.training import Interrupted, train
+from hf_deq.training import Interrupted, _parameter_groups, train
 from hf_deq.training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -223,6 +224,20 @@ def test_resume_refuses_another_config(corpus, tmp_path):
     AcceleratorState._reset_state(True)
     with pytest.raises(ValueError, match=r"other arguments \(hidden_size: 32 -> 64, learning_rate: 0.01 -> 0.02\)"):
         run(corpus, tmp_path, max_steps=6, resume=True, learning_rate=0.02, model={"hidden_size": 64})
+
+
+def test_weight_decay_spares_what_is_not_a_map():
+    def decayed(model):
+        groups = _parameter_groups(model, 0.1)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+        return {names[id(parameter)].split(".", 3)[-1] for parameter in groups[0]["params"]}
+
+    parts = {f"{name}.{part}" for name in ("injection", "recurrence") for part in ("magnitude", "direction")}
+    assert decayed(TRELLISNET.model(cutoffs=[20], tie_word_embeddings=False)) == parts
+    assert decayed(TRANSFORMER.model()) == {"injection.weight"} | {
+        f"blocks.0.{name}.weight" for name in ("self_attn.qkv_proj", "self_attn.o_proj", "up_proj", "down_proj")
+    }
 
 
 def test_a_diverging_loss_stops_with_advice(corpus, tmp_path, monkeypatch):
