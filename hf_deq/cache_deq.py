@@ -82,7 +82,6 @@ class TrellisStateLayer(CacheLayerMixin):
 
     _layer_type = "deq_trellis"
     is_compileable = False
-    is_croppable = False  # not before `activate_past_recording`
     is_sliding = False
     supports_early_init = False
 
@@ -90,6 +89,11 @@ class TrellisStateLayer(CacheLayerMixin):
         super().__init__()
         self.cumulative_length = 0
         self.record_past = False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back: not before `activate_past_recording`."""
+        return self.record_past
 
     @property
     def past(self) -> tuple[Tensor, Tensor] | None:

@@ -44,7 +44,7 @@ class DEQConfig(PreTrainedConfig):
 
     # The solver's reports are about the solve, not predictions: a Trainer should not gather them.
     keys_to_ignore_at_inference = [
-        "past_key_values",
+        "cache",
         "residual",
         "num_evaluations",
         "converged",

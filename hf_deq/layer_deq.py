@@ -1,7 +1,7 @@
 """The container of an equilibrium: the one module that solves, whatever f it holds.
 
 class MyLayer(DEQLayer):
-    def forward(self, hidden_states, dial, past_key_values, memory, tokens, **context):
+    def forward(self, hidden_states, dial, cache, memory, tokens, **context):
         solution, jacobian_loss = self.solve(lambda z: ..., torch.zeros_like(hidden_states), dial)
         return DEQLayerOutput(solution.value, None, solution, jacobian_loss, None)
 """
@@ -73,7 +73,7 @@ class DEQLayer(nn.Module):
     """The container of one equilibrium: holds the modules of f and knows how to solve.
 
     It, not f, is called as a module: f runs many times and carries no hooks. Subclasses define
-    `forward(hidden_states, dial, past_key_values, memory, tokens, **context) -> DEQLayerOutput`.
+    `forward(hidden_states, dial, cache, memory, tokens, **context) -> DEQLayerOutput`.
 
     Attributes:
         backward_evaluations: vector-Jacobian products per sequence of the most recent implicit backward

@@ -12,12 +12,16 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_deq import DEQConfig
 from .layer_deq import DEQLayer, Dial
 from .softmax_heads import LogProbabilityHead
+
+# What Transformers called the cache before 5.24, for callers written then.
+FORMER_CACHE_NAME = {"old_name": "past_key_values", "new_name": "cache", "version": "5.40.0"}
 
 
 @dataclass
@@ -58,7 +62,6 @@ class DEQPreTrainedModel(PreTrainedModel):
     config: DEQConfig
     base_model_prefix = "model"
     _no_split_modules = []
-    _skip_keys_device_placement = ["past_key_values"]
 
 
 class DEQModel(DEQPreTrainedModel):
@@ -79,10 +82,11 @@ class DEQModel(DEQPreTrainedModel):
         """What is injected, `(batch, sequence, embedding_size)`, from the token embeddings."""
         raise TypeError(f"{type(self).__name__} must define _embed.")
 
-    def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, memory, **kwargs) -> dict:
+    def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, **kwargs) -> dict:
         """What the layer's forward needs besides its input, computed once per call; `tokens` among it."""
         raise TypeError(f"{type(self).__name__} must define _context.")
 
+    @deprecate_kwarg(**FORMER_CACHE_NAME)
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -90,7 +94,7 @@ class DEQModel(DEQPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         memory: tuple[Tensor, ...] | None = None,
@@ -106,7 +110,7 @@ class DEQModel(DEQPreTrainedModel):
             attention_mask: `(batch, past + sequence)`, 0 on padding (left or right), or a prepared 4D
                 mask; padded positions get the zero state and influence nothing.
             position_ids: `(batch, sequence)`; default: counted from the start of the cache.
-            past_key_values: what earlier calls returned; only the new positions are solved.
+            cache: what earlier calls returned; only the new positions are solved.
             use_cache: return the cache, default `config.use_cache`.
             memory: the `memory` of the segment before this one: states carried over contiguous segments,
                 without gradients (truncated backpropagation through time). It replaces a cache where
@@ -130,20 +134,20 @@ class DEQModel(DEQPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if memory is not None:
-            _check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), attention_mask, past_key_values)
+            _check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), attention_mask, cache)
             attention_mask = None
         use_cache = use_cache and unroll_steps is None and memory is None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
             _check_cacheable(self.config, unroll_steps)
-        context = self._context(inputs_embeds, attention_mask, position_ids, past_key_values, memory, **kwargs)
+        context = self._context(inputs_embeds, attention_mask, position_ids, cache, memory, **kwargs)
         dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
         hidden_states = self._embed(inputs_embeds, input_ids)
-        output = self.layers[0](hidden_states, dial, past_key_values=past_key_values, memory=memory, **context)
+        output = self.layers[0](hidden_states, dial, cache=cache, memory=memory, **context)
         return DEQModelOutputWithPast(
             last_hidden_state=self.output_dropout(self.norm(output.hidden_states)),
-            past_key_values=past_key_values if use_cache else None,
+            cache=cache if use_cache else None,
             residual=output.solution.residual,
             num_evaluations=output.solution.num_evaluations,
             converged=output.solution.converged,
@@ -170,13 +174,14 @@ class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
         """The output layer."""
         return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @deprecate_kwarg(**FORMER_CACHE_NAME)
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -203,7 +208,7 @@ class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             memory=memory,
@@ -226,7 +231,7 @@ class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
         return DEQCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             residual=outputs.residual,
@@ -312,11 +317,11 @@ def _check_inputs(config: DEQConfig, input_ids: Tensor | None, inputs_embeds: Te
             )
 
 
-def _check_memory(memory, sizes: tuple[int, ...], rows: int, attention_mask, past_key_values) -> None:
+def _check_memory(memory, sizes: tuple[int, ...], rows: int, attention_mask, cache) -> None:
     """A memory must be of this model and these rows, and is for texts that are not padded."""
-    if past_key_values is not None:
+    if cache is not None:
         raise ValueError(
-            "memory and past_key_values both say what came before: pass one of them (generate makes a cache of its "
+            "memory and cache both say what came before: pass one of them (generate makes a cache of its "
             "own; use_cache=False keeps it from doing so)."
         )
     if not sizes:

@@ -152,7 +152,7 @@ class DEQTransformerLayer(DEQLayer):
         hidden_states: Tensor,
         dial: Dial,
         positions: tuple,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         memory: tuple[Tensor, Tensor] | None = None,
         memory_positions: tuple | None = None,
         tokens: Tensor | None = None,
@@ -161,12 +161,12 @@ class DEQTransformerLayer(DEQLayer):
         """Embedded input `(batch, sequence, hidden)` to its equilibrium."""
         hidden_size = self.config.hidden_size
         injection = self.injection(hidden_states).split([3 * hidden_size, hidden_size], dim=-1)
-        follows_cache = past_key_values is not None and past_key_values.get_seq_length() > 0
+        follows_cache = cache is not None and cache.get_seq_length() > 0
         if memory is not None:
-            past_key_values = self._remembered_keys(memory, memory_positions)
+            cache = self._remembered_keys(memory, memory_positions)
         masks = [self._dropout_masks(hidden_states) for _ in self.blocks]
         positions = [block.self_attn.project_positions(positions) for block in self.blocks]
-        view = None if past_key_values is None else EquilibriumCacheView(past_key_values)
+        view = None if cache is None else EquilibriumCacheView(cache)
         weights = None
 
         def f(z: Tensor) -> Tensor:
@@ -247,14 +247,14 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         # To unit size, which states have; the tied output layer wants the embeddings small.
         return self.embedding_dropout(inputs_embeds * self.config.hidden_size**0.5)
 
-    def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, memory, **kwargs) -> dict:
+    def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, **kwargs) -> dict:
         length = inputs_embeds.shape[1]
         if memory is not None:
-            past_key_values = _cache_as_long_as(memory, self.config)
+            cache = _cache_as_long_as(memory, self.config)
         past_length, first_key = 0, 0
-        if past_key_values is not None:
-            past_length = past_key_values.get_seq_length()
-            _, first_key = past_key_values.get_mask_sizes(length, 0)  # a sliding cache has dropped the keys before
+        if cache is not None:
+            past_length = cache.get_seq_length()
+            _, first_key = cache.get_mask_sizes(length, 0)  # a sliding cache has dropped the keys before
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past_length
         relative = self.config.position_embedding_type == "relative"
@@ -263,7 +263,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             self.config,
             inputs_embeds,
             attention_mask,
-            past_key_values,
+            cache,
             position_ids=position_ids,
             **({"allow_is_causal_skip": False} if relative else {}),
         )

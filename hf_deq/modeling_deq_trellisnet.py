@@ -61,14 +61,14 @@ class DEQTrellisNetLayer(DEQLayer):
         self,
         hidden_states: Tensor,
         dial: Dial,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         memory: tuple[Tensor, Tensor] | None = None,
         tokens: Tensor | None = None,
     ) -> DEQLayerOutput:
         """Embedded input `(batch, sequence, embedding size)` to its equilibrium."""
         if tokens is not None:
             hidden_states = hidden_states.masked_fill(~tokens, 0)
-        state_layer = None if past_key_values is None else _state_layer(past_key_values)
+        state_layer = None if cache is None else _state_layer(cache)
         past = self._start_of_text(hidden_states) if memory is None else memory
         if state_layer is not None and state_layer.past is not None:
             past = state_layer.past
@@ -78,7 +78,7 @@ class DEQTrellisNetLayer(DEQLayer):
         solution, jacobian_loss = self.solve(f, start, dial)
         states, inputs = solution.value.detach(), hidden_states.detach()
         if state_layer is not None:
-            past_key_values.update(states, inputs, 0, past=past)
+            cache.update(states, inputs, 0, past=past)
         memory = tuple(
             latest(before, new, before.shape[1]) for before, new in ((past_states, states), (past_inputs, inputs))
         )
@@ -154,9 +154,9 @@ class DEQTrellisNetModel(DEQTrellisNetPreTrainedModel, DEQModel):
             inputs_embeds = inputs_embeds if kept_types is None else inputs_embeds * kept_types[input_ids]
         return self.input_dropout(inputs_embeds)
 
-    def _context(self, inputs_embeds, attention_mask, position_ids, past_key_values, memory, **kwargs) -> dict:
+    def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, **kwargs) -> dict:
         _refuse_inner_padding(attention_mask)
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_length = 0 if cache is None else cache.get_seq_length()
         return {"tokens": token_mask(attention_mask, past_length, inputs_embeds.shape[1])}
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from argparse import RawDescriptionHelpFormatter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -45,8 +46,8 @@ def main(arguments: BenchmarkArguments) -> None:
         sys.exit(f"error: lengths must be at least 10, since the last tenth is timed; got {arguments.lengths}")
     context, rows = multiprocessing.get_context("spawn"), []
     for model_type in arguments.model_types:
-        with context.Pool(1) as pool:  # a fresh process, whose peak memory is this model's alone
-            rows += pool.apply(measure, (model_type, arguments))
+        with ProcessPoolExecutor(1, context) as fresh:  # its peak memory is this model's alone
+            rows += fresh.submit(measure, model_type, arguments).result()
     print(format_table(rows))
     if arguments.output:
         with open(arguments.output, "w") as file:
@@ -88,7 +89,7 @@ def measure(model_type: str, arguments: BenchmarkArguments) -> list[dict]:
 def generate(model, ids: torch.Tensor, cache: DynamicCache, count: int) -> tuple[torch.Tensor, float]:
     """Go on from a cache for so many tokens; and the seconds it took."""
     started = time.perf_counter()
-    ids = model.generate(ids, past_key_values=cache, max_new_tokens=count, do_sample=False, eos_token_id=None)
+    ids = model.generate(ids, cache=cache, max_new_tokens=count, do_sample=False, eos_token_id=None)
     return ids, time.perf_counter() - started
 
 

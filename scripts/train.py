@@ -25,7 +25,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 
-import hf_deq  # noqa: F401  registers the model types
+import hf_deq
 from hf_deq.training import Interrupted, train
 from hf_deq.training_arguments import TASKS, TrainingArguments
 
@@ -61,7 +61,8 @@ def parse(arguments: list[str]) -> tuple[object, TrainingArguments, dict, str]:
     file = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else None
     recipe = {} if file is None else read_recipe(file)
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--model_type", default=recipe.get("model_type", "deq_transformer"), help="A registered type.")
+    model_types = [config_class.model_type for config_class in hf_deq.DEQConfig.__subclasses__()]
+    first.add_argument("--model_type", default=recipe.get("model_type", model_types[0]), choices=model_types)
     first.add_argument("--task", default=recipe.get("task", "language_modeling"), choices=TASKS)
     chosen, flags = first.parse_known_args(arguments)
     if file is None:

@@ -30,11 +30,20 @@ class GenerationLaws:
         full = model(ids, use_cache=False)
         cache, logits = None, []
         for piece in ids.split(pieces, 1):
-            output = model(piece, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(piece, cache=cache, use_cache=True)
+            cache = output.cache
             logits.append(output.logits)
         assert full.converged.all()
         assert (torch.cat(logits, 1) - full.logits).abs().max() <= 1e-8
+
+    @torch.no_grad()
+    def test_the_cache_by_its_former_name(self):
+        """Transformers called it past_key_values; outputs still have it under that name, through the library."""
+        model, ids = self.family.model(), random_ids(1, 6)
+        with pytest.warns(FutureWarning, match="Use `cache` instead"):
+            start = model(ids[:, :5], past_key_values=DynamicCache(config=model.config), use_cache=True)
+        rest = model(ids[:, 5:], cache=start.past_key_values).logits
+        assert (rest - model(ids).logits[:, 5:]).abs().max() <= 1e-8
 
     @torch.no_grad()
     def test_cached_logits_at_the_default_tolerance(self):
@@ -44,7 +53,7 @@ class GenerationLaws:
         full = model(ids, use_cache=False).logits
         cache, logits = DynamicCache(config=model.config), []
         for piece in ids.split([8] + [1] * 16, 1):
-            logits.append(model(piece, past_key_values=cache, use_cache=True).logits)
+            logits.append(model(piece, cache=cache, use_cache=True).logits)
         assert (torch.cat(logits, 1) - full).norm() <= 5e-3 * full.norm()
 
     @torch.no_grad()
@@ -52,8 +61,8 @@ class GenerationLaws:
         model = self.family.model(solver_max_evaluations=3)
         ids = random_ids(1, 6)
         with pytest.warns(UserWarning, match="Raise max_evaluations"):
-            cache = model(ids, use_cache=True).past_key_values
-        exact = self.family.model()(ids, use_cache=True).past_key_values
+            cache = model(ids, use_cache=True).cache
+        exact = self.family.model()(ids, use_cache=True).cache
         error = (cache.layers[0].keys - exact.layers[0].keys).norm() / exact.layers[0].keys.norm()
         assert error < 0.1 and cache.get_seq_length() == 6
 
@@ -67,7 +76,7 @@ class GenerationLaws:
         alone, together = model(easy, **dial), model(torch.cat([easy, hard[:1]]), **dial)
         assert together.converged.tolist() == [True, False]
         torch.testing.assert_close(together.logits[:1], alone.logits, rtol=0, atol=1e-12)
-        keys = [output.past_key_values.layers[0].keys[:1] for output in (together, alone)]
+        keys = [output.cache.layers[0].keys[:1] for output in (together, alone)]
         torch.testing.assert_close(*keys, rtol=0, atol=1e-12)
 
     @torch.no_grad()
@@ -78,7 +87,7 @@ class GenerationLaws:
         cache = kind(config=model.config, max_cache_len=8) if kind is StaticCache else kind(config=model.config)
         with torch.autocast("cpu", torch.bfloat16):
             logits = torch.cat(
-                [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split([5, 1, 1, 1], 1)], 1
+                [model(piece, cache=cache, use_cache=True).logits for piece in ids.split([5, 1, 1, 1], 1)], 1
             )
         assert (logits - model(ids).logits).norm() < 0.05 * logits.norm()
 
@@ -157,7 +166,7 @@ class GenerationLaws:
         ids = random_ids(1, 5)
         first = model.generate(ids, **GREEDY, return_dict_in_generate=True)
         longer = torch.cat([first.sequences, random_ids(1, 3)], 1)
-        continued = model.generate(longer, **GREEDY, past_key_values=first.past_key_values)
+        continued = model.generate(longer, **GREEDY, cache=first.cache)
         assert torch.equal(continued, greedy_without_cache(model, longer, 12))
 
     def test_generation_from_embeddings_and_chunked_prefill(self):

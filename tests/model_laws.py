@@ -147,8 +147,8 @@ class ModelLaws:
     def test_memory_and_a_cache_exclude_each_other(self):
         model = self.family.model(**self.family.remembering)
         first = model(random_ids(1, 4), use_cache=True)
-        with pytest.raises(ValueError, match="memory and past_key_values.*pass one of them"):
-            model(random_ids(1, 4), memory=first.memory, past_key_values=first.past_key_values)
+        with pytest.raises(ValueError, match="memory and cache.*pass one of them"):
+            model(random_ids(1, 4), memory=first.memory, cache=first.cache)
 
     def test_bad_memories_are_refused(self):
         model = self.family.model(**self.family.remembering)
@@ -250,10 +250,10 @@ class ModelLaws:
         model = self.family.model(gradient="unrolled", solver_max_evaluations=3)
         with pytest.raises(ValueError, match="Unrolled steps.*use_cache=False"):
             model(ids, use_cache=True)
-        cache = self.family.model()(ids).past_key_values
-        assert self.family.model()(ids, unroll_steps=2).past_key_values is None
+        cache = self.family.model()(ids).cache
+        assert self.family.model()(ids, unroll_steps=2).cache is None
         with pytest.raises(ValueError, match="Unrolled steps.*use_cache=False"):
-            self.family.model()(ids, past_key_values=cache, unroll_steps=2)
+            self.family.model()(ids, cache=cache, unroll_steps=2)
         tokens = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
         assert tokens[0, -1] == model(tokens[:, :-1]).logits[0, -1].argmax()
 

@@ -34,7 +34,7 @@ def test_an_offloaded_cache_is_refused(family):
     cache = DynamicCache()
     cache.offloading = True
     with pytest.raises(ValueError, match="offloaded cache.*use a dynamic or a"):
-        family.model()(random_ids(1, 3), past_key_values=cache, use_cache=True)
+        family.model()(random_ids(1, 3), cache=cache, use_cache=True)
 
 
 def test_any_cache_made_for_the_model_holds_states():
@@ -43,16 +43,16 @@ def test_any_cache_made_for_the_model_holds_states():
         assert [type(layer) for layer in cache.layers] == [TrellisStateLayer]
     model, ids = TRELLISNET.model(), random_ids(1, 5)
     cache = DynamicCache()
-    model(ids[:, :3], past_key_values=cache, use_cache=True)
+    model(ids[:, :3], cache=cache, use_cache=True)
     assert type(cache.layers[0]) is TrellisStateLayer and cache.get_seq_length() == 3
-    logits = model(ids[:, 3:], past_key_values=cache, use_cache=True).logits
+    logits = model(ids[:, 3:], cache=cache, use_cache=True).logits
     torch.testing.assert_close(logits, model(ids).logits[:, 3:], rtol=0, atol=1e-8)
 
 
 def test_a_cache_of_keys_is_refused_by_a_trellisnet():
     cache = DynamicCache(config=TRANSFORMER.config())
     with pytest.raises(ValueError, match="cache of states, not of DynamicLayer.*DynamicCache\\(config=model.config\\)"):
-        TRELLISNET.model()(random_ids(1, 3), past_key_values=cache, use_cache=True)
+        TRELLISNET.model()(random_ids(1, 3), cache=cache, use_cache=True)
 
 
 @pytest.mark.parametrize("fields", [{}, {"kernel_size": 3, "dilation": 4}])
@@ -62,7 +62,7 @@ def test_the_state_cache_has_a_constant_size(fields):
     cache, window = DynamicCache(config=model.config), (model.config.kernel_size - 1) * model.config.dilation
     for _ in range(3):
         for length in (1, 20):
-            model(random_ids(2, length), past_key_values=cache, use_cache=True)
+            model(random_ids(2, length), cache=cache, use_cache=True)
             layer = cache.layers[0]
             assert layer.keys.shape == (2, window, 56) and layer.values.shape == (2, model.config.kernel_size - 1, 16)
             assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes

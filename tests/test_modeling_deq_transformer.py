@@ -21,7 +21,7 @@ class TestGeneration(GenerationLaws):
 def test_one_slot_per_token_and_layer_whatever_the_evaluations(fields):
     model = TRANSFORMER.model(**fields)
     cache = DynamicCache(config=model.config)
-    output = model(random_ids(2, 3), past_key_values=cache, use_cache=True)
+    output = model(random_ids(2, 3), cache=cache, use_cache=True)
     assert output.num_evaluations.min() > 5
     assert len(cache.layers) == model.config.num_hidden_layers
     assert [layer.keys.shape for layer in cache.layers] == [(2, 2, 3, 8)] * len(cache.layers)
@@ -57,7 +57,7 @@ def test_nothing_is_remembered_after_a_cache():
     model = TRANSFORMER.model(memory_length=8)
     first = model(random_ids(1, 5), use_cache=True)
     assert first.memory is not None
-    assert model(random_ids(1, 2), past_key_values=first.past_key_values, use_cache=True).memory is None
+    assert model(random_ids(1, 2), cache=first.cache, use_cache=True).memory is None
 
 
 def test_attentions_are_those_of_the_equilibrium():
