@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny and every core has a worker
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ pytest.register_assert_rewrite("model_laws", "generation_laws")
 def fresh_state():
     """Every test starts from the same seed, and every first failure to converge warns."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # training in this process may have taken all cores
     FixedPointSolver._warned.clear()
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 TINY_TRELLISNET = [
     *("--max_steps", "30", "--warmup_steps", "2", "--sample_tokens", "8", "--shallow_steps", "0"),
     *("--hidden_size", "32", "--intermediate_size", "64", "--vocab_size", "300", "--sequence_length", "16"),
+    *("--num_threads", "1"),  # other tests run on the other cores
 ]
 TINY = [*TINY_TRELLISNET, "--num_attention_heads", "2"]
 
@@ -166,7 +167,7 @@ def test_generate_and_evaluate_refuse_what_is_not_a_model(trained, tmp_path):
     "recipe", sorted((ROOT / "model_cards").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
 def test_recipes_take_their_first_steps(recipe, corpus, tmp_path):
-    flags = ["--output_dir", tmp_path, "--max_steps", 2, "--sample_tokens", 0, "--batch_size", 2]
+    flags = ["--output_dir", tmp_path, "--max_steps", 2, "--sample_tokens", 0, "--batch_size", 2, "--num_threads", 1]
     if yaml.safe_load(recipe.read_text()).get("task") == "copy_memory":
         flags += ["--copy_delay", 1, "--copy_variant", "tcn", "--solver_max_evaluations", 2]
     else:
@@ -201,7 +202,7 @@ def test_a_trellisnet_goes_through_the_same_scripts(corpus, tmp_path):
 
 
 def test_copy_memory_goes_through_the_same_scripts(tmp_path):
-    flags = ["--hidden_size", 16, "--intermediate_size", 16, "--max_steps", 5, "--warmup_steps", 1]
+    flags = ["--hidden_size", 16, "--intermediate_size", 16, "--max_steps", 5, "--warmup_steps", 1, "--num_threads", 1]
     flags += ["--copy_delay", 2, "--copy_variant", "tcn", "--output_dir", tmp_path, "--batch_size", 4]
     finished = script("train.py", "--task", "copy_memory", *flags)
     assert "of the symbols recalled" in finished.stdout and "recalled  [" in finished.stdout, finished.stderr[-2000:]

@@ -40,7 +40,15 @@ REMEMBERING = {
 }
 # Solved so well that runs which differ by rounding only do not drift apart visibly.
 TIGHT = dict(max_steps=6, train_solver_tolerance=1e-6, model=dict(backward_tolerance=1e-6, shallow_steps=3))
-TRAINING = dict(max_steps=12, batch_size=8, warmup_steps=2, logging_steps=1, sample_tokens=0, learning_rate=1e-2)
+TRAINING = dict(
+    max_steps=12,
+    batch_size=8,
+    warmup_steps=2,
+    logging_steps=1,
+    sample_tokens=0,
+    learning_rate=1e-2,
+    num_threads=1,  # other tests run on the other cores
+)
 
 
 @pytest.fixture(autouse=True)
