@@ -3,6 +3,7 @@
 
 from dataclasses import fields
 from difflib import get_close_matches
+from itertools import pairwise
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -119,6 +120,20 @@ class DEQConfig(PreTrainedConfig):
         for name in names:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
+
+    def require_cutoffs(self) -> None:
+        """Refuse `cutoffs` that do not cut the vocabulary.
+
+        Raises:
+            ValueError: they do not rise strictly between 0 and `vocab_size`, or there are none in the list.
+        """
+        if self.cutoffs is None:
+            return
+        ends = [0, *self.cutoffs, self.vocab_size]
+        if not self.cutoffs or any(start >= end for start, end in pairwise(ends)):
+            raise ValueError(
+                f"cutoffs must rise strictly between 0 and vocab_size={self.vocab_size}, got {self.cutoffs}."
+            )
 
 
 def _shared_start(one: str, other: str) -> int:

@@ -1,8 +1,6 @@
 # Copyright 2026 The hf_deq authors. Licensed under the Apache License, Version 2.0.
 """DEQ-TrellisNet configuration."""
 
-from itertools import pairwise
-
 from huggingface_hub.dataclasses import strict
 
 from .cache_deq import TrellisStateLayer
@@ -105,17 +103,8 @@ class DEQTrellisNetConfig(DEQConfig):
             )
         if self.initializer_range <= 0:
             raise ValueError(f"initializer_range must be positive, got {self.initializer_range}.")
-        self._validate_cutoffs()
-
-    def _validate_cutoffs(self):
-        if self.cutoffs is None:
-            return
-        ends = [0, *self.cutoffs, self.vocab_size]
-        if not self.cutoffs or any(start >= end for start, end in pairwise(ends)):
-            raise ValueError(
-                f"cutoffs must rise strictly between 0 and vocab_size={self.vocab_size}, got {self.cutoffs}."
-            )
-        if self.num_softmax_experts:
+        self.require_cutoffs()
+        if self.cutoffs and self.num_softmax_experts:
             raise ValueError(
                 f"cutoffs={self.cutoffs} and num_softmax_experts={self.num_softmax_experts} are two kinds of softmax: "
                 "set one of them."

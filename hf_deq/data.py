@@ -72,8 +72,9 @@ def corpus_fingerprint(corpus: DatasetDict) -> str:
     """Twelve hexadecimal digits that change with any character of any split, for logs and cards."""
     digest = hashlib.sha256()
     for split in sorted(corpus):
-        for text in corpus[split]["text"]:
-            digest.update(f"{split}\0{len(text)}\0{text}".encode("utf-8", "surrogatepass"))
+        for batch in corpus[split].iter(batch_size=DOCUMENTS_PER_BATCH):  # by row it takes ten times as long
+            for text in batch["text"]:
+                digest.update(f"{split}\0{len(text)}\0{text}".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:12]
 
 

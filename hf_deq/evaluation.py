@@ -1,15 +1,18 @@
 """How good is it, and does the equilibrium matter: perplexity of a stream, and the dial as a table.
 
-`evaluate_perplexity` is the only place that computes a perplexity. Every token of the stream is
-predicted once, the first one from an end-of-text token. There are two protocols:
+Every token of the stream is predicted once, the first one from an end-of-text token; the formula is that of
+the metric in `perplexity/`. There are two protocols:
 
     sliding windows     windows of `length` tokens advance by `stride`; a token counts in the window
                         where it has the most context
     carried memory      `batch_size` contiguous streams are read side by side in segments of `length`, and what
                         the model remembers of a segment is handed on to the next
+
+The literature's protocol (Transformer-XL and after) is the second one with `drop_remainder`: streams of equal length,
+none of which is told what came before it, so that the first token of each and a remainder are left out. The number of
+streams, `memory_length` and the solver's tolerance all change the number: `protocol` and `solver_settings` say them.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,9 +20,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .data import TokenStream
+from .perplexity.formula import perplexity_of
 from .position_algebra import widest_dtype
 
 
@@ -31,8 +35,10 @@ class PerplexityReport:
         num_tokens: predicted tokens.
         nats_per_token: mean negative log-likelihood.
         perplexity: per token; depends on the tokenizer.
-        word_perplexity: per whitespace-separated word of the text; comparable between tokenizers.
-        bits_per_byte: per UTF-8 byte of the text; comparable between tokenizers.
+        word_perplexity: per whitespace-separated word of the text; comparable between tokenizers. End-of-text and
+            end-of-line tokens are no words, but what they cost is shared out among the words: for a word-level corpus
+            it lies above `perplexity`, which is what papers quote. `None` where tokens were left out.
+        bits_per_byte: per UTF-8 byte of the text, likewise.
         num_evaluations: mean calls of f per sequence.
         residual: mean relative residual per sequence.
         converged: share of the sequences that reached the tolerance.
@@ -41,8 +47,8 @@ class PerplexityReport:
     num_tokens: int
     nats_per_token: float
     perplexity: float
-    word_perplexity: float
-    bits_per_byte: float
+    word_perplexity: float | None
+    bits_per_byte: float | None
     num_evaluations: float
     residual: float
     converged: float
@@ -56,6 +62,7 @@ def evaluate_perplexity(
     stride: int | None = None,
     batch_size: int = 16,
     carry_memory: bool = False,
+    drop_remainder: bool = False,
     accelerator=None,
     progress: bool = False,
     **dial,
@@ -71,40 +78,49 @@ def evaluate_perplexity(
         batch_size: windows per forward pass; with `carry_memory` the number of streams, which is then part of the
             protocol: each starts without a memory.
         carry_memory: the second protocol.
+        drop_remainder: with `carry_memory`, the literature's variant of it.
         accelerator: an `accelerate.Accelerator` whose processes share the work.
         progress: show a progress bar.
         dial: `solver_tolerance` or `solver_max_evaluations` for the model's forward.
 
     Raises:
-        ValueError: `stride` is not in 1 to `length` or given where there are no windows, or the model has no memory.
+        ValueError: `stride` is not in 1 to `length` or given where there are no windows, the model has no memory, or
+            `drop_remainder` is given without `carry_memory` or for fewer than two tokens a stream.
     """
     if carry_memory and stride is not None:
         raise ValueError(f"stride={stride} is for windows: with carry_memory segments follow each other.")
+    if drop_remainder and not carry_memory:
+        raise ValueError("drop_remainder is for streams: set carry_memory, or leave it out.")
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
         raise ValueError(f"stride must lie in 1 to length={length}, got {stride}.")
     ids = torch.cat([torch.tensor([start_id]), stream.ids])
     share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     if carry_memory:
-        steps, scores = _score_streams(model, ids, length, batch_size, share, dial)
+        streams = _equal_streams(stream.ids, batch_size) if drop_remainder else _streams(ids, batch_size)
+        steps, scores = _score_streams(model, streams, length, share, dial)
     else:
         steps, scores = _score_windows(model, ids, length, stride, batch_size, share, dial)
-    totals = torch.zeros(5, dtype=torch.float64)
+    totals = torch.zeros(6, dtype=torch.float64)
     with evaluating(model):
         for sums in tqdm(scores, desc="evaluate", total=steps, leave=False, disable=not progress or share[0] > 0):
             totals += sums
     if accelerator is not None:
         totals = accelerator.reduce(totals.to(accelerator.device, widest_dtype(accelerator.device))).double().cpu()
-    nats, rows, evaluations, residual, converged = totals.tolist()
+    return _report(totals, stream)
+
+
+def _report(totals: Tensor, stream: TokenStream) -> PerplexityReport:
+    """From the sums of `_score` over all batches."""
+    nats, counted, rows, evaluations, residual, converged = totals.tolist()
+    everything = round(counted) == len(stream.ids)
+    spelt = {"num_words": max(1, stream.num_words), "num_bytes": stream.num_bytes} if everything else {}
     return PerplexityReport(
-        num_tokens=len(stream.ids),
-        nats_per_token=nats / len(stream.ids),
-        perplexity=_exp(nats / len(stream.ids)),
-        word_perplexity=_exp(nats / max(1, stream.num_words)),
-        bits_per_byte=nats / math.log(2) / stream.num_bytes,
+        num_tokens=round(counted),
         num_evaluations=evaluations / rows,
         residual=residual / rows,
         converged=converged / rows,
+        **{"word_perplexity": None, "bits_per_byte": None} | perplexity_of([nats], [round(counted)], **spelt),
     )
 
 
@@ -119,11 +135,31 @@ def evaluating(model: torch.nn.Module):
         model.train(was_training)
 
 
-def protocol(length: int, stride: int | None, batch_size: int, carry_memory: bool) -> str:
-    """The arguments of `evaluate_perplexity` that decide its result, in words."""
-    if carry_memory:
-        return f"{batch_size} streams in segments of {length}, memory carried"
-    return f"windows of {length}, stride {stride or max(1, length // 2)}"
+def protocol(
+    length: int,
+    stride: int | None,
+    batch_size: int,
+    carry_memory: bool,
+    drop_remainder: bool = False,
+    memory_length: int | None = None,
+) -> str:
+    """The arguments of `evaluate_perplexity` that decide its result, in words; `memory_length` is the model's."""
+    if not carry_memory:
+        return f"windows of {length}, stride {stride or max(1, length // 2)}"
+    words = f"{batch_size} streams in segments of {length}, memory carried"
+    if memory_length is not None:
+        words += f" (at most {memory_length} tokens)"
+    return words + (", remainder dropped" if drop_remainder else "")
+
+
+def solver_settings(config: PreTrainedConfig) -> str:
+    """What of a model's solver decides a result, in words; empty for a model without one."""
+    if not hasattr(config, "solver_scope"):
+        return ""
+    return (
+        f"solver {config.solver}, scope {config.solver_scope}, tolerance {config.solver_tolerance:g}, at most "
+        f"{config.solver_max_evaluations} evaluations"
+    )
 
 
 def dial_table(
@@ -172,12 +208,41 @@ def _windows(num_tokens: int, length: int, stride: int, batch_size: int) -> Iter
     yield batch
 
 
-def _score_streams(model, ids, length, streams, share, dial) -> tuple[int, Iterator[Tensor]]:
+@dataclass(frozen=True)
+class _Streams:
+    """Where contiguous streams lie in `ids`: of each its first input, and how many predictions the longest has.
+
+    No prediction goes beyond `ids`: the last stream may be shorter.
+    """
+
+    ids: Tensor
+    starts: Tensor
+    predictions: int
+
+
+def _streams(ids: Tensor, streams: int) -> _Streams:
+    """Every id but the first is predicted, the first one of a stream from the last one of the stream before."""
+    predictions = -(-(len(ids) - 1) // streams)
+    return _Streams(ids, torch.arange(0, len(ids) - 1, predictions), predictions)
+
+
+def _equal_streams(ids: Tensor, streams: int) -> _Streams:
+    """Every id of `streams` pieces of equal length is predicted but the first one of each."""
+    piece = len(ids) // streams
+    if piece < 2:
+        raise ValueError(
+            f"The corpus has {len(ids)} tokens, fewer than two for each of {streams} streams: use more text, a smaller "
+            "batch_size, or no drop_remainder."
+        )
+    return _Streams(ids, piece * torch.arange(streams), piece - 1)
+
+
+def _score_streams(model, streams: _Streams, length, share, dial) -> tuple[int, Iterator[Tensor]]:
     """How many segments there are, and the sums over each, in order: the memory goes from one to the next."""
     rank, processes = share
+    ids, piece = streams.ids, streams.predictions
     tokens = len(ids) - 1
-    piece = -(-tokens // streams)
-    starts = torch.arange(0, tokens, piece)[rank::processes]
+    starts = streams.starts[rank::processes]
     longest = min(piece, tokens - int(starts[0])) if len(starts) else 0
     offsets = range(0, longest, length)
 
@@ -199,7 +264,7 @@ def _score_streams(model, ids, length, streams, share, dial) -> tuple[int, Itera
 
 @torch.no_grad()
 def _score(model: PreTrainedModel, inputs: Tensor, targets: Tensor, counted: int, arguments: dict):
-    """Sums over a batch (nats, rows, evaluations, residuals, converged rows), and the memory after it.
+    """Sums over a batch (nats, counted tokens, rows, evaluations, residuals, converged rows), and the memory after it.
 
     `targets` belong to the inputs of the same place; the last `counted` count (0: all), except for -100.
     """
@@ -210,12 +275,12 @@ def _score(model: PreTrainedModel, inputs: Tensor, targets: Tensor, counted: int
     )
     solver = [getattr(outputs, name, None) for name in ("num_evaluations", "residual", "converged")]
     sums = [0.0 if report is None else report.float().sum().item() for report in solver]
-    return torch.tensor([nats.item(), len(inputs), *sums], dtype=torch.float64), getattr(outputs, "memory", None)
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
+    tokens = (targets != -100).sum().item()
+    totals = torch.tensor([nats.item(), tokens, len(inputs), *sums], dtype=torch.float64)
+    return totals, getattr(outputs, "memory", None)
 
 
 def _format(value) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -220,7 +220,22 @@ class AndersonSolver(_RememberingSolver):
     minimise ||sum_i a_i r_i|| under sum_i a_i = 1, for every position in its own inner product.
 
     `history` (default 5, at least 1) is the number of iterates mixed.
+
+    Args:
+        absolute_regularization: replaces the regularization of the weights, which is relative to the residuals'
+            size, by one that is not: the authors' lambda, 1e-4 in their code, with a history of 6. For repeating their
+            iterates in sequence scope; as residuals shrink it stops the acceleration.
     """
+
+    absolute_regularization: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.absolute_regularization < 0 or (self.absolute_regularization and self.scope != "sequence"):
+            raise ValueError(
+                f"absolute_regularization must not be negative, and is for scope='sequence' only; got "
+                f"{self.absolute_regularization} with scope={self.scope!r}."
+            )
 
     def _proposer(self, z0):
         return _AndersonMixing(z0, self)
@@ -320,7 +335,8 @@ class _AndersonMixing:
         (gram,) = blend(self.gram, (self.gram,), self.solver.scope)
         scale = inverse_or_zero(diagonal(gram).sqrt())
         gram = gram * scale[:, None] * scale
-        diagonal(gram).add_(GRAM_REGULARIZATION)
+        absolute = self.solver.absolute_regularization
+        diagonal(gram).add_(absolute * scale.square() if absolute else GRAM_REGULARIZATION)
         weights = eliminate(gram, scale) * scale
         total = weights.sum(0)
         weights *= inverse_or_zero(total)

@@ -78,9 +78,11 @@ class DEQLayer(nn.Module):
     Attributes:
         backward_evaluations: vector-Jacobian products per sequence of the most recent implicit backward
             solve, `(batch,)`, for logging.
+        input_size: features of the embedded input.
         memory_sizes: features of each part of the memory; empty if nothing is remembered.
     """
 
+    input_size: int
     memory_sizes: tuple[int, ...] = ()
 
     def __init__(self, config: DEQConfig):

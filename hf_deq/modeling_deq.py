@@ -75,8 +75,12 @@ class DEQModel(DEQPreTrainedModel):
 
     def __init__(self, config: DEQConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.embed_tokens = self._make_embedding(config)
         self.layers = nn.ModuleList([self.layer_class(config)])
+
+    def _make_embedding(self, config: DEQConfig) -> nn.Module:
+        """Ids `(batch, sequence)` to what `_embed` takes."""
+        return nn.Embedding(config.vocab_size, config.embedding_size)
 
     def _embed(self, inputs_embeds: Tensor, input_ids: Tensor | None) -> Tensor:
         """What is injected, `(batch, sequence, embedding_size)`, from the token embeddings."""
@@ -106,7 +110,7 @@ class DEQModel(DEQPreTrainedModel):
         """Solve for the states of the given tokens.
 
         Args:
-            input_ids: `(batch, sequence)`; or `inputs_embeds`, `(batch, sequence, embedding_size)`.
+            input_ids: `(batch, sequence)`; or `inputs_embeds`, what `embed_tokens` makes of them.
             attention_mask: `(batch, past + sequence)`, 0 on padding (left or right), or a prepared 4D
                 mask; padded positions get the zero state and influence nothing.
             position_ids: `(batch, sequence)`; default: counted from the start of the cache.
@@ -130,7 +134,7 @@ class DEQModel(DEQPreTrainedModel):
             TypeError: an argument that looks like one of ours and is not.
         """
         _refuse_misspelt(kwargs)
-        _check_inputs(self.config, input_ids, inputs_embeds)
+        _check_inputs(self.config, self.layers[0].input_size, input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if memory is not None:
@@ -298,16 +302,14 @@ def _refuse_misspelt(arguments: dict) -> None:
             raise TypeError(f"forward has no argument {name!r}; the dial is {', '.join(Dial.__dataclass_fields__)}.")
 
 
-def _check_inputs(config: DEQConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+def _check_inputs(config: DEQConfig, input_size: int, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of input_ids and inputs_embeds.")
     given = inputs_embeds if input_ids is None else input_ids
     if given.shape[1] == 0:
         raise ValueError("The input is empty: give at least one token (a beginning-of-text token will do).")
-    if inputs_embeds is not None and inputs_embeds.shape[-1] != config.embedding_size:
-        raise ValueError(
-            f"inputs_embeds must be (batch, sequence, {config.embedding_size}), got {tuple(inputs_embeds.shape)}."
-        )
+    if inputs_embeds is not None and inputs_embeds.shape[-1] != input_size:
+        raise ValueError(f"inputs_embeds must be (batch, sequence, {input_size}), got {tuple(inputs_embeds.shape)}.")
     if input_ids is not None and not torch.compiler.is_compiling():
         smallest, largest = input_ids.aminmax()
         if smallest < 0 or largest >= config.vocab_size:

@@ -13,22 +13,37 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils.output_capturing import OutputRecorder
 
+from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from .cache_deq import EquilibriumCacheView
 from .configuration_deq_transformer import DEQTransformerConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
 from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel, token_mask
-from .weight_tying import apply_mask, draw_dropout_mask
+from .softmax_heads import LogProbabilityHead
+from .weight_tying import VariationalDropout, WeightNormLinear, apply_mask, draw_dropout_mask, keeping_weights
 
 # Standard deviations of initial weights, relative to fan_in ** -0.5. With these a new f is solved
-# to 1e-3 in 8 to 10 evaluations, and a trained one in 10 to 12; at 1.0 a new f needs 20 to 60.
+# to 1e-3 in 8 to 11 evaluations, and a trained one in 10 to 12; at 1.0 a new f needs 20 to 60.
 STATE_GAIN = 0.5
+# Where the residual stream carries the state alone, the attention has to bring the input in, or f is close to the
+# identity: with the gains above such an f (the paper's) needs 43 to more than 60.
+ATTENTION_ONLY_GAINS = {"qkv_proj": 0.25, "o_proj": 1.0, "injection": 2.0}
 
 
-def _contractive_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
-    """A linear map on the state's way through f, initialised with `STATE_GAIN`."""
-    linear = nn.Linear(in_features, out_features, bias=bias)
-    linear.initializer_gain = STATE_GAIN
+def _linear(config: DEQTransformerConfig, in_features: int, out_features: int, bias: bool = True, gain: float = 1.0):
+    """A linear map of f, normalised if the configuration says so; `gain` is for its initial weights."""
+    linear = (WeightNormLinear if config.weight_norm else nn.Linear)(in_features, out_features, bias=bias)
+    linear.initializer_gain = gain
     return linear
+
+
+def _gain(config: DEQTransformerConfig, name: str, usual: float = STATE_GAIN) -> float:
+    """The gain of a linear map that the way of injection decides."""
+    return usual if config.inject_residual else ATTENTION_ONLY_GAINS[name]
+
+
+def _norm(config: DEQTransformerConfig, features: int) -> nn.LayerNorm:
+    """A layer norm of f."""
+    return nn.LayerNorm(features, eps=config.layer_norm_eps, elementwise_affine=config.norm_affine)
 
 
 class DEQTransformerAttention(nn.Module):
@@ -39,14 +54,16 @@ class DEQTransformerAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = config.head_dim
         self.num_key_value_groups = 1
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.qkv_proj = _contractive_linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.o_proj = _contractive_linear(config.hidden_size, config.hidden_size)
+        width = self.num_heads * self.head_dim
+        self.qkv_proj = _linear(config, config.hidden_size, 3 * width, bias=False, gain=_gain(config, "qkv_proj"))
+        self.output_norm = _norm(config, width) if config.attention_output_norm else nn.Identity()
+        self.o_proj = _linear(config, width, config.hidden_size, gain=_gain(config, "o_proj"))
         if config.position_embedding_type == "relative":
-            self.relative_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.relative_proj = _linear(config, config.hidden_size, width, bias=False)
             self.content_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
             self.position_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
 
@@ -67,9 +84,16 @@ class DEQTransformerAttention(nn.Module):
         return query, key, value
 
     def forward(
-        self, z: Tensor, injection: Tensor, positions: tuple, attention_mask: Tensor | None, view, **kwargs
+        self,
+        z: Tensor,
+        injection: Tensor,
+        positions: tuple,
+        attention_mask: Tensor | None,
+        view: EquilibriumCacheView | None,
+        dropout_mask: Tensor | None = None,
+        **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """State and injection `(batch, sequence, hidden)` and `(..., 3 hidden)` to output and attention weights."""
+        """State and injection `(batch, sequence, hidden)` and `(..., 3 heads size)` to output and attention weights."""
         query, key, value = self.project(z, injection, positions)
         if view is not None:
             key, value = view.update(key, value, self.layer_idx)
@@ -79,6 +103,8 @@ class DEQTransformerAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if dropout_mask is not None:  # fixed over the solve, which only our own function can do
+            attention, kwargs = eager_attention_forward, kwargs | {"dropout_mask": dropout_mask}
         output, weights = attention(
             self,
             query,
@@ -90,7 +116,7 @@ class DEQTransformerAttention(nn.Module):
             sliding_window=self.config.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2)), weights
+        return self.o_proj(self.output_norm(output.flatten(2))), weights
 
     def _distance_scores(self, query: Tensor, relative_keys: Tensor, distances: Tensor) -> Tensor:
         """Scores `(batch, heads, queries, keys)` of content against distance (Dai et al. 2019, terms b and d)."""
@@ -104,25 +130,32 @@ class DEQTransformerBlock(nn.Module):
     def __init__(self, config: DEQTransformerConfig, layer_idx: int):
         super().__init__()
         self.pre_norm = config.norm_position == "pre"
+        self.normalized_residual = config.normalized_residual
         self.self_attn = DEQTransformerAttention(config, layer_idx)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.attention_norm = _norm(config, config.hidden_size)
+        self.up_proj = _linear(config, config.hidden_size, config.intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = _contractive_linear(config.intermediate_size, config.hidden_size)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.down_proj = _linear(config, config.intermediate_size, config.hidden_size, gain=STATE_GAIN)
+        self.feed_forward_norm = _norm(config, config.hidden_size)
 
     def forward(
-        self, z: Tensor, injection: tuple[Tensor, Tensor], masks: tuple, positions: tuple, **context
+        self, z: Tensor, injection: tuple[Tensor, Tensor | None], masks: tuple, positions: tuple, **context
     ) -> tuple[Tensor, Tensor | None]:
         """State `(batch, sequence, hidden)` to state and attention weights."""
         into_attention, into_residual = injection
+        attention_mask, feed_forward_mask, attention_dropout_mask = masks
         attending = self.attention_norm(z) if self.pre_norm else z
-        attended, weights = self.self_attn(attending, into_attention, positions, **context)
-        z = z + into_residual + apply_mask(attended, masks[0])
+        attended, weights = self.self_attn(
+            attending, into_attention, positions, dropout_mask=attention_dropout_mask, **context
+        )
+        if into_residual is not None:
+            z = z + into_residual
+        z = z + apply_mask(attended, attention_mask)
         if not self.pre_norm:
             z = self.attention_norm(z)
         fed = self.feed_forward_norm(z) if self.pre_norm else z
-        z = z + apply_mask(self.down_proj(self.act_fn(self.up_proj(fed))), masks[1])
+        residual = fed if self.normalized_residual else z
+        z = residual + apply_mask(self.down_proj(self.act_fn(self.up_proj(fed))), feed_forward_mask)
         if not self.pre_norm:
             z = self.feed_forward_norm(z)
         return z, weights
@@ -138,14 +171,16 @@ class DEQTransformerLayer(DEQLayer):
 
     def __init__(self, config: DEQTransformerConfig):
         super().__init__(config)
+        self.into_attention = 3 * config.num_attention_heads * config.head_dim
+        self.into_residual = config.hidden_size if config.inject_residual else 0
+        self.input_size = config.hidden_size
         if config.memory_length:
-            self.memory_sizes = (config.hidden_size, 3 * config.hidden_size)
-        self.injection = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+            self.memory_sizes = (config.hidden_size, self.into_attention)
+        self.injection = nn.Linear(config.hidden_size, self.into_attention + self.into_residual)
+        self.injection.initializer_gain = _gain(config, "injection", usual=1.0)
         self.blocks = nn.ModuleList([DEQTransformerBlock(config, i) for i in range(config.num_hidden_layers)])
         # A pre-norm f without this norm commutes with shifts of all features and has no isolated fixed point.
-        self.closing_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_position == "pre" else None
-        )
+        self.closing_norm = _norm(config, config.hidden_size) if config.closing_norm else nn.Identity()
 
     def forward(
         self,
@@ -159,22 +194,27 @@ class DEQTransformerLayer(DEQLayer):
         **context,
     ) -> DEQLayerOutput:
         """Embedded input `(batch, sequence, hidden)` to its equilibrium."""
-        hidden_size = self.config.hidden_size
-        injection = self.injection(hidden_states).split([3 * hidden_size, hidden_size], dim=-1)
+        with keeping_weights(self.blocks):
+            return self._equilibrium(hidden_states, dial, positions, cache, memory, memory_positions, tokens, context)
+
+    def _equilibrium(self, hidden_states, dial, positions, cache, memory, memory_positions, tokens, context):
+        injection = self._inject(hidden_states)
+        projected = [block.self_attn.project_positions(positions) for block in self.blocks]
         follows_cache = cache is not None and cache.get_seq_length() > 0
         if memory is not None:
             cache = self._remembered_keys(memory, memory_positions)
-        masks = [self._dropout_masks(hidden_states) for _ in self.blocks]
-        positions = [block.self_attn.project_positions(positions) for block in self.blocks]
+        keys = hidden_states.shape[1]
+        if cache is not None:
+            keys, _ = cache.get_mask_sizes(keys, 0)
+        masks = [self._dropout_masks(hidden_states, keys) for _ in self.blocks]
         view = None if cache is None else EquilibriumCacheView(cache)
         weights = None
 
         def f(z: Tensor) -> Tensor:
             nonlocal weights
-            for block, *fixed in zip(self.blocks, masks, positions, strict=True):
+            for block, *fixed in zip(self.blocks, masks, projected, strict=True):
                 z, weights = block(z, injection, *fixed, view=view, **context)
-            if self.closing_norm is not None:
-                z = self.closing_norm(z)
+            z = self.closing_norm(z)
             return z if tokens is None else z.masked_fill(~tokens, 0)
 
         solution, jacobian_loss = self.solve(f, torch.zeros_like(hidden_states), dial)
@@ -202,9 +242,25 @@ class DEQTransformerLayer(DEQLayer):
         past = past or [state[:, :0] for state in new]
         return tuple(latest(old, state, length) for old, state in zip(past, new, strict=True))
 
-    def _dropout_masks(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        probability = self.config.hidden_dropout
-        return tuple(draw_dropout_mask(like, probability, self.training) for _ in ("attention", "feed-forward"))
+    def _inject(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What goes into queries, keys and values, and what into the residual stream, of every application."""
+        into_attention, into_residual = self.injection(hidden_states).split(
+            [self.into_attention, self.into_residual], dim=-1
+        )
+        return into_attention, into_residual if self.into_residual else None
+
+    def _dropout_masks(self, like: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """For the outputs of both sub-layers, and for the attention weights `(batch, heads, sequence, keys)`."""
+        config = self.config
+        shape = like[:, :1] if config.variational_dropout else like
+        outputs = [
+            draw_dropout_mask(shape, config.hidden_dropout, self.training) for _ in ("attention", "feed-forward")
+        ]
+        weights = None
+        if self.training and config.attention_dropout:
+            weights = like.new_empty(len(like), config.num_attention_heads, like.shape[1], keys)
+            weights = draw_dropout_mask(weights, config.attention_dropout, True)
+        return *outputs, weights
 
 
 class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
@@ -221,8 +277,11 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=getattr(module, "initializer_gain", 1.0) * module.in_features**-0.5)
+        if isinstance(module, nn.Linear | WeightNormLinear):
+            std = getattr(module, "initializer_gain", 1.0) * module.in_features**-0.5
+            init.normal_(module.weight, std=std) if isinstance(module, nn.Linear) else module.initialize(std)
+        if isinstance(module, AdaptiveEmbedding | LogProbabilityHead):
+            module.initialize(self.config.initializer_range)
         if isinstance(module, DEQTransformerAttention) and self.config.position_embedding_type == "relative":
             init.zeros_(module.content_bias)
             init.zeros_(module.position_bias)
@@ -238,10 +297,17 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
 
     def __init__(self, config: DEQTransformerConfig):
         super().__init__(config)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.norm = nn.Identity()
+        if config.final_norm:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        dropout = VariationalDropout if config.variational_dropout else nn.Dropout
+        self.embedding_dropout, self.output_dropout = dropout(config.embedding_dropout), dropout(config.output_dropout)
         self.post_init()
+
+    def _make_embedding(self, config: DEQTransformerConfig) -> nn.Module:
+        if not config.is_adaptive:
+            return super()._make_embedding(config)
+        return AdaptiveEmbedding(*_vocabulary(config))
 
     def _embed(self, inputs_embeds: Tensor, input_ids: Tensor | None) -> Tensor:
         # To unit size, which states have; the tied output layer wants the embeddings small.
@@ -258,6 +324,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past_length
         relative = self.config.position_embedding_type == "relative"
+        additive = relative or (self.training and self.config.attention_dropout > 0)
         make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         mask = make_mask(
             self.config,
@@ -265,15 +332,12 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             attention_mask,
             cache,
             position_ids=position_ids,
-            **({"allow_is_causal_skip": False} if relative else {}),
+            **({"allow_is_causal_skip": False} if additive else {}),
         )
-        if relative:
-            if self.config._attn_implementation not in ("sdpa", "eager"):
-                raise ValueError(
-                    'position_embedding_type="relative" adds scores to the attention, which '
-                    f'{self.config._attn_implementation!r} cannot: use attn_implementation="sdpa" or "eager".'
-                )
+        if additive:
+            _require_attention_weights(self.config)
             mask = _additive(mask, inputs_embeds.dtype)
+        if relative:
             positions = memory_positions = _relative_positions(inputs_embeds, past_length - first_key, mask.shape[-1])
         else:
             positions = _rotary_positions(self.config, position_ids, inputs_embeds.dtype)
@@ -284,12 +348,35 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, DEQForCausalLM):
-    """The language model."""
+    """The language model. With cutoffs, or embeddings of another size, `logits` are log-probabilities."""
 
     model_class = DEQTransformerModel
 
+    def _make_head(self, config: DEQTransformerConfig) -> nn.Module:
+        if not config.is_adaptive:
+            return nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+        head = AdaptiveSoftmax(*_vocabulary(config))
+        self._tied_weights_keys = _tied_names(head, config.tied_projections or [])
+        return head
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs) -> tuple[Tensor, Tensor]:
+
+def _vocabulary(config: DEQTransformerConfig) -> tuple:
+    """The arguments that adaptive embedding and softmax are made of."""
+    return config.hidden_size, config.vocab_size, config.cutoffs or (), config.embedding_size, config.div_val
+
+
+def _tied_names(head: AdaptiveSoftmax, tied_projections: list[int]) -> dict[str, str]:
+    """Parameters of the output layer and of the embeddings that are one, if embeddings are tied."""
+    tables = [head.table_name(cluster) for cluster in range(1 if head.one_table else len(head.ends))]
+    names = {table: table for table in tables}
+    for cluster in tied_projections:
+        names[head.projection_name(cluster)] = head.projection_name(0 if head.one_table else cluster)
+    return {f"lm_head.{ours}": f"model.embed_tokens.{theirs}" for ours, theirs in names.items()}
+
+
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout_mask=None, **kwargs
+) -> tuple[Tensor, Tensor]:
     """Attention written out: `(batch, heads, sequence, size)` to `(batch, sequence, heads, size)` and weights.
 
     The softmax is in single precision at least, but never below the model's own: rounding a double
@@ -299,7 +386,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
+    return (apply_mask(weights, dropout_mask) @ value).transpose(1, 2), weights
 
 
 def _rotary_positions(config: DEQTransformerConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -308,7 +395,7 @@ def _rotary_positions(config: DEQTransformerConfig, position_ids: Tensor, dtype:
     Computed anew for every call rather than kept in a buffer, which a cast of the model would round.
     """
     precise = torch.promote_types(dtype, torch.float32)
-    head_dim, scaling = config.hidden_size // config.num_attention_heads, 1.0
+    head_dim, scaling = config.head_dim, 1.0
     if config.rope_parameters["rope_type"] == "default":
         channels = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=precise)
         frequencies = config.rope_parameters["rope_theta"] ** -(channels / head_dim)
@@ -325,6 +412,15 @@ def _cache_as_long_as(memory: tuple[Tensor, ...], config: DEQTransformerConfig) 
     for layer_idx in range(config.num_hidden_layers):
         cache.update(nothing, nothing, layer_idx)
     return cache
+
+
+def _require_attention_weights(config: DEQTransformerConfig) -> None:
+    """Fused kernels that take no mask of numbers cannot add scores, nor drop weights the same way every time."""
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            'position_embedding_type="relative" and attention_dropout change the attention weights, which '
+            f'{config._attn_implementation!r} cannot: use attn_implementation="sdpa" or "eager".'
+        )
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

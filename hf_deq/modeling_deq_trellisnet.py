@@ -22,11 +22,12 @@ from transformers import Cache
 from transformers import initialization as init
 from transformers.utils.output_capturing import OutputRecorder
 
+from .adaptive import AdaptiveSoftmax
 from .cache_deq import TrellisStateLayer, refuse_offloaded
 from .configuration_deq_trellisnet import DEQTrellisNetConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
 from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel, token_mask
-from .softmax_heads import LogProbabilityHead, MixtureOfSoftmaxes, SplitSoftmax
+from .softmax_heads import LogProbabilityHead, MixtureOfSoftmaxes
 from .weight_tying import CausalConvolution, VariationalDropout, apply_mask, draw_dropout_mask
 
 # Standard deviation of the initial recurrent weights, relative to fan_in ** -0.5.
@@ -39,6 +40,7 @@ class DEQTrellisNetLayer(DEQLayer):
     def __init__(self, config: DEQTrellisNetConfig):
         super().__init__(config)
         self.channels = config.intermediate_size + config.hidden_size
+        self.input_size = config.embedding_size
         self.memory_sizes = (2 * self.channels, config.embedding_size)
         # Embeddings are small, for the tied output layer; the gates want a sum of unit size.
         self.injection = CausalConvolution(
@@ -127,11 +129,7 @@ class DEQTrellisNetPreTrainedModel(DEQPreTrainedModel):
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
         if isinstance(module, LogProbabilityHead):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        if isinstance(module, SplitSoftmax):
-            init.zeros_(module.cluster_weight)
-            init.zeros_(module.cluster_bias)
+            module.initialize(self.config.initializer_range)
 
 
 class DEQTrellisNetModel(DEQTrellisNetPreTrainedModel, DEQModel):
@@ -167,7 +165,7 @@ class DEQTrellisNetForCausalLM(DEQTrellisNetPreTrainedModel, DEQForCausalLM):
 
     def _make_head(self, config: DEQTrellisNetConfig) -> nn.Module:
         if config.cutoffs:
-            return SplitSoftmax(config.hidden_size, config.vocab_size, config.cutoffs)
+            return AdaptiveSoftmax(config.hidden_size, config.vocab_size, config.cutoffs)
         if config.num_softmax_experts:
             return MixtureOfSoftmaxes(
                 config.hidden_size, config.vocab_size, config.num_softmax_experts, config.embedding_size

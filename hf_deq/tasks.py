@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from datasets import DatasetDict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -25,10 +26,11 @@ from .data import (
     load_corpus,
     train_tokenizer,
 )
-from .evaluation import evaluate_perplexity, evaluating, protocol
+from .evaluation import evaluate_perplexity, evaluating, protocol, solver_settings
 from .ngrams import ngram_bits_per_byte
 from .position_algebra import widest_dtype
 from .training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
+from .word_level import encode_words, known_corpus, load_word_corpus, train_word_tokenizer
 
 
 class LanguageModeling:
@@ -36,24 +38,28 @@ class LanguageModeling:
 
     Args:
         data: the corpus and how it is read.
-        model_fields: of the model's configuration; `vocab_size` is that of a tokenizer to be trained.
+        model_fields: of the model's configuration; `vocab_size` is that of a tokenizer to be trained. With word_level
+            the vocabulary is as large as the corpus makes it.
     """
 
     def __init__(self, data: DataArguments, model_fields: dict):
         self.data = data
-        corpus = load_corpus(data.corpus, data.corpus_config, data.validation_file)
+        corpus = read_corpus(data)
         self.fingerprint = corpus_fingerprint(corpus)
         if data.tokenizer:
             self.tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+        elif data.word_level:
+            known = known_corpus(data.corpus, data.corpus_config)
+            self.tokenizer = train_word_tokenizer(corpus, data.id_order, known)
         else:
             self.tokenizer = train_tokenizer(corpus["train"], model_fields.get("vocab_size", 2048))
-        self.train, self.validation = (
-            encode_corpus(corpus[split], self.tokenizer) for split in ("train", "validation")
-        )
+        encode = encode_words if data.word_level else encode_corpus
+        self.train, self.validation = (encode(corpus[split], self.tokenizer) for split in ("train", "validation"))
         self.examples = SequenceBlocks(self.train.ids, data.sequence_length)
         special = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         self.model_fields = {"vocab_size": len(self.tokenizer)} | special
         self.recipe = {"corpus_fingerprint": self.fingerprint}
+        self.config = None  # of the model that is to learn this
 
     def __str__(self) -> str:
         return (
@@ -69,6 +75,7 @@ class LanguageModeling:
         """
         if self.data.carry_memory and getattr(config, "memory_length", None) == 0:
             raise ValueError("carry_memory needs a model that remembers: set memory_length, say to sequence_length.")
+        self.config = config
         self.tokenizer.model_max_length = getattr(config, "max_position_embeddings", self.tokenizer.model_max_length)
 
     def batches(self, training: TrainingArguments, first_step: int) -> ContiguousBatches | StepBatches:
@@ -111,7 +118,8 @@ class LanguageModeling:
         return (
             f"perplexity {metrics['perplexity']:.2f} per token, {metrics['word_perplexity']:.1f} per word; "
             f"{metrics['bits_per_byte']:.3f} bits per byte over {metrics['num_tokens']:,} tokens "
-            f"({protocol(**self.protocol)})\n"
+            f"({protocol(**self.protocol, memory_length=getattr(self.config, 'memory_length', None))}; "
+            f"{solver_settings(self.config)})\n"
             f"n-grams (Witten-Bell) on the same tokens: {grams} bits per byte"
         )
 
@@ -120,12 +128,16 @@ class LanguageModeling:
         self.tokenizer.save_pretrained(folder)
 
     def sample(self, model: PreTrainedModel, training: TrainingArguments) -> str:
-        """What the model continues the sample prompt with."""
-        inputs = self.tokenizer(training.sample_prompt, return_tensors="pt", return_token_type_ids=False)
+        """What the model continues the sample prompt with; of words, those that it knows, at the start of a line."""
+        prompt = training.sample_prompt
+        if self.data.word_level:
+            known = self.tokenizer.get_vocab()
+            prompt = "\n" + " ".join(word for word in prompt.split() if word in known)
+        inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         ids = model.generate(
             **inputs.to(model.device), max_new_tokens=training.sample_tokens, do_sample=True, top_p=0.9, temperature=0.8
         )
-        return self.tokenizer.decode(ids[0], skip_special_tokens=True)
+        return self.tokenizer.decode(ids[0], skip_special_tokens=not self.data.word_level)  # <unk>, <eos> are words
 
 
 class CopyMemoryTask:
@@ -190,6 +202,13 @@ class CopyMemoryTask:
         answer = model(example["input_ids"][None].to(model.device)).logits[0].argmax(-1)
         wanted, given = (ids[-SYMBOLS:].tolist() for ids in (example["labels"], answer))
         return f"to recall {wanted}\nrecalled  {given}"
+
+
+def read_corpus(data: DataArguments) -> DatasetDict:
+    """The corpus that the arguments name, as documents or as lines of words."""
+    if data.word_level:
+        return load_word_corpus(data.corpus, data.corpus_config)
+    return load_corpus(data.corpus, data.corpus_config, data.validation_file)
 
 
 def make_task(data: DataArguments | CopyMemoryArguments, model_fields: dict) -> LanguageModeling | CopyMemoryTask:

@@ -1,8 +1,10 @@
 """Train a deep equilibrium language model with accelerate: the loop behind `scripts/train.py`.
 
     result = train(DataArguments(), TrainingArguments(output_dir="out"), model_fields)
+    baseline = train(DataArguments(), TrainingArguments(output_dir="gpt2"), {"n_layer": 4}, "gpt2")
 
-What is learnt is a task of `tasks.py`: a corpus for `DataArguments`, copy memory for `CopyMemoryArguments`.
+What is learnt is a task of `tasks.py`: a corpus for `DataArguments`, copy memory for `CopyMemoryArguments`. What is
+asked of a model and read from it is in `training_models.py`: an explicit one takes the same steps as one of ours.
 
 The run is a function of its arguments: the batch of step k depends on the seed and k alone, so a
 run that stops and resumes takes the same steps as one that does not, and several processes take
@@ -14,7 +16,6 @@ import math
 import os
 import shutil
 import signal
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,12 +30,14 @@ from accelerate.utils import (
 )
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, get_cosine_schedule_with_warmup
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from .optimizers import make_optimizer, make_schedule
 from .tasks import CopyMemoryTask, LanguageModeling, make_task
 from .training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
-from .training_log import Meter, MetricsFile, summary
+from .training_log import Clock, Meter, MetricsFile, summary
 from .training_memory import CarriedMemory
+from .training_models import EquilibriumModel, ExplicitModel, model_kind
 
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = (
@@ -65,10 +68,12 @@ def train(
     Args:
         data, training: see there; `data` says which task it is.
         model_fields: fields of the model's configuration that differ from the defaults.
-        model_type: which configuration, as registered with `AutoConfig`.
+        model_type: which configuration, as registered with `AutoConfig`: one of ours, or that of an explicit causal
+            language model such as "gpt2".
 
     Returns:
-        The last line of metrics.jsonl: validation metrics, baselines, wall time.
+        The last line of metrics.jsonl: validation metrics, baselines, parameters, tokens trained on, and the seconds
+        that training took, without validations and checkpoints.
 
     Raises:
         ValueError: arguments that do not fit each other, or a checkpoint of other arguments.
@@ -93,6 +98,7 @@ class _Run:
 
     task: LanguageModeling | CopyMemoryTask
     model: torch.nn.Module
+    kind: EquilibriumModel | ExplicitModel
     recipe: dict
 
 
@@ -100,31 +106,30 @@ def _prepare(data, training: TrainingArguments, model_fields: dict, model_type: 
     task = make_task(data, model_fields)
     config = AutoConfig.for_model(model_type, **(model_fields | task.model_fields))
     task.adapt_to(config)
+    kind = model_kind(config)
+    kind.check(task, training)
     model = AutoModelForCausalLM.from_config(config)
     say(f"{task}; {model_type} with {model.num_parameters():,} parameters")
     recipe = {"task": data.task, "model_type": model_type} | task.recipe | asdict(data) | asdict(training)
     recipe = {name: value for name, value in (recipe | model_fields).items() if value is not None}
-    return _Run(task, model, recipe)
+    return _Run(task, model, kind, recipe)
 
 
 class _Trainer:
     """One run: optimizer, data and progress, the steps, checkpoints, and the report at the end."""
 
     def __init__(self, run: _Run, training: TrainingArguments, folder: Path, accelerator: Accelerator):
-        self.task, self.recipe = run.task, run.recipe
+        self.task, self.kind, self.recipe = run.task, run.kind, run.recipe
+        self.num_parameters = run.model.num_parameters()  # before it is shared out among processes
         self.arguments, self.folder, self.accelerator = training, folder, accelerator
-        self.config = run.model.config
         self.step = 0
         self.memory = CarriedMemory(accelerator, training.gradient_accumulation_steps)
         self.stop_requested = False
-        self.meter, self.metrics = Meter(accelerator.device), MetricsFile(folder, accelerator)
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(run.model, training.weight_decay),
-            lr=training.learning_rate,
-            betas=(0.9, training.adam_beta2),
-        )
-        schedule = get_cosine_schedule_with_warmup(optimizer, training.warmup_steps, training.max_steps)
+        optimizer = make_optimizer(run.model, training)
+        schedule = make_schedule(optimizer, training)
         self.model, self.optimizer, self.schedule = accelerator.prepare(run.model, optimizer, schedule)
+        self.metrics, self.clock = MetricsFile(folder, accelerator), Clock()
+        self.meter = Meter(accelerator.device, self.clock)
 
     @property
     def bare_model(self) -> torch.nn.Module:
@@ -135,10 +140,9 @@ class _Trainer:
         if self.arguments.resume:
             self._load_checkpoint()
         self.metrics.keep_until(self.step)
-        started = time.perf_counter()
         with _signals_as_requests(self):
             self._take_steps()
-        seconds = time.perf_counter() - started
+        seconds = self.clock.seconds()
         self._save_model()
         return self._report(seconds)
 
@@ -159,9 +163,11 @@ class _Trainer:
             if self.step % arguments.logging_steps == 0 or self.step == arguments.max_steps:
                 self._log(bar)
             if arguments.eval_steps and self.step % arguments.eval_steps == 0 and self.step < arguments.max_steps:
-                self.metrics.write({"step": self.step} | _prefixed("validation", self._validate()))
+                with self.clock.paused():
+                    self.metrics.write({"step": self.step} | _prefixed("validation", self._validate()))
             if arguments.save_steps and self.step % arguments.save_steps == 0:
-                self._save_checkpoint()
+                with self.clock.paused():
+                    self._save_checkpoint()
             self._stop_if_requested(bar)
         bar.close()
 
@@ -172,23 +178,19 @@ class _Trainer:
         return self.accelerator.prepare(loader)
 
     def _optimize(self, micro_batches: list[dict]) -> None:
-        """One optimizer step. Shallow pretraining unrolls; afterwards the equilibrium is solved."""
-        shallow = self.step < self.config.shallow_steps
-        dial = {"unroll_steps": self.config.shallow_depth} if shallow else {}
-        if self.arguments.train_solver_tolerance is not None:
-            dial["solver_tolerance"] = self.arguments.train_solver_tolerance
+        """One optimizer step."""
         self.model.train()
         for piece, batch in enumerate(micro_batches):
             with self.accelerator.accumulate(self.model):
                 outputs = self.model(
                     batch["input_ids"],
                     labels=batch["labels"],
-                    shift_labels=batch["labels"],
-                    memory=self.memory.pieces[piece],
+                    shift_labels=batch["labels"],  # they belong to the inputs of the same place already
                     use_cache=False,
-                    **dial,
+                    **self.kind.arguments(self.step, self.memory.pieces[piece], self.arguments),
                 )
-                self.memory.pieces[piece] = None if self.sampler.starts_anew_at(self.step + 1) else outputs.memory
+                ends = self.sampler.starts_anew_at(self.step + 1)
+                self.memory.pieces[piece] = None if ends else self.kind.memory(outputs)
                 self.accelerator.backward(outputs.loss)
                 if self.accelerator.sync_gradients and self.arguments.max_grad_norm:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
@@ -196,24 +198,8 @@ class _Trainer:
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()
-            self._measure(outputs, batch["labels"].numel(), shallow)
-
-    def _measure(self, outputs, tokens: int, shallow: bool) -> None:
-        meter = self.meter
-        meter.tokens += tokens * self.accelerator.num_processes
-        loss = outputs.loss.detach()
-        if outputs.jacobian_loss is not None:  # logged by itself: the loss in the log is the cross-entropy
-            meter.add(jacobian_loss=outputs.jacobian_loss)
-            loss = loss - self.config.jacobian_loss_weight * outputs.jacobian_loss.detach()
-        meter.add(
-            loss=loss,
-            forward_evaluations=outputs.num_evaluations.float().mean(),
-            residual=outputs.residual.mean(),
-            converged=outputs.converged.float().mean(),
-        )
-        backward = self.bare_model.model.layers[0].backward_evaluations
-        if backward is not None and not shallow:
-            meter.add(backward_evaluations=backward.float().mean())
+            self.meter.tokens += batch["labels"].numel() * self.accelerator.num_processes
+            self.meter.add(**self.kind.measures(outputs, self.step, self.bare_model))
 
     def _log(self, bar: tqdm) -> None:
         line = {"step": self.step, "learning_rate": self.schedule.get_last_lr()[0]}
@@ -245,12 +231,12 @@ class _Trainer:
 
     def _save_checkpoint(self) -> Path:
         path, fresh = self.folder / "checkpoint", self.folder / "checkpoint.new"
-        meter = self.meter.totals()
+        meter, seconds = self.meter.totals(), self.clock.seconds()
         self.accelerator.save_state(str(fresh))
         self.memory.save(fresh)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            state = {"step": self.step, "meter": meter, "recipe": self.recipe}
+            state = {"step": self.step, "seconds": seconds, "meter": meter, "recipe": self.recipe}
             (fresh / "run.json").write_text(json.dumps(state, indent=1))
             shutil.rmtree(path, ignore_errors=True)  # only now that the new one is complete
             fresh.rename(path)
@@ -274,6 +260,8 @@ class _Trainer:
         self.accelerator.load_state(str(path))
         self.memory.load(path)
         self.step = state["step"]
+        self.clock.resume(state.get("seconds", 0.0))  # checkpoints did not always say
+        self.meter.reset()
         if self.accelerator.is_main_process:  # it holds the sums of all processes
             self.meter.resume(state["meter"])
 
@@ -285,16 +273,21 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
 
     def _validate(self) -> dict[str, float]:
-        return self.task.validate(self.bare_model, self.accelerator)
+        return self.kind.validation(self.task.validate(self.bare_model, self.accelerator))
+
+    @property
+    def num_tokens(self) -> int:
+        """Predictions trained on so far; every example has the same number."""
+        return self.step * self.arguments.batch_size * len(self.task.examples[0]["labels"])
 
     def _report(self, seconds: float) -> dict:
         say, metrics, baselines = self.accelerator.print, self._validate(), self.task.baselines()
+        size = {"num_parameters": self.num_parameters, "num_tokens": self.num_tokens}
         say(
-            f"\nvalidation: {self.task.describe(metrics, baselines)}\n"
-            f"equilibrium: {metrics['num_evaluations']:.1f} evaluations to a residual of {metrics['residual']:.1e}, "
-            f"{metrics['converged']:.0%} of the sequences converged; training took {seconds / 60:.1f} minutes"
+            f"\nvalidation: {self.task.describe(metrics, baselines)}\n{self.kind.describe(metrics)}"
+            f"training: {self.num_parameters:,} parameters, {self.num_tokens:,} tokens in {seconds / 60:.1f} minutes"
         )
-        line = {"step": self.step, "seconds": seconds, "num_processes": self.accelerator.num_processes}
+        line = {"step": self.step, "seconds": seconds, "num_processes": self.accelerator.num_processes} | size
         line |= _prefixed("validation", metrics) | baselines
         self.metrics.write(line)
         self._say_sample()
@@ -381,19 +374,6 @@ def _check_divisible(training: TrainingArguments, num_processes: int) -> None:
             f"batch_size={training.batch_size} must be divisible by gradient_accumulation_steps * processes = "
             f"{training.gradient_accumulation_steps} * {num_processes}."
         )
-
-
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for the weights of linear maps and convolutions; none for embeddings, norms, biases and output rows.
-
-    Of a normalised weight it shrinks the magnitude; on the direction it only sets the effective learning rate.
-    """
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for name, parameter in model.named_parameters():
-        spared = parameter.dim() < 2 or name.endswith(("bias", "cluster_weight")) or id(parameter) in embeddings
-        groups[spared]["params"].append(parameter)
-    return groups
 
 
 def _prefixed(prefix: str, values: dict) -> dict:

@@ -2,11 +2,22 @@
 
 import json
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+
+# How the progress bar says what a line may have.
+SUMMARY = {
+    "loss": "loss {:.3f}",
+    "perplexity": "ppl {:.1f}",
+    "forward_evaluations": "evals {:.1f}",
+    "backward_evaluations": "back {:.1f}",
+    "residual": "res {:.0e}",
+    "tokens_per_second": "{:.0f} tok/s",
+}
 
 
 class MetricsFile:
@@ -30,18 +41,41 @@ class MetricsFile:
         self.accelerator.wait_for_everyone()
 
 
+class Clock:
+    """Seconds spent on training: it stands still while `paused`, and goes on where a checkpoint stopped."""
+
+    def __init__(self):
+        self.resume(0.0)
+
+    def seconds(self) -> float:
+        return self.spent + time.perf_counter() - self.started
+
+    def resume(self, spent: float) -> None:
+        """Go on from so many seconds."""
+        self.spent, self.started = spent, time.perf_counter()
+
+    @contextmanager
+    def paused(self):
+        """Within this context no time passes."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # what a device has yet to do is training
+        spent = self.seconds()
+        yield
+        self.resume(spent)
+
+
 class Meter:
     """Means of what is logged since the last line, summed on the device so that nothing waits for it."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, clock: Clock):
+        self.device, self.clock = device, clock
         self.reset()
 
     def reset(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
         self.tokens = 0
-        self.started = time.perf_counter()
+        self.started = self.clock.seconds()
 
     def add(self, **values: torch.Tensor) -> None:
         """Count in a scalar tensor for each name."""
@@ -69,13 +103,9 @@ class Meter:
         self.counts = dict(state["counts"])
 
     def seconds(self) -> float:
-        return time.perf_counter() - self.started
+        return self.clock.seconds() - self.started
 
 
 def summary(line: dict) -> str:
-    """A line of training metrics, short enough for a progress bar."""
-    backward = f"/{line['backward_evaluations']:.1f}" if "backward_evaluations" in line else ""
-    return (
-        f"loss {line['loss']:.3f} ppl {line['perplexity']:.1f} evals {line['forward_evaluations']:.1f}{backward} "
-        f"res {line['residual']:.0e} {line['tokens_per_second']:.0f} tok/s"
-    )
+    """What a line of training metrics has, short enough for a progress bar."""
+    return " ".join(form.format(line[name]) for name, form in SUMMARY.items() if name in line)

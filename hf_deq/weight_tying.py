@@ -3,7 +3,8 @@
 Dropout masks are drawn, and normalised weights computed, once for all evaluations of a solve.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,63 @@ class VariationalDropout(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """`(batch, sequence, features)` to the same."""
         return apply_mask(states, draw_dropout_mask(states[:, :1], self.probability, self.training))
+
+
+class WeightNormLinear(nn.Module):
+    """A linear map with W[o] = g[o] v[o] / ||v[o]|| (Salimans & Kingma 2016).
+
+    g and v are `magnitude` `(out, 1)` and `direction` `(out, in)`. Within `keeping_weights` W is computed once.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__()
+        self.in_features = in_features
+        self.magnitude = nn.Parameter(torch.empty(out_features, 1))
+        self.direction = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self._kept: dict[bool, Tensor] | None = None
+
+    def initialize(self, std: float) -> None:
+        """Fill in whatever parameter was not loaded, so that W has that standard deviation."""
+        init.normal_(self.direction, std=std)
+        init.copy_(self.magnitude, _lengths(self.direction))
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return F.linear(x, self._weight(), self.bias)
+
+    def _weight(self) -> Tensor:
+        if self._kept is None:
+            return normalised_weight(self.magnitude, self.direction)
+        graph = torch.is_grad_enabled()  # the solver's weight has none, the gradient needs one that has
+        if graph not in self._kept:
+            self._kept[graph] = normalised_weight(self.magnitude, self.direction)
+        return self._kept[graph]
+
+
+@contextmanager
+def keeping_weights(module: nn.Module) -> Iterator[None]:
+    """Within this context, a solve, the normalised weights below a module are computed once (and once with a graph)."""
+    normalised = [part for part in module.modules() if isinstance(part, WeightNormLinear)]
+    try:
+        for part in normalised:
+            part._kept = {}
+        yield
+    finally:
+        for part in normalised:
+            part._kept = None
+
+
+def normalised_weight(magnitude: Tensor, direction: Tensor) -> Tensor:
+    """W[o] = g[o] v[o] / ||v[o]||, for v of shape `(out, ...)`."""
+    return direction * (magnitude / _lengths(direction))
+
+
+def _lengths(direction: Tensor) -> Tensor:
+    """Norm of every output's weights, with as many dimensions."""
+    return torch.linalg.vector_norm(direction, dim=tuple(range(1, direction.dim())), keepdim=True)
 
 
 class CausalConvolution(nn.Module):
@@ -84,7 +142,7 @@ class CausalConvolution(nn.Module):
         weight = self.direction if self.weight_norm else self.weight
         init.normal_(weight, std=self.initializer_gain * weight[0].numel() ** -0.5)
         if self.weight_norm:
-            init.copy_(self.magnitude, torch.linalg.vector_norm(weight, dim=(1, 2), keepdim=True))
+            init.copy_(self.magnitude, _lengths(weight))
         init.zeros_(self.bias)
 
     def forward(self, dropout: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
@@ -93,7 +151,7 @@ class CausalConvolution(nn.Module):
         Args:
             dropout: share of the weights that are dropped, in training.
         """
-        weight = self.direction * self._scale() if self.weight_norm else self.weight
+        weight = normalised_weight(self.magnitude, self.direction) if self.weight_norm else self.weight
         weight = apply_mask(weight, draw_dropout_mask(weight, dropout, self.training))
         matrix, bias = weight.transpose(1, 2).flatten(1), self.bias
 
@@ -103,6 +161,3 @@ class CausalConvolution(nn.Module):
             return F.linear(torch.cat(taps, -1), matrix, bias)
 
         return convolve
-
-    def _scale(self) -> Tensor:
-        return self.magnitude / torch.linalg.vector_norm(self.direction, dim=(1, 2), keepdim=True)

@@ -2,10 +2,11 @@
 
     python scripts/evaluate.py deq-model
     python scripts/evaluate.py deq-model --corpus my_text.txt --tolerances 1e-2 1e-3 --budgets 1 2 4
+    python scripts/evaluate.py deq-model --split test --drop_remainder --batch_size 10 --memory_length 300
 
 The first row bypasses the solver: one application of f to the zero state. The rows by budget stop
-after so many evaluations, the rows by tolerance at that residual. What the model was trained on, and whether with a
-carried memory, is read from its recipe.yaml.
+after so many evaluations, the rows by tolerance at that residual. What the model was trained on, how that was read, and
+whether with a carried memory, is read from its recipe.yaml.
 """
 
 import json
@@ -16,13 +17,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import hf_deq  # noqa: F401  registers the model types
-from hf_deq.data import BUILT_IN_CORPUS, corpus_fingerprint, encode_corpus, load_corpus
-from hf_deq.evaluation import dial_table, format_table, protocol
-from hf_deq.tasks import make_task
-from hf_deq.training_arguments import CopyMemoryArguments
+from hf_deq.data import BUILT_IN_CORPUS, corpus_fingerprint, encode_corpus
+from hf_deq.evaluation import dial_table, format_table, protocol, solver_settings
+from hf_deq.tasks import make_task, read_corpus
+from hf_deq.training_arguments import CopyMemoryArguments, DataArguments
+from hf_deq.word_level import encode_words
 
 SOLVE = ("num_evaluations", "residual", "converged")
 COLUMNS = ("bits_per_byte", "perplexity", "word_perplexity", *SOLVE)
@@ -38,7 +40,10 @@ class EvaluateArguments:
     )
     corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     validation_file: str | None = field(default=None, metadata={"help": "Local text file to evaluate on."})
-    split: str = field(default="validation", metadata={"help": "Split of the corpus."})
+    word_level: bool | None = field(
+        default=None, metadata={"help": "Read lines of whitespace-separated words; default: as in training."}
+    )
+    split: str = field(default="validation", metadata={"help": "Split of the corpus: validation, test or train."})
     tolerances: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3], metadata={"help": "Rows by tolerance."})
     budgets: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Rows by evaluations of f."})
     length: int | None = field(
@@ -52,17 +57,47 @@ class EvaluateArguments:
     carry_memory: bool | None = field(
         default=None, metadata={"help": "Read contiguous streams, handing on the memory; default: as in training."}
     )
+    memory_length: int | None = field(
+        default=None, metadata={"help": "Tokens that a DEQ-Transformer remembers in this evaluation; default: its own."}
+    )
+    drop_remainder: bool = field(
+        default=False,
+        metadata={
+            "help": "With carried memory: streams of equal length, without the remainder and without predicting the "
+            "first token of each, as the literature's code does."
+        },
+    )
     output: str | None = field(default=None, metadata={"help": "Also write the table to this JSON file."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu, cuda, mps."})
 
 
+def load_model(folder: str, arguments: EvaluateArguments):
+    """The model, with the memory that it is to have in this evaluation.
+
+    Raises:
+        ValueError: `memory_length` is negative, or the model's memory has no length.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if arguments.memory_length is not None:
+        if not hasattr(config, "memory_length"):
+            raise ValueError(f"memory_length: a {config.model_type} has a memory of fixed size; leave it out.")
+        if arguments.memory_length < 0:
+            raise ValueError(f"memory_length must not be negative, got {arguments.memory_length}.")
+        config.memory_length = arguments.memory_length
+    return AutoModelForCausalLM.from_pretrained(folder, config=config).to(arguments.device)
+
+
 def load_stream(recipe: dict, tokenizer, arguments: EvaluateArguments):
     """The stream to evaluate on: what the arguments name, else what the model's recipe names."""
+    word_level = recipe.get("word_level", False) if arguments.word_level is None else arguments.word_level
     recipe = recipe if arguments.corpus is None else {}
-    corpus = load_corpus(
-        arguments.corpus or recipe.get("corpus", BUILT_IN_CORPUS),
-        arguments.corpus_config or recipe.get("corpus_config"),
-        arguments.validation_file or recipe.get("validation_file"),
+    corpus = read_corpus(
+        DataArguments(
+            corpus=arguments.corpus or recipe.get("corpus", BUILT_IN_CORPUS),
+            corpus_config=arguments.corpus_config or recipe.get("corpus_config"),
+            validation_file=arguments.validation_file or recipe.get("validation_file"),
+            word_level=word_level,
+        )
     )
     if arguments.split not in corpus:
         raise ValueError(f"the corpus has no split {arguments.split!r}; it has {sorted(corpus)}.")
@@ -73,7 +108,7 @@ def load_stream(recipe: dict, tokenizer, arguments: EvaluateArguments):
             f"({recipe['corpus_fingerprint']}); the built-in one differs between Python versions, and parts of it may "
             "have been trained on."
         )
-    return encode_corpus(corpus[arguments.split], tokenizer)
+    return (encode_words if word_level else encode_corpus)(corpus[arguments.split], tokenizer)
 
 
 def evaluate_language_model(model, folder: str, recipe: dict, settings: list[dict], arguments: EvaluateArguments):
@@ -91,11 +126,16 @@ def evaluate_language_model(model, folder: str, recipe: dict, settings: list[dic
         stride=arguments.stride,
         batch_size=arguments.batch_size,
         carry_memory=carry_memory,
+        drop_remainder=arguments.drop_remainder,
         progress=True,
     )
-    counts = f"{len(stream.ids):,} tokens ({stream.num_words:,} words, {stream.num_bytes:,} bytes)"
-    how = protocol(length, arguments.stride, arguments.batch_size, carry_memory)
-    return f"{counts}, {how}", rows, COLUMNS
+    counts = (
+        f"the {arguments.split} split: {rows[0]['num_tokens']:,} of {len(stream.ids):,} tokens counted "
+        f"({stream.num_words:,} words, {stream.num_bytes:,} bytes)"
+    )
+    remembers = getattr(model.config, "memory_length", None)
+    how = protocol(length, arguments.stride, arguments.batch_size, carry_memory, arguments.drop_remainder, remembers)
+    return f"{counts}, {how}; {solver_settings(model.config)} unless a row says otherwise", rows, COLUMNS
 
 
 def evaluate_copy_memory(model, recipe: dict, settings: list[dict]):
@@ -108,7 +148,7 @@ def evaluate_copy_memory(model, recipe: dict, settings: list[dict]):
 def main(folder: str, arguments: EvaluateArguments) -> None:
     recipe_file = Path(folder) / "recipe.yaml"
     recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
-    model = AutoModelForCausalLM.from_pretrained(folder).to(arguments.device)
+    model = load_model(folder, arguments)
     settings = [{"solver_max_evaluations": budget, "solver_tolerance": 0.0} for budget in arguments.budgets]
     settings += [{"solver_max_evaluations": None, "solver_tolerance": tolerance} for tolerance in arguments.tolerances]
     if recipe.get("task") == CopyMemoryArguments.task:

@@ -3,12 +3,15 @@
     accelerate launch scripts/train.py                                          # the built-in corpus, minutes on a CPU
     accelerate launch scripts/train.py --model_type deq_trellisnet              # the same with a DEQ-TrellisNet
     accelerate launch scripts/train.py --task copy_memory                       # the copy memory task
+    accelerate launch scripts/train.py --model_type gpt2 --n_embd 192 --n_layer 4 --n_head 6   # an explicit baseline
     accelerate launch scripts/train.py model_cards/deq-transformer-small/recipe.yaml --max_steps 500
     accelerate launch scripts/train.py --corpus my_text.txt --hidden_size 256
 
 A recipe is a YAML file of the same names as the flags; flags win over the recipe. Without one, the smallest
 of model_cards/ for the model type and the task is taken. Every field of the model's configuration is a
-flag too (`--help` lists them all).
+flag too (`--help` lists them all). An explicit baseline takes the recipe of the DEQ-Transformer, so that it sees the
+same tokens, optimizer and schedule, but for what it has no name for; its size and its dropout are flags, with the
+defaults of its own configuration.
 """
 
 import argparse
@@ -28,8 +31,10 @@ from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 import hf_deq
 from hf_deq.training import Interrupted, train
 from hf_deq.training_arguments import TASKS, TrainingArguments
+from hf_deq.training_models import SOLVER_ARGUMENTS
 
 MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
+EXPLICIT_MODEL_TYPES = ["gpt2"]  # what to compare with; transformers' own
 DEFAULT_RECIPES = {"language_modeling": "tiny", "copy_memory": "copy-memory"}
 
 
@@ -62,27 +67,34 @@ def parse(arguments: list[str]) -> tuple[object, TrainingArguments, dict, str]:
     recipe = {} if file is None else read_recipe(file)
     first = argparse.ArgumentParser(add_help=False)
     model_types = [config_class.model_type for config_class in hf_deq.DEQConfig.__subclasses__()]
+    model_types += EXPLICIT_MODEL_TYPES
     first.add_argument("--model_type", default=recipe.get("model_type", model_types[0]), choices=model_types)
     first.add_argument("--task", default=recipe.get("task", "language_modeling"), choices=TASKS)
     chosen, flags = first.parse_known_args(arguments)
-    if file is None:
-        name = f"{chosen.model_type.replace('_', '-')}-{DEFAULT_RECIPES[chosen.task]}"
-        file = MODEL_CARDS / name / "recipe.yaml"
-        recipe = read_recipe(file)
-
     parser = HfArgumentParser(
         (TASKS[chosen.task], TrainingArguments, model_arguments(chosen.model_type)),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[first],
     )
-    unknown = sorted(set(recipe) - {action.dest for action in parser._actions})
+    names = {action.dest for action in parser._actions}
+    if file is None:
+        recipe = default_recipe(chosen.model_type, chosen.task, names)
+    unknown = sorted(set(recipe) - names)
     if unknown:
-        raise ValueError(f"{file}: unknown names {unknown}; see --help for those that exist.")
+        raise ValueError(f"{file or 'the default recipe'}: unknown names {unknown}; see --help for those that exist.")
     parser.set_defaults(**(recipe | vars(chosen)))
     data, training, model, _ = parser.parse_args_into_dataclasses(flags)
     model_fields = {name: value for name, value in vars(model).items() if value is not None}
     return data, training, model_fields, chosen.model_type
+
+
+def default_recipe(model_type: str, task: str, names: set[str]) -> dict:
+    """The smallest recipe for a model type and a task; for an explicit model what it understands of another's."""
+    if model_type not in EXPLICIT_MODEL_TYPES:
+        return read_recipe(MODEL_CARDS / f"{model_type.replace('_', '-')}-{DEFAULT_RECIPES[task]}" / "recipe.yaml")
+    recipe = default_recipe("deq_transformer", task, names)
+    return {name: value for name, value in recipe.items() if name in names.difference(SOLVER_ARGUMENTS)}
 
 
 def read_recipe(file: Path) -> dict:

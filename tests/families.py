@@ -64,6 +64,18 @@ def _named(*variants: dict) -> dict[str, dict]:
     return {"-".join(f"{name}={value}" for name, value in fields.items()) or "default": fields for fields in variants}
 
 
+# The architecture of the paper's DEQ-Transformer, as its code has it.
+PAPER = dict(
+    hidden_act="relu",
+    norm_affine=False,
+    final_norm=False,
+    inject_residual=False,
+    weight_norm=True,
+    position_embedding_type="relative",
+    sliding_window=50,
+    head_bias=True,
+)
+
 TRANSFORMER = Family(
     config_class=DEQTransformerConfig,
     base_class=DEQTransformerModel,
@@ -71,8 +83,18 @@ TRANSFORMER = Family(
     tiny=dict(intermediate_size=32, num_attention_heads=2),
     wide=dict(vocab_size=500, hidden_size=128, intermediate_size=512, num_attention_heads=4),
     remembering=dict(memory_length=100),
-    dropouts=("embedding_dropout", "hidden_dropout", "output_dropout"),
-    variants=_named(
+    dropouts=("embedding_dropout", "hidden_dropout", "attention_dropout", "output_dropout"),
+    variants={
+        "paper": PAPER,
+        "paper-pre": PAPER | {"norm_position": "pre", "normalized_residual": True},
+        "adaptive": PAPER | {"cutoffs": [9, 30], "div_val": 2, "tied_projections": [1, 2]},
+        "adaptive-one-table": {"cutoffs": [20], "embedding_size": 10, "tied_projections": [0, 1]},
+        "projected": {"embedding_size": 10, "tie_word_embeddings": False},
+        "torchdeq": PAPER
+        | {"norm_affine": True, "norm_position": "pre", "num_hidden_layers": 2, "head_dim": 12}
+        | {"attention_output_norm": True},
+    }
+    | _named(
         {},
         {"tie_word_embeddings": False},
         *(

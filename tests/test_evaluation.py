@@ -7,7 +7,7 @@ import torch
 from families import TRANSFORMER, TRELLISNET, random_ids
 
 from hf_deq.data import TokenStream
-from hf_deq.evaluation import dial_table, evaluate_perplexity, format_table
+from hf_deq.evaluation import dial_table, evaluate_perplexity, format_table, protocol, solver_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
 
@@ -73,6 +73,62 @@ def test_carried_memory_reads_each_stream_as_one_text(family, tokens, streams, l
         counted += len(text) - 1
     assert counted == tokens == report.num_tokens
     assert report.nats_per_token == pytest.approx(nats / tokens, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+@pytest.mark.parametrize("tokens, streams, length", [(40, 1, 7), (43, 4, 5), (41, 4, 30), (9, 4, 1)])
+def test_dropping_the_remainder_is_the_protocol_of_the_literature(family, tokens, streams, length):
+    """Equal streams, each a text of its own: its first token is given, not predicted."""
+    model = family.model(**family.remembering)
+    ids = random_ids(1, tokens)[0]
+    report = evaluate_perplexity(
+        model,
+        TokenStream(ids, 100, 20),
+        1,
+        length=length,
+        batch_size=streams,
+        carry_memory=True,
+        drop_remainder=True,
+    )
+    piece = tokens // streams
+    texts = ids[: piece * streams].view(streams, piece)
+    logits = model(texts[:, :-1], use_cache=False).logits
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten()).item()
+    assert report.num_tokens == streams * (piece - 1)
+    assert report.nats_per_token == pytest.approx(nats, rel=1e-6)
+    assert report.word_perplexity is None and report.bits_per_byte is None  # of a text of which parts are missing
+    assert " - " in format_table([vars(report)])
+
+
+def test_dropping_the_remainder_is_for_streams_that_are_long_enough():
+    stream = TokenStream(random_ids(1, 10)[0], 10, 2)
+    with pytest.raises(ValueError, match="drop_remainder is for streams: set carry_memory"):
+        evaluate_perplexity(TRANSFORMER.model(), stream, 1, length=4, drop_remainder=True)
+    how = dict(length=4, batch_size=6, carry_memory=True, drop_remainder=True)
+    with pytest.raises(ValueError, match="fewer than two for each of 6 streams"):
+        evaluate_perplexity(TRELLISNET.model(), stream, 1, **how)
+
+
+def test_a_memory_can_be_longer_at_test_time_than_in_training():
+    """`memory_length` decides what segments see; one as long as the stream sees all of it."""
+    stream = TokenStream(random_ids(1, 24)[0], 24, 4)
+    model = TRANSFORMER.model(memory_length=4)
+    how = dict(start_id=1, batch_size=1, carry_memory=True)
+    nats = {}
+    for memory_length in (4, 24):
+        model.config.memory_length = memory_length
+        nats[memory_length] = evaluate_perplexity(model, stream, length=4, **how).nats_per_token
+    whole = evaluate_perplexity(model, stream, length=24, **how).nats_per_token
+    assert nats[24] == pytest.approx(whole, rel=1e-6) and nats[4] != pytest.approx(whole, rel=1e-6)
+
+
+def test_the_protocol_in_words():
+    assert protocol(8, None, 3, False) == "windows of 8, stride 4"
+    assert protocol(8, None, 3, True) == "3 streams in segments of 8, memory carried"
+    words = "3 streams in segments of 8, memory carried (at most 300 tokens), remainder dropped"
+    assert protocol(8, None, 3, True, drop_remainder=True, memory_length=300) == words
+    config = TRANSFORMER.config(solver_tolerance=1e-3, solver_max_evaluations=30)
+    assert solver_settings(config) == "solver anderson, scope causal, tolerance 0.001, at most 30 evaluations"
 
 
 def test_a_model_without_memory_cannot_carry_it():

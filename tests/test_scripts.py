@@ -1,5 +1,6 @@
 """The command lines and the README's example, run as a user would."""
 
+import dataclasses
 import io
 import json
 import re
@@ -138,6 +139,8 @@ def test_evaluate_turns_the_dial(trained, tmp_path):
         (["--task", "copy_memory", "--copy_variant", "rnn"], "copy_variant must be one of"),
         (["--task", "translation"], "invalid choice: 'translation'"),
         (["--model_type", "deq_mamba"], "invalid choice: 'deq_mamba'"),
+        (["--model_type", "gpt2", "--hidden_size", "32"], "--hidden_size"),
+        (["--model_type", "gpt2", "--n_positions", "64"], "n_positions=64 must cover sequence_length (128)"),
     ],
 )
 def test_train_refuses_bad_flags_in_a_line(arguments, message, tmp_path):
@@ -163,28 +166,78 @@ def test_generate_and_evaluate_refuse_what_is_not_a_model(trained, tmp_path):
     assert "the prompt is empty" in finished.stderr
 
 
+@pytest.fixture(scope="module")
+def word_corpus(tmp_path_factory):
+    """A folder of lines for word-level recipes."""
+    folder = tmp_path_factory.mktemp("words")
+    for part, count in (("train", 300), ("valid", 20), ("test", 20)):
+        lines = [f"line number {n} is about the number {n} , nothing else" for n in range(count)]
+        (folder / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def scaled_down(recipe: dict) -> list:
+    """Flags that make a published recipe small, and let it take a shallow step and one at the equilibrium."""
+    flags = ["--hidden_size", 64, "--intermediate_size", 64, "--sequence_length", 16]
+    flags += ["--shallow_steps", min(1, recipe["shallow_steps"])]
+    flags += ["--num_attention_heads", 2, "--memory_length", 16] if recipe["model_type"] == "deq_transformer" else []
+    flags += ["--embedding_size", 64] if "embedding_size" in recipe else []
+    flags += ["--cutoffs", 20, 40, 200] if "cutoffs" in recipe else []
+    return flags + (["--lr_milestones", 1] if "lr_milestones" in recipe else [])
+
+
 @pytest.mark.parametrize(
     "recipe", sorted((ROOT / "model_cards").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
-def test_recipes_take_their_first_steps(recipe, corpus, tmp_path):
+def test_recipes_take_their_first_steps(recipe, corpus, word_corpus, tmp_path):
     flags = ["--output_dir", tmp_path, "--max_steps", 2, "--sample_tokens", 0, "--batch_size", 2, "--num_threads", 1]
-    if yaml.safe_load(recipe.read_text()).get("task") == "copy_memory":
+    content = yaml.safe_load(recipe.read_text())
+    if content.get("task") == "copy_memory":
         flags += ["--copy_delay", 1, "--copy_variant", "tcn", "--solver_max_evaluations", 2]
+    elif content.get("word_level"):
+        flags += ["--corpus", word_corpus, "--corpus_config", "", *scaled_down(content)]
     else:
         flags += ["--corpus", corpus, "--vocab_size", 300, "--sequence_length", 16]
     finished = script("train.py", recipe, *flags)
     assert finished.returncode == 0, finished.stderr[-2000:]
 
 
+@pytest.fixture
+def parse(monkeypatch):
+    """Flags of the training script to the arguments of `train`."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    return runpy.run_path(str(ROOT / "scripts" / "train.py"))["parse"]
+
+
 @pytest.mark.parametrize("model_type", ["deq_transformer", "deq_trellisnet"])
 @pytest.mark.parametrize("task", ["language_modeling", "copy_memory"])
-def test_there_is_a_recipe_for_every_model_and_task(model_type, task, monkeypatch):
+def test_there_is_a_recipe_for_every_model_and_task(model_type, task, parse):
     """Chosen by these two flags alone."""
-    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
-    parse = runpy.run_path(str(ROOT / "scripts" / "train.py"))["parse"]
     data, training, fields, chosen = parse(["--model_type", model_type, "--task", task, "--max_steps", "7"])
     assert (data.task, chosen, training.max_steps) == (task, model_type, 7)
     assert "hidden_size" in fields and training.learning_rate != TrainingArguments().learning_rate
+
+
+def test_an_explicit_baseline_takes_the_recipe_of_a_deq_but_for_its_model(parse):
+    ours = parse([])
+    flags = ["--n_layer", "2", "--n_inner", "64", "--resid_pdrop", "0", "--embd_pdrop", "0.05"]
+    data, training, fields, model_type = parse(["--model_type", "gpt2", *flags])
+    assert (data, model_type) == (ours[0], "gpt2")
+    assert training == dataclasses.replace(ours[1], train_solver_tolerance=None)
+    expected = dict(vocab_size=ours[2]["vocab_size"], n_layer=2, n_inner=64, resid_pdrop=0, embd_pdrop=0.05)
+    assert fields == expected
+
+
+def test_an_explicit_baseline_trains_and_its_recipe_is_the_run(corpus, tmp_path):
+    flags = ["--model_type", "gpt2", "--n_embd", 32, "--n_layer", 1, "--n_head", 2, "--n_positions", 32]
+    flags += ["--vocab_size", 300, "--sequence_length", 16, "--max_steps", 5, "--sample_tokens", 8, "--num_threads", 1]
+    finished = script("train.py", "--corpus", corpus, "--output_dir", tmp_path / "one", *flags)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "sample:\nThe " in finished.stdout and "640 tokens in" in finished.stdout
+    again = script("train.py", tmp_path / "one" / "recipe.yaml", "--output_dir", tmp_path / "two")
+    assert again.returncode == 0, again.stderr[-2000:]
+    one, two = (json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two"))
+    assert one["validation_perplexity"] == two["validation_perplexity"]
 
 
 def test_a_trellisnet_goes_through_the_same_scripts(corpus, tmp_path):

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from hf_deq.softmax_heads import MixtureOfSoftmaxes, SplitSoftmax
+from hf_deq.adaptive import AdaptiveSoftmax
+from hf_deq.softmax_heads import MixtureOfSoftmaxes
 
 
 def filled(head):
@@ -15,8 +16,8 @@ def filled(head):
 
 
 HEADS = {
-    "one cut": lambda: filled(SplitSoftmax(6, 20, [7])),
-    "three cuts": lambda: filled(SplitSoftmax(6, 20, [4, 5, 13])),
+    "one cut": lambda: filled(AdaptiveSoftmax(6, 20, [7])),
+    "three cuts": lambda: filled(AdaptiveSoftmax(6, 20, [4, 5, 13])),
     "mixture": lambda: filled(MixtureOfSoftmaxes(6, 20, num_experts=3, latent_size=4)),
 }
 heads = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS.keys())
@@ -47,7 +48,7 @@ def test_likelihoods_and_their_gradients_are_those_of_the_distribution(make):
 
 def test_a_split_softmax_goes_by_way_of_the_cluster():
     """Three clusters of ids 0-3, 4 and 5-9; cluster 1 is the last entry of the head, cluster 2 the one before."""
-    head, state = filled(SplitSoftmax(6, 10, [4, 5])), torch.randn(6, dtype=torch.float64)
+    head, state = filled(AdaptiveSoftmax(6, 10, [4, 5])), torch.randn(6, dtype=torch.float64)
     entries = torch.cat([head.weight[:4] @ state + head.bias[:4], head.cluster_weight @ state + head.cluster_bias])
     entries = entries.log_softmax(0)
     rare = (head.weight[5:] @ state + head.bias[5:]).log_softmax(0)
@@ -56,9 +57,9 @@ def test_a_split_softmax_goes_by_way_of_the_cluster():
 
 
 def test_a_loss_computes_the_rare_ids_only_where_they_are_targets(monkeypatch):
-    head, rows = filled(SplitSoftmax(6, 20, [4, 10])), []
-    within = SplitSoftmax._within
-    monkeypatch.setattr(SplitSoftmax, "_within", lambda self, c, s: rows.append((c, len(s))) or within(self, c, s))
+    head, rows = filled(AdaptiveSoftmax(6, 20, [4, 10])), []
+    within = AdaptiveSoftmax._within
+    monkeypatch.setattr(AdaptiveSoftmax, "_within", lambda self, c, s: rows.append((c, len(s))) or within(self, c, s))
     head(torch.randn(8, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 12, 5, 19]))
     assert rows == [(1, 1), (2, 2)]
 

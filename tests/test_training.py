@@ -1,21 +1,28 @@
 """The training loop learns, resumes exactly, does not depend on the number of processes, and refuses bad input."""
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from families import TRANSFORMER, TRELLISNET
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_deq import DEQTransformerForCausalLM, DEQTrellisNetForCausalLM
-from hf_deq.training import Interrupted, _parameter_groups, train
+from hf_deq import DEQTransformerForCausalLM, DEQTrellisNetForCausalLM, training_log
+from hf_deq.optimizers import make_optimizer, make_schedule
+from hf_deq.tasks import LanguageModeling
+from hf_deq.training import Interrupted, train
 from hf_deq.training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
+from hf_deq.training_models import parameter_groups
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -31,8 +38,12 @@ MODEL = dict(
 MODELS = {
     "deq_transformer": MODEL,
     "deq_trellisnet": {name: value for name, value in MODEL.items() if name != "num_attention_heads"},
+    "gpt2": dict(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64),
 }
-both = pytest.mark.parametrize("model_type", MODELS)
+both = pytest.mark.parametrize("model_type", ["deq_transformer", "deq_trellisnet"])
+# The weight-tied explicit twin of a deep equilibrium model.
+UNROLLED = dict(gradient="unrolled", solver_max_evaluations=3, shallow_steps=0)
+SOLVER_COLUMN = re.compile("evaluations|residual|converged|jacobian")
 # With these, training carries a memory over segments.
 REMEMBERING = {
     "deq_transformer": dict(carry_memory=True, model=dict(memory_length=16)),
@@ -111,6 +122,69 @@ def test_learns_reports_and_saves(model_type, corpus, tmp_path, capsys):
     assert model.config.eos_token_id == tokenizer.eos_token_id is not None
 
 
+def test_an_explicit_model_takes_the_same_steps(corpus, tmp_path, capsys):
+    """GPT-2 learns by the same loop, and nothing is said of a solver it does not have."""
+    how = dict(max_steps=60, logging_steps=20, eval_steps=40, sample_tokens=5)
+    report = run(corpus, tmp_path, None, "gpt2", **how)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert report == lines[-1] and lines[0]["loss"] > 1.5 * lines[-2]["loss"]
+    assert {"step", "loss", "perplexity", "learning_rate", "gradient_norm", "tokens_per_second"} == lines[0].keys()
+    assert any("validation_perplexity" in line for line in lines[:-1])
+    assert not [name for line in lines for name in line if SOLVER_COLUMN.search(name)]
+    assert report["validation_bits_per_byte"] < report["bits_per_byte_unigram"]
+    captured = capsys.readouterr()
+    assert "sample:\nThe " in captured.out and "equilibrium" not in captured.out
+    assert "evals" not in captured.err and "tok/s" in captured.err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.config.model_type == "gpt2" and model.config.vocab_size == 300
+    assert model.config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path).eos_token_id
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_size_tokens_and_time_are_reported(model_type, corpus, tmp_path, capsys, monkeypatch):
+    """Time is that of training, without the validations in between, which take hours here."""
+    validate, hours = LanguageModeling.validate, []
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 3600 * len(hours))
+
+    def slow(*args, **kwargs):
+        hours.append(1)
+        return validate(*args, **kwargs)
+
+    monkeypatch.setattr(training_log, "time", clock)
+    monkeypatch.setattr(LanguageModeling, "validate", slow)
+    report = run(corpus, tmp_path, None, model_type, max_steps=4, eval_steps=1, save_steps=2)
+    assert len(hours) == 4 and 0 < report["seconds"] < 3600
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["tokens_per_second"] > 1 for line in lines if "loss" in line)
+    assert 0 < json.loads((tmp_path / "checkpoint" / "run.json").read_text())["seconds"] <= report["seconds"]
+    size = AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters()
+    assert (report["num_parameters"], report["num_tokens"]) == (size, 4 * 8 * 16)
+    assert f"training: {size:,} parameters, 512 tokens in 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_loss_is_the_cross_entropy_of_the_labels_given(model_type):
+    """The labels of the loop belong to the inputs of the same place: nothing shifts them again."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **MODELS[model_type])).eval()
+    ids = torch.randint(300, (3, 17))
+    inputs, labels = ids[:, :-1], ids[:, 1:].clone()
+    labels[0, -4:] = -100
+    outputs = model(inputs, labels=labels, shift_labels=labels, use_cache=False)
+    counted = labels != -100
+    picked = outputs.logits.log_softmax(-1)[counted].gather(1, labels[counted][:, None])
+    torch.testing.assert_close(outputs.loss, -picked.mean())
+
+
+@both
+def test_the_unrolled_twin_trains(model_type, corpus, tmp_path):
+    """Weight-tied layers without an equilibrium: validation and the sample do without a cache."""
+    run(corpus, tmp_path, UNROLLED, model_type, max_steps=40, logging_steps=20, eval_steps=20, sample_tokens=3)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, last = (line for line in lines if "loss" in line)
+    assert last["loss"] < 0.8 * first["loss"] and last["forward_evaluations"] == 3
+    assert lines[-1]["validation_num_evaluations"] == 3 and "backward_evaluations" not in last
+
+
 def test_shallow_pretraining_switches_to_the_equilibrium(corpus, tmp_path):
     run(corpus, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][:-1]
@@ -144,6 +218,22 @@ def test_interrupt_saves_and_resume_continues_exactly(
     assert resumed["validation_perplexity"] == whole["validation_perplexity"]
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / part).state_dict() for part in ("whole", "parts")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("logging_steps", [1, 5])
+def test_an_explicit_model_resumes_exactly(corpus, tmp_path, monkeypatch, logging_steps):
+    how = dict(model_type="gpt2", logging_steps=logging_steps, gradient_accumulation_steps=2)  # and GPT-2's dropout
+    whole = run(corpus, tmp_path / "whole", **how)
+    AcceleratorState._reset_state(True)
+    interrupt_at(7, monkeypatch)
+    with pytest.raises(Interrupted, match="stopped at step 7 of 12.*--resume"):
+        run(corpus, tmp_path / "parts", **how)
+    monkeypatch.undo()
+    AcceleratorState._reset_state(True)
+    resumed = run(corpus, tmp_path / "parts", **how, resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert resumed["validation_perplexity"] == whole["validation_perplexity"]
+    assert resumed["num_tokens"] == whole["num_tokens"] == 12 * 8 * 16
 
 
 def test_resume_forgets_steps_after_the_checkpoint(corpus, tmp_path):
@@ -227,6 +317,20 @@ def test_bad_input_is_refused_before_training(corpus, tmp_path):
         run(corpus, tmp_path / "a", learning_rate=-1.0)
 
 
+def test_explicit_models_refuse_what_they_cannot_do(corpus, tmp_path):
+    explicit = dict(folder=tmp_path, model_type="gpt2")
+    with pytest.raises(ValueError, match="n_positions=64 must cover sequence_length .65.: raise n_positions to 65"):
+        run(corpus, **explicit, sequence_length=65)
+    with pytest.raises(ValueError, match="n_positions=64 must cover the sample's prompt and sample_tokens"):
+        run(corpus, **explicit, sample_tokens=64)
+    with pytest.raises(ValueError, match="carry_memory needs a model that remembers: gpt2 does not"):
+        run(corpus, **explicit, carry_memory=True)
+    with pytest.raises(ValueError, match="train_solver_tolerance is for models that solve"):
+        run(corpus, **explicit, train_solver_tolerance=1e-2)
+    with pytest.raises(ValueError, match="copy_memory task reports on a solver: train gpt2 on language_modeling"):
+        train(CopyMemoryArguments(copy_delay=3), TrainingArguments(output_dir=str(tmp_path)), {}, "gpt2")
+
+
 def test_resume_refuses_another_config(corpus, tmp_path):
     run(corpus, tmp_path, save_steps=6, max_steps=6)
     AcceleratorState._reset_state(True)
@@ -236,16 +340,92 @@ def test_resume_refuses_another_config(corpus, tmp_path):
 
 def test_weight_decay_spares_what_is_not_a_map():
     def decayed(model):
-        groups = _parameter_groups(model, 0.1)
+        groups = parameter_groups(model, 0.1)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
         return {names[id(parameter)].split(".", 3)[-1] for parameter in groups[0]["params"]}
 
     parts = {f"{name}.{part}" for name in ("injection", "recurrence") for part in ("magnitude", "direction")}
     assert decayed(TRELLISNET.model(cutoffs=[20], tie_word_embeddings=False)) == parts
+    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **MODELS["gpt2"] | {"n_layer": 1}))
+    assert decayed(gpt2) == {f"{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
     assert decayed(TRANSFORMER.model()) == {"injection.weight"} | {
         f"blocks.0.{name}.weight" for name in ("self_attn.qkv_proj", "self_attn.o_proj", "up_proj", "down_proj")
     }
+
+
+def learning_rates(steps=12, **training) -> list[float]:
+    """Of each step."""
+    arguments = TrainingArguments(learning_rate=1.0, max_steps=steps, **training)
+    optimizer = make_optimizer(TRANSFORMER.model(), arguments)
+    schedule, rates = make_schedule(optimizer, arguments), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def test_schedules_of_the_learning_rate():
+    cosine = [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
+    assert learning_rates(warmup_steps=2) == pytest.approx([0, 0.5, *cosine])
+    assert learning_rates(warmup_steps=2, lr_scheduler_type="constant") == [0, 0.5, *[1] * 10]
+    decaying = dict(lr_scheduler_type="multistep", lr_milestones=[4, 9])
+    assert learning_rates(warmup_steps=2, **decaying) == pytest.approx([0, 0.5, 1, 1, *[0.1] * 5, *[0.01] * 3])
+    assert learning_rates(warmup_steps=0, **decaying)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "training, reference",
+    [
+        (dict(weight_decay=0.0, adam_beta2=0.999), lambda parameters: torch.optim.Adam(parameters, lr=0.1)),
+        (dict(weight_decay=0.0, optimizer="sgd"), lambda parameters: torch.optim.SGD(parameters, lr=0.1)),
+    ],
+    ids=["adam", "sgd"],
+)
+def test_optimizers_are_those_of_the_papers(training, reference):
+    ours, theirs = TRANSFORMER.model(), TRANSFORMER.model()
+    theirs.load_state_dict(ours.state_dict())
+    arguments = TrainingArguments(learning_rate=0.1, **training)
+    for model, optimizer in ((ours, make_optimizer(ours, arguments)), (theirs, reference(theirs.parameters()))):
+        for step in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.sin(parameter.detach() + step)
+            optimizer.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_sgd_trains_and_resumes_in_the_middle_of_its_schedule(corpus, tmp_path):
+    how = dict(optimizer="sgd", learning_rate=1.0, weight_decay=1e-6, save_steps=8)
+    how |= dict(lr_scheduler_type="multistep", lr_milestones=[7, 10])
+
+    def metrics():
+        lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        return [(line["loss"], line["learning_rate"]) for line in lines if "loss" in line]
+
+    run(corpus, tmp_path, **how)
+    whole = metrics()
+    AcceleratorState._reset_state(True)
+    run(corpus, tmp_path, **how, resume=True)
+    assert metrics() == whole and whole[-1][0] < whole[0][0]
+    assert [rate for _, rate in whole][-4:] == pytest.approx([0.1, 0.01, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(
+    "training, message",
+    [
+        (dict(optimizer="adam"), "optimizer must be one of adamw, sgd, got 'adam'"),
+        (dict(lr_scheduler_type="linear"), "lr_scheduler_type must be one of cosine, constant, multistep, got 'linear'"),
+        (dict(lr_scheduler_type="multistep"), 'lr_scheduler_type="multistep" needs lr_milestones'),
+        (dict(lr_milestones=[3]), r"lr_milestones=\[3\] are for lr_scheduler_type='multistep', which is 'cosine'"),
+        (dict(lr_scheduler_type="multistep", lr_milestones=[3, 3]), "lr_milestones must rise strictly"),
+        (dict(lr_scheduler_type="multistep", lr_milestones=[0, 3]), "lr_milestones must rise strictly from 1"),
+    ],
+)
+def test_optimizers_and_schedules_are_checked(training, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingArguments(**training)
 
 
 def test_a_diverging_loss_stops_with_advice(corpus, tmp_path, monkeypatch):

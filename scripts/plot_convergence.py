@@ -1,0 +1,248 @@
+"""The figures of "Deep Equilibrium Models" (Bai et al. 2019), drawn from runs of one's own.
+
+    python scripts/plot_convergence.py deq-model --output figures
+    python scripts/plot_convergence.py deq-model --others unrolled-model      # its residuals in the same axes
+    python scripts/plot_convergence.py deq-model --metrics a/metrics.jsonl b/metrics.jsonl     # several runs
+
+Into the output folder go four figures (PNG), and beside each the numbers in it (JSON):
+
+    training     evaluations of f and relative residual over training, forward and backward  (figure 2, left)
+    residuals    relative residual against evaluations of f, solver by solver                (figures 2, right, and 4)
+    dial         perplexity against tolerance and against budget                             (figure 3)
+    memory       bytes a training step keeps for backward, against evaluations of f          (the claim of figure 1)
+
+What the model was trained on is read from its recipe.yaml, as in evaluate.py. Needs matplotlib:
+pip install "hf_deq[plot]".
+"""
+
+import json
+import math
+import runpy
+import sys
+import textwrap
+import warnings
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from transformers import AutoTokenizer, HfArgumentParser
+
+from hf_deq.convergence import activations_by_depth, evaluations_over_training, held_out_windows, residual_trajectories
+from hf_deq.fixed_point import ConvergenceWarning
+from hf_deq.modeling_deq import DEQForCausalLM
+from hf_deq.training_arguments import CopyMemoryArguments
+
+try:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ImportError:
+    sys.exit('error: figures are drawn by matplotlib, which is missing here: pip install "hf_deq[plot]"')
+
+# By its path: as a module, evaluate.py would hide the library of that name, or be hidden by it.
+EVALUATE = runpy.run_path(str(Path(__file__).with_name("evaluate.py")))
+SOLVERS = {"anderson": "Anderson", "broyden": "Broyden", "picard": "plain iteration\n(deep weight-tied stack)"}
+COLORS = ("#0072B2", "#D55E00", "#666666", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by everyone
+
+
+@dataclass
+class PlotArguments(EVALUATE["EvaluateArguments"]):
+    """What to draw, and from what."""
+
+    budgets: list[int] = field(
+        default_factory=lambda: [1, 2, 3, 4, 6, 8, 12], metadata={"help": "Perplexity at these evaluations of f."}
+    )
+    tolerances: list[float] = field(
+        default_factory=lambda: [1.0, 0.3, 0.1, 0.03, 0.01, 0.001], metadata={"help": "Perplexity at these tolerances."}
+    )
+    others: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further model folders whose residuals to draw: by their solver, or plainly if unrolled."},
+    )
+    metrics: list[str] = field(
+        default_factory=list, metadata={"help": "Files metrics.jsonl of runs; default: the model folder's."}
+    )
+    windows: int = field(default=16, metadata={"help": "Held-out windows over which residuals are shown."})
+    evaluations: int = field(default=30, metadata={"help": "Evaluations of f over which residuals are shown."})
+    depths: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Evaluations of f at which memory is measured."}
+    )
+    output: str = field(default="figures", metadata={"help": "Folder for figures and their numbers."})
+
+
+class Trained(NamedTuple):
+    """A trained language model, and `windows` `(windows, length)` of a text that it has not seen."""
+
+    folder: str
+    name: str
+    model: DEQForCausalLM
+    recipe: dict
+    windows: torch.Tensor
+
+
+def load(folder: str, arguments: PlotArguments) -> Trained:
+    """A model folder and the text that evaluate.py would take for it."""
+    recipe_file = Path(folder) / "recipe.yaml"
+    recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
+    if recipe.get("task") == CopyMemoryArguments.task:
+        raise ValueError(f"{folder} has learnt to copy and has no held-out text: name the folder of a language model.")
+    model = EVALUATE["load_model"](folder, arguments)
+    if not isinstance(model, DEQForCausalLM):
+        raise ValueError(f"{folder} is a {type(model).__name__}, which solves for nothing: name a model of hf_deq.")
+    stream = EVALUATE["load_stream"](recipe, AutoTokenizer.from_pretrained(folder), arguments)
+    windows = held_out_windows(stream.ids, arguments.windows, arguments.length or recipe.get("sequence_length", 128))
+    return Trained(folder, Path(folder).resolve().name, model, recipe, windows)
+
+
+def draw_training(files: list[Path]) -> tuple[Figure, dict]:
+    runs = {str(file): evaluations_over_training(file) for file in files}
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    evaluations, residuals = axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for (file, run), color in zip(runs.items(), repeated(COLORS), strict=False):
+        name = Path(file).resolve().parent.name
+        evaluations.plot(run["step"], run["forward_evaluations"], color=color, label=f"{name}: forward (calls of f)")
+        if np.isfinite(run["backward_evaluations"]).any():
+            label = f"{name}: backward\n(vector-Jacobian products)"
+            evaluations.plot(run["step"], run["backward_evaluations"], color=color, linestyle="--", label=label)
+        residuals.plot(run["step"], run["residual"], color=color)
+    evaluations.set(ylabel="evaluations per sequence", title="Evaluations of f over training", ylim=(0, None))
+    residuals.set(xlabel="optimizer steps", ylabel="relative residual,\nforward", yscale="log")
+    finish(figure, *axes)
+    return figure, {file: {name: column.tolist() for name, column in run.items()} for file, run in runs.items()}
+
+
+def draw_residuals(trained: Trained, others: list[Trained], budget: int) -> tuple[Figure, dict]:
+    curves = {name_of(solver, trained): (trained, solver) for solver in SOLVERS}
+    for other in others:
+        solver = "picard" if other.model.config.gradient == "unrolled" else other.model.config.solver
+        depth = other.model.config.solver_max_evaluations
+        how = (
+            f"trained with {depth} unrolled steps" if solver == "picard" else f"{other.model.config.gradient} gradient"
+        )
+        curves[f"{other.name}: {name_of(solver, other)},\n{how}"] = (other, solver)
+    figure, data = Figure(figsize=(9, 4.5), layout="constrained"), {}
+    axes, steps = figure.subplots(), range(1, budget + 1)
+    for (label, (source, solver)), color in zip(curves.items(), repeated(COLORS), strict=False):
+        residual = residual_trajectories(source.model, source.windows, [solver], budget)[solver]
+        axes.plot(steps, residual.mean(0), color=color, label=label)
+        axes.fill_between(steps, residual.min(0), residual.max(0), color=color, alpha=0.18, linewidth=0)
+        data[label.replace("\n", " ")] = residual.tolist()
+    dtype = trained.model.dtype
+    rounding = f"rounding step of {str(dtype).removeprefix('torch.')}"
+    axes.axhline(torch.finfo(dtype).eps, color="black", linestyle=":", linewidth=1, label=rounding)
+    count, length = trained.windows.shape
+    title = f"{trained.name}: mean over {count} held-out windows of {length} tokens\n(band: smallest to largest)"
+    axes.set(xlabel="evaluations of f", ylabel="relative residual  ||f(z) - z|| / ||f(z)||", yscale="log", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finish(figure, axes)
+    return figure, {"residuals (windows, evaluations)": data}
+
+
+def draw_dial(trained: Trained, arguments: PlotArguments) -> tuple[Figure, dict]:
+    tolerances = [
+        {"solver_max_evaluations": None, "solver_tolerance": tolerance}
+        for tolerance in sorted(arguments.tolerances, reverse=True)
+    ]
+    budgets = [{"solver_max_evaluations": budget, "solver_tolerance": 0.0} for budget in sorted(arguments.budgets)]
+    evaluate, settings = EVALUATE["evaluate_language_model"], tolerances + budgets
+    measured, rows, _ = evaluate(trained.model, trained.folder, trained.recipe, settings, arguments)
+    rows = rows[: len(tolerances)], rows[len(tolerances) :]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    by_tolerance, by_budget = panels = figure.subplots(1, 2, sharey=True)
+    for axes, table, dial in zip(panels, rows, ("solver_tolerance", "solver_max_evaluations"), strict=True):
+        axes.plot([row[dial] for row in table], [row["perplexity"] for row in table], marker="o", color=COLORS[0])
+    for row in rows[0]:
+        place = (row["solver_tolerance"], row["perplexity"])
+        text = f"{row['num_evaluations']:.1f}"
+        by_tolerance.annotate(text, place, (4, 6), textcoords="offset points", fontsize=8)
+    title = "Stopped at a tolerance\n(numbers: mean evaluations of f)"
+    by_tolerance.set(xlabel="tolerance of the relative residual", ylabel="perplexity per token", xscale="log")
+    by_tolerance.set(title=title)
+    by_tolerance.invert_xaxis()
+    by_budget.set(xlabel="evaluations of f", title="Stopped after a budget\n(1: no solver, f(0))")
+    by_budget.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(textwrap.fill(f"{trained.name} on {measured}", 130), fontsize=9)
+    finish(figure, *panels, legend=False)
+    return figure, {"measured": measured, "by tolerance": rows[0], "by budget": rows[1]}
+
+
+def draw_memory(trained: Trained, depths: list[int]) -> tuple[Figure, dict]:
+    depths, windows = sorted(depths), trained.windows[: trained.recipe.get("batch_size", 8)]
+    sizes = activations_by_depth(trained.model, windows, depths)
+    labels = {
+        "implicit": "implicit gradient\n(at most so many evaluations)",
+        "phantom": "phantom gradient\n(at most so many evaluations)",
+        "unrolled": "unrolled gradient\n(so many steps)",
+    }
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (gradient, kept), color in zip(sizes.items(), COLORS, strict=False):
+        axes.plot(depths, [size / 1e6 for size in kept], marker="o", color=color, label=labels[gradient])
+    count, length = windows.shape
+    title = f"{trained.name}: activations kept for backward,\na training step of {count} x {length} tokens"
+    axes.set(xlabel="evaluations of f", ylabel="saved activations (MB)", title=title, xlim=(0, None), ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finish(figure, axes)
+    return figure, {"evaluations": depths, "batch and sequence": list(windows.shape), "saved bytes": sizes}
+
+
+def name_of(solver: str, trained: Trained) -> str:
+    return SOLVERS[solver] + ("" if solver == "picard" else f" ({trained.model.config.solver_scope})")
+
+
+def repeated(colors):
+    while True:
+        yield from colors
+
+
+def finish(figure: Figure, *panels, legend: bool = True) -> None:
+    """What all figures share: a faint grid, no frame, the legend beside the lines."""
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.title.set_fontsize(10)
+        axes.spines[["top", "right"]].set_visible(False)
+    if legend:
+        figure.legend(loc="outside right upper", frameon=False, labelspacing=0.9)
+
+
+def save(folder: Path, name: str, figure: Figure, data: dict) -> None:
+    figure.savefig(folder / f"{name}.png", dpi=150)
+    (folder / f"{name}.json").write_text(json.dumps(finite(data), indent=1))
+    print(f"{folder / name}.png, .json")
+
+
+def finite(data):
+    """The same with `null` for what JSON cannot say: no value, or one that is not finite."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def main(folder: str, arguments: PlotArguments) -> None:
+    warnings.simplefilter("ignore", ConvergenceWarning)  # what has not converged is what is drawn
+    trained, *others = (load(each, arguments) for each in (folder, *arguments.others))
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    files = [Path(file) for file in arguments.metrics] or [Path(folder) / "metrics.jsonl"]
+    if arguments.metrics or files[0].is_file():
+        save(output, "training", *draw_training(files))
+    else:
+        print(f"note: {folder} has no metrics.jsonl, so training is not drawn; name one by --metrics.")
+    save(output, "residuals", *draw_residuals(trained, others, arguments.evaluations))
+    save(output, "memory", *draw_memory(trained, arguments.depths))
+    save(output, "dial", *draw_dial(trained, arguments))
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser(PlotArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Model folder or Hub repository.")
+    parsed, positional = parser.parse_args_into_dataclasses()
+    try:
+        main(positional.model, parsed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,236 @@
+"""Checkpoints of the authors' code: the same numbers here, in float64, for every variant of the reference."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_deq import AndersonSolver, BroydenSolver
+from hf_deq.conversion import FAMILIES, convert_checkpoint
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+VARIANTS = {
+    "transformer_postln": "deq_transformer",
+    "transformer_preln_wnorm": "deq_transformer",
+    "transformer_adaptive": "deq_transformer",
+    "trellisnet_lstm": "deq_trellisnet",
+    "trellisnet_splitcross": "deq_trellisnet",
+    "torchdeq_deqlm": "torchdeq_lm",
+}
+SOLVED = dict(
+    solver_tolerance=1e-13, solver_max_evaluations=300, backward_tolerance=1e-13, backward_max_evaluations=300
+)
+pytestmark = pytest.mark.skipif(
+    not REFERENCE.is_dir(), reason="the reference implementation's tensors are not distributed with the package"
+)
+
+
+@dataclass
+class Reference:
+    """A variant of the authors' code: its tensors, and the model that they convert to."""
+
+    variant: str
+
+    def __post_init__(self):
+        said = json.loads((REFERENCE / self.variant / "config.json").read_text())
+        self.family = VARIANTS[self.variant]
+        self.arguments = said["constructor"]
+        if said.get("criterion"):
+            self.arguments["splits"] = said["criterion"]["splits"]
+        self.state_dict = load_file(REFERENCE / self.variant / "model.safetensors")
+        self.tensors = load_file(REFERENCE / self.variant / "io.safetensors")
+        self.separate_gradients = dict(said.get("same_storage_distinct_parameters", []))
+
+    def convert(self, **changes):
+        return convert_checkpoint(self.state_dict | changes, self.arguments, self.family, **SOLVED)
+
+    def segment(self, name: str) -> dict[str, torch.Tensor]:
+        """Tensors of a segment, batch first where ours are, by their original names."""
+        tensors = {key.removeprefix(f"{name}."): value for key, value in self.tensors.items() if key.startswith(name)}
+        time_first = ("data", "target", "logprobs", "nll", "mem_z_in", "mem_u_in", "mem_z_out", "mem_u_out", "mem_in")
+        features_first = ("z_rand", "f_z_rand", "z_star", "z0_in")
+        for key in tensors if self.family != "torchdeq_lm" else ():
+            if key in time_first:
+                tensors[key] = tensors[key].transpose(0, 1).contiguous()
+            if key in features_first:
+                tensors[key] = tensors[key].transpose(1, 2)
+        return tensors
+
+    def memory(self, segment: dict, config, suffix="_in") -> tuple[torch.Tensor, ...] | None:
+        """The memory that the segment is given (or gives), as ours."""
+        if "z0_in" in segment:  # the last state in the place of all before it, and no inputs
+            states = segment["z0_in"].expand(-1, (config.kernel_size - 1) * config.dilation, -1)
+            return states, states.new_zeros(len(states), config.kernel_size - 1, config.embedding_size)
+        if f"mem_z{suffix}" not in segment:
+            return None
+        return segment[f"mem_z{suffix}"], segment[f"mem_u{suffix}"][..., self.feature_order(config)]
+
+    def feature_order(self, config) -> torch.Tensor:
+        """Injections there are ordered by head in torchdeq, by kind here."""
+        sources = FAMILIES[self.family][1](config)
+        rows = sources["model.layers.0.injection.bias"].rows
+        return torch.arange(3 * config.num_attention_heads * config.head_dim) if rows is None else rows
+
+    def gradient(self, segment: dict, name: str, config) -> torch.Tensor:
+        """What is said of one of our parameters; the two uses of a tied projection are counted apart there."""
+        source = FAMILIES[self.family][1](config)[name]
+        gradient = segment[f"grad.{source.key}"]
+        if source.key in self.separate_gradients:
+            gradient = gradient + segment[f"grad.{self.separate_gradients[source.key]}"]
+        return source.read(gradient)
+
+
+def applied(model, ids, memory, z):
+    """f(z) of these ids, and the model's output."""
+    layer, images = model.model.layers[0], []
+    solve = layer.solve
+    layer.solve = lambda f, z0, dial: images.append(f(z)) or solve(f, z0, dial)
+    output = model(ids, memory=memory, use_cache=False)
+    del layer.solve
+    return images[0], output
+
+
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@variants
+@pytest.mark.parametrize("name", ["seg1", "seg2"])
+def test_numbers_of_the_reference(variant, name):
+    reference = Reference(variant)
+    model, segment = reference.convert(), reference.segment(name)
+    memory = reference.memory(segment, model.config)
+    assert (memory is None) == (name == "seg1" and reference.family != "deq_trellisnet")
+    image, output = applied(model, segment["data"], memory, segment["z_rand"])
+    close = dict(rtol=0, atol=1e-8)
+    torch.testing.assert_close(image, segment["f_z_rand"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(output.memory[0][:, -1], segment["z_star"][:, -1], **close)
+    log_probabilities = output.logits.log_softmax(-1)
+    torch.testing.assert_close(log_probabilities, segment["logprobs"], **close)
+    nats = -log_probabilities.gather(-1, segment["target"][..., None])[..., 0]
+    torch.testing.assert_close(nats, segment["nll"], **close)
+    nats.mean().backward()
+    for ours, parameter in model.named_parameters():
+        exact = reference.gradient(segment, ours, model.config)
+        assert (parameter.grad - exact).norm() <= 1e-6 * exact.norm(), ours
+
+
+@variants
+@pytest.mark.parametrize("name", ["seg1", "seg2"])
+def test_fixed_point_and_new_memory(variant, name):
+    reference = Reference(variant)
+    model, segment = reference.convert(), reference.segment(name)
+    memory = reference.memory(segment, model.config)
+    layer, found = model.model.layers[0], []
+    layer.register_forward_hook(lambda module, inputs, output: found.append(output))
+    model(segment["data"], memory=memory)
+    torch.testing.assert_close(found[0].solution.value, segment["z_star"], rtol=0, atol=1e-8)
+    if reference.family == "deq_trellisnet":
+        torch.testing.assert_close(found[0].memory[0][:, -1], segment["mem_out"][0], rtol=0, atol=1e-8)
+        return
+    for ours, theirs in zip(found[0].memory, reference.memory(segment, model.config, "_out"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+
+
+@variants
+def test_losses_and_generation_work_as_for_any_model(variant, tmp_path):
+    reference = Reference(variant)
+    model, segment = reference.convert(), reference.segment("seg1")
+    nats = segment["nll"].mean()
+    loss = model(segment["data"], labels=segment["target"], shift_labels=segment["target"]).loss
+    torch.testing.assert_close(loss.double(), nats, rtol=0, atol=1e-6)  # Transformers' loss is in single precision
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    logits = model(segment["data"]).logits
+    torch.testing.assert_close(loaded(segment["data"]).logits, logits, rtol=0, atol=1e-10)
+    greedy = model.generate(segment["data"], max_new_tokens=2, do_sample=False)
+    assert torch.equal(greedy[:, -2], logits[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("evaluations", [10, 20])
+@pytest.mark.parametrize("solver", ["anderson", "broyden"])
+def test_iterates_of_the_reference_solvers(solver, evaluations):
+    """In sequence scope: their iterates, residual by residual, and their result."""
+    reference = Reference("transformer_postln")
+    model, segment = reference.convert(), reference.segment("seg1")
+    if solver == "anderson":
+        ours = AndersonSolver(0.0, evaluations, scope="sequence", history=6, absolute_regularization=1e-4)
+        first, small = 2, 1e-5  # their trace starts with the first mixture; what they add to the denominator
+    else:
+        ours = BroydenSolver(0.0, evaluations + 1, scope="sequence", history=evaluations)
+        first, small = 1, 1e-9
+    traces, results = {"abs": [], "rel": []}, []
+
+    def solve(f, z0, dial):
+        def noting(z):
+            image = f(z)
+            residual = (image - z).norm()
+            traces["abs"].append(residual)
+            traces["rel"].append(residual / (image.norm() + small))
+            return image
+
+        results.append(ours(noting, z0).value)
+        return type(model.model.layers[0]).solve(model.model.layers[0], f, z0, dial)
+
+    model.model.layers[0].solve = solve
+    model(segment["data"])
+    said = f"solver.{solver}.thr{evaluations}"
+    for mode, trace in traces.items():
+        expected = reference.tensors[f"{said}.{mode}_trace"]
+        steps = trace[first : first + len(expected)]
+        assert len(steps) >= len(expected) - 1
+        torch.testing.assert_close(torch.stack(steps), expected[: len(steps)], rtol=1e-6, atol=0)
+    torch.testing.assert_close(results[0], reference.tensors[f"{said}.result"].transpose(1, 2), rtol=0, atol=1e-6)
+
+
+@variants
+def test_state_dicts_that_do_not_fit_are_refused(variant):
+    reference = Reference(variant)
+    key = next(name for name in reference.state_dict if name.endswith(("qkv_net.bias", "o_net.bias", "decoder.bias")))
+    missing = {name: tensor for name, tensor in reference.state_dict.items() if name != key}
+    cases = {
+        f"missing: {key}": missing,
+        "left over: func.extra": reference.state_dict | {"func.extra": torch.zeros(1)},
+        rf"{key} is \(3,\), but should be": reference.state_dict | {key: torch.zeros(3)},
+    }
+    for message, state_dict in cases.items():
+        with pytest.raises(ValueError, match=f"does not fit the constructor arguments(.|\n)*{message}"):
+            convert_checkpoint(state_dict, reference.arguments, reference.family)
+
+
+@variants
+def test_arguments_that_contradict_the_tensors_are_refused(variant):
+    reference = Reference(variant)
+    with pytest.raises(ValueError, match=r"n_token=201(.|\n)*is \((200|100), .*, but should be \((201|101), "):
+        convert_checkpoint(reference.state_dict, reference.arguments | {"n_token": 201}, reference.family)
+    with pytest.raises(ValueError, match=r"constructor_arguments has \['depth'\], which no model"):
+        convert_checkpoint(reference.state_dict, reference.arguments | {"depth": 1}, reference.family)
+    lacking = {name: value for name, value in reference.arguments.items() if name != "n_token"}
+    with pytest.raises(ValueError, match="constructor_arguments lacks 'n_token'"):
+        convert_checkpoint(reference.state_dict, lacking, reference.family)
+    with pytest.raises(ValueError, match="family must be one of"):
+        convert_checkpoint(reference.state_dict, reference.arguments, "deq")
+
+
+def test_tensors_that_should_be_tied_and_are_not_are_refused():
+    reference = Reference("transformer_adaptive")
+    for key in ("crit.out_layers.1.weight", "crit.out_projs.2.weight"):
+        changed = {key: reference.state_dict[key] + 1}
+        with pytest.raises(ValueError, match=f"{key} and word_emb.*differ, but tie_weights or tie_projs"):
+            reference.convert(**changed)
+    reference = Reference("trellisnet_lstm")
+    with pytest.raises(ValueError, match="are one tensor in the authors' code, but differ"):
+        reference.convert(**{"trellisnet.deq.func.full_conv.bias": torch.zeros(160, dtype=torch.float64)})
+
+
+def test_untied_models_convert_too():
+    reference = Reference("transformer_adaptive")
+    tied = reference.convert()
+    reference.arguments |= {"tie_weights": False, "tie_projs": [False, False, False]}
+    untied = reference.convert()
+    ids = reference.segment("seg1")["data"]
+    assert untied.num_parameters() > tied.num_parameters()
+    assert torch.equal(untied(ids).logits, tied(ids).logits)
