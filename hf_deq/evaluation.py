@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .data import TokenStream
 from .perplexity.formula import perplexity_of
 from .position_algebra import widest_dtype
+from .softmax_heads import LogProbabilityHead
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,9 @@ def protocol(
 
 
 def solver_settings(config: PreTrainedConfig) -> str:
-    """What of a model's solver decides a result, in words; empty for a model without one."""
+    """What of a model's solver decides a result, in words."""
     if not hasattr(config, "solver_scope"):
-        return ""
+        return "no solver"
     return (
         f"solver {config.solver}, scope {config.solver_scope}, tolerance {config.solver_tolerance:g}, at most "
         f"{config.solver_max_evaluations} evaluations"
@@ -268,16 +269,24 @@ def _score(model: PreTrainedModel, inputs: Tensor, targets: Tensor, counted: int
 
     `targets` belong to the inputs of the same place; the last `counted` count (0: all), except for -100.
     """
-    outputs = model(inputs.to(model.device), use_cache=False, logits_to_keep=counted, **arguments)
     targets = targets[:, -counted:].to(model.device)
-    nats = torch.nn.functional.cross_entropy(
-        outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100
-    )
+    outputs, nats = _nats(model, inputs.to(model.device), targets, counted, arguments)
     solver = [getattr(outputs, name, None) for name in ("num_evaluations", "residual", "converged")]
     sums = [0.0 if report is None else report.float().sum().item() for report in solver]
     tokens = (targets != -100).sum().item()
     totals = torch.tensor([nats.item(), tokens, len(inputs), *sums], dtype=torch.float64)
     return totals, getattr(outputs, "memory", None)
+
+
+def _nats(model: PreTrainedModel, inputs: Tensor, targets: Tensor, counted: int, arguments: dict):
+    """The outputs, and the summed nats of the targets; an output layer that gives likelihoods gives no logits."""
+    head = model.get_output_embeddings()
+    if isinstance(head, LogProbabilityHead):
+        outputs, wanted = model.base_model(inputs, use_cache=False, **arguments), targets != -100
+        return outputs, head(outputs.last_hidden_state[:, -counted:][wanted], targets[wanted]).sum()
+    outputs = model(inputs, use_cache=False, logits_to_keep=counted, **arguments)
+    logits = outputs.logits.float().flatten(0, 1)
+    return outputs, torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=-100)
 
 
 def _format(value) -> str:

@@ -6,7 +6,8 @@
 
 The first row bypasses the solver: one application of f to the zero state. The rows by budget stop
 after so many evaluations, the rows by tolerance at that residual. What the model was trained on, how that was read, and
-whether with a carried memory, is read from its recipe.yaml.
+whether with a carried memory, is read from its recipe.yaml. A model that is not solved for, such as an explicit
+baseline, has a single row.
 """
 
 import json
@@ -19,7 +20,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-import hf_deq  # noqa: F401  registers the model types
+import hf_deq
 from hf_deq.data import BUILT_IN_CORPUS, corpus_fingerprint, encode_corpus
 from hf_deq.evaluation import dial_table, format_table, protocol, solver_settings
 from hf_deq.tasks import make_task, read_corpus
@@ -149,19 +150,29 @@ def main(folder: str, arguments: EvaluateArguments) -> None:
     recipe_file = Path(folder) / "recipe.yaml"
     recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
     model = load_model(folder, arguments)
-    settings = [{"solver_max_evaluations": budget, "solver_tolerance": 0.0} for budget in arguments.budgets]
-    settings += [{"solver_max_evaluations": None, "solver_tolerance": tolerance} for tolerance in arguments.tolerances]
+    is_solved = isinstance(model.config, hf_deq.DEQConfig)
+    settings = dial_settings(arguments) if is_solved else [{}]
     if recipe.get("task") == CopyMemoryArguments.task:
         measured, rows, columns = evaluate_copy_memory(model, recipe, settings)
     else:
         measured, rows, columns = evaluate_language_model(model, folder, recipe, settings, arguments)
     print(f"{folder} on {measured}\n")
+    columns = [name for name in columns if is_solved or name not in SOLVE]
     print(format_table([label(row) | {name: row[name] for name in columns} for row in rows]))
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(rows, indent=1))
 
 
+def dial_settings(arguments: EvaluateArguments) -> list[dict]:
+    """The rows of the table: budgets without a tolerance, then tolerances within the model's own budget."""
+    by_budget = [{"solver_max_evaluations": budget, "solver_tolerance": 0.0} for budget in arguments.budgets]
+    return by_budget + [{"solver_max_evaluations": None, "solver_tolerance": each} for each in arguments.tolerances]
+
+
 def label(row: dict) -> dict:
+    """What a row is for."""
+    if "solver_max_evaluations" not in row:
+        return {"dial": "no solver"}
     if row["solver_max_evaluations"] is None:
         return {"dial": f"tolerance {row['solver_tolerance']:.0e}"}
     budget = row["solver_max_evaluations"]

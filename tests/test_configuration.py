@@ -45,6 +45,17 @@ def test_bad_fields_name_themselves(family, fields, message):
         ({"hidden_dropout": 1.0}, r"hidden_dropout must lie in \[0, 1\)"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ({"memory_length": -1}, "memory_length must be zero or positive"),
+        ({"closing_norm": True}, 'closing_norm=True .* are for norm_position="pre"'),
+        ({"normalized_residual": True}, 'normalized_residual=True are for norm_position="pre"'),
+        ({"attention_dropout": 1.0}, r"attention_dropout must lie in \[0, 1\)"),
+        ({"head_dim": 5}, "head_dim = 5 must be even"),
+        ({"cutoffs": [30, 9]}, "cutoffs must rise strictly between 0 and vocab_size=61"),
+        ({"div_val": 2}, "div_val=2 shrinks the embeddings.*set cutoffs"),
+        ({"div_val": 0}, "div_val must be at least 1"),
+        ({"cutoffs": [9, 30], "div_val": 5}, "leaves the last cluster no features"),
+        ({"tied_projections": [0]}, r"tied_projections=\[0\] needs projections"),
+        ({"embedding_size": 8, "tied_projections": [0], "tie_word_embeddings": False}, "tie_word_embeddings=True"),
+        ({"embedding_size": 8, "tied_projections": [1]}, "must be numbers of the 1 clusters"),
     ],
 )
 def test_bad_transformers_are_refused(fields, message):

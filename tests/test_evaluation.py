@@ -138,3 +138,17 @@ def test_a_model_without_memory_cannot_carry_it():
     assert model.training
     with pytest.raises(ValueError, match="stride=2 is for windows"):
         evaluate_perplexity(TRELLISNET.model(), stream, 1, length=4, stride=2, carry_memory=True)
+
+
+@pytest.mark.parametrize("carry_memory", [False, True])
+def test_likelihood_heads_are_scored_without_their_logits(carry_memory, monkeypatch):
+    """The same perplexity, and no distribution over the whole vocabulary is ever computed."""
+    model = TRELLISNET.model(cutoffs=[9, 30])
+    stream = TokenStream(random_ids(1, 43)[0], 100, 20)
+    with_start = torch.cat([torch.tensor([1]), stream.ids])
+    logits = model(with_start[None, :-1], use_cache=False).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits, stream.ids).item()
+    monkeypatch.setattr(type(model.lm_head), "_all", None)
+    length = 43 if not carry_memory else 10
+    how = dict(length=length, batch_size=1, carry_memory=carry_memory)
+    assert evaluate_perplexity(model, stream, 1, **how).nats_per_token == pytest.approx(expected, rel=1e-6)

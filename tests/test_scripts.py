@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from hf_deq.training_arguments import TrainingArguments
 
@@ -252,6 +256,38 @@ def test_a_trellisnet_goes_through_the_same_scripts(corpus, tmp_path):
     assert "windows of 16, stride 8" in finished.stdout, finished.stderr[-2000:]
     finished = script("generate.py", tmp_path, "--prompt", "sentence number", "--max_new_tokens", 6)
     assert finished.stdout.startswith("sentence number"), finished.stderr[-2000:]
+
+
+def test_a_checkpoint_of_the_authors_code_becomes_a_model_folder(tmp_path):
+    reference = ROOT.parent / "shared" / "reference" / "transformer_adaptive"
+    if not reference.is_dir():
+        pytest.skip("the reference implementation's tensors are not distributed with the package")
+    arguments = json.loads((reference / "config.json").read_text())["constructor"]
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+    flags = [
+        "--family",
+        "deq_transformer",
+        "--arguments",
+        tmp_path / "arguments.json",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    checkpoint = tmp_path / "checkpoint.pt"
+    torch.save(load_file(reference / "model.safetensors"), checkpoint)
+    for file in (reference / "model.safetensors", checkpoint):
+        finished = script("convert_checkpoint.py", file, *flags)
+        assert finished.returncode == 0 and "deq_transformer of 18,954 parameters" in finished.stdout, finished.stderr
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == 18_954
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.pipeline_tag == "text-generation" and "18,954 parameters" in card.text
+    torch.save(torch.nn.Linear(2, 2), checkpoint)
+    finished = script("convert_checkpoint.py", checkpoint, *flags)
+    assert finished.returncode != 0 and "not a file of tensors alone" in finished.stderr
+    finished = script("convert_checkpoint.py", tmp_path / "missing.pt", *flags)
+    assert "error: there is no checkpoint" in finished.stderr
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments | {"n_token": 300}))
+    finished = script("convert_checkpoint.py", reference / "model.safetensors", *flags)
+    assert finished.returncode != 0 and "crit.out_layers.2.bias is (100,), but should be (200,)" in finished.stderr
 
 
 def test_copy_memory_goes_through_the_same_scripts(tmp_path):

@@ -416,7 +416,10 @@ def test_sgd_trains_and_resumes_in_the_middle_of_its_schedule(corpus, tmp_path):
     "training, message",
     [
         (dict(optimizer="adam"), "optimizer must be one of adamw, sgd, got 'adam'"),
-        (dict(lr_scheduler_type="linear"), "lr_scheduler_type must be one of cosine, constant, multistep, got 'linear'"),
+        (
+            dict(lr_scheduler_type="linear"),
+            "lr_scheduler_type must be one of cosine, constant, multistep, got 'linear'",
+        ),
         (dict(lr_scheduler_type="multistep"), 'lr_scheduler_type="multistep" needs lr_milestones'),
         (dict(lr_milestones=[3]), r"lr_milestones=\[3\] are for lr_scheduler_type='multistep', which is 'cosine'"),
         (dict(lr_scheduler_type="multistep", lr_milestones=[3, 3]), "lr_milestones must rise strictly"),

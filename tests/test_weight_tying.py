@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from hf_deq.weight_tying import CausalConvolution, VariationalDropout, draw_dropout_mask
+from hf_deq import weight_tying
+from hf_deq.weight_tying import (
+    CausalConvolution,
+    VariationalDropout,
+    WeightNormLinear,
+    draw_dropout_mask,
+    keeping_weights,
+)
 
 
 @pytest.mark.parametrize("kernel, dilation", [(2, 1), (3, 2), (4, 3)])
@@ -47,3 +54,32 @@ def test_variational_dropout_drops_a_feature_of_a_row_everywhere():
     dropped = VariationalDropout(0.5).train()(torch.ones(4, 9, 50)) == 0
     assert torch.equal(dropped.all(1), dropped.any(1)) and 0.3 < dropped.float().mean() < 0.7
     assert not torch.equal(dropped[0, 0], dropped[1, 0])
+
+
+def test_a_normalised_linear_map_is_torchs_own_and_computes_its_weight_once(monkeypatch):
+    linear = WeightNormLinear(5, 3).double()
+    linear.initialize(std=0.7)
+    torch.nn.init.normal_(linear.magnitude)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    expected = torch.nn.functional.linear(x, torch._weight_norm(linear.direction, linear.magnitude), linear.bias)
+    torch.testing.assert_close(linear(x), expected, rtol=0, atol=1e-12)
+    computed = []
+    plain = weight_tying.normalised_weight
+    monkeypatch.setattr(weight_tying, "normalised_weight", lambda *args: computed.append(1) or plain(*args))
+    with keeping_weights(torch.nn.ModuleList([linear])):
+        with torch.no_grad():
+            values = [linear(x) for _ in range(5)]
+        with_graph = [linear(x) for _ in range(2)]
+    assert len(computed) == 2 and all(torch.equal(value, with_graph[0]) for value in values)
+    with_graph[1].sum().backward()
+    assert linear.magnitude.grad.abs().min() > 0 and linear.direction.grad.isfinite().all()
+    with torch.no_grad():
+        linear.magnitude.mul_(2)
+        assert not torch.equal(linear(x), values[0])  # nothing is kept after the solve
+
+
+def test_weights_are_let_go_when_a_solve_fails():
+    linear = WeightNormLinear(5, 3)
+    with pytest.raises(RuntimeError), keeping_weights(linear):
+        raise RuntimeError
+    assert linear._kept is None
