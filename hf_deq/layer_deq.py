@@ -24,6 +24,7 @@ from .equilibrium import (
 )
 from .fixed_point import SOLVERS, FixedPointSolution, FixedPointSolver, PicardSolver, SequenceMap
 from .jacobian import jacobian_regularization
+from .weight_tying import keeping_weights
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ class DEQLayer(nn.Module):
 
     def solve(self, f: SequenceMap, z0: Tensor, dial: Dial) -> tuple[FixedPointSolution, Tensor | None]:
         """The differentiable equilibrium of f, and its Jacobian regularization if this step has one."""
-        solution = equilibrium(f, z0, self.forward_solver(dial), self.gradient_estimator(dial))
-        return solution, self._jacobian_loss(f, solution.value, dial)
+        with keeping_weights(self):
+            solution = equilibrium(f, z0, self.forward_solver(dial), self.gradient_estimator(dial))
+            return solution, self._jacobian_loss(f, solution.value, dial)
 
     def forward_solver(self, dial: Dial) -> FixedPointSolver:
         """The configured solver."""

@@ -19,7 +19,7 @@ from .configuration_deq_transformer import DEQTransformerConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
 from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel, token_mask
 from .softmax_heads import LogProbabilityHead
-from .weight_tying import VariationalDropout, WeightNormLinear, apply_mask, draw_dropout_mask, keeping_weights
+from .weight_tying import VariationalDropout, WeightNormLinear, apply_mask, draw_dropout_mask
 
 # Standard deviations of initial weights, relative to fan_in ** -0.5. With these a new f is solved
 # to 1e-3 in 8 to 11 evaluations, and a trained one in 10 to 12; at 1.0 a new f needs 20 to 60.
@@ -143,19 +143,17 @@ class DEQTransformerBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """State `(batch, sequence, hidden)` to state and attention weights."""
         into_attention, into_residual = injection
-        attention_mask, feed_forward_mask, attention_dropout_mask = masks
+        attended_mask, fed_mask, weights_mask = masks
         attending = self.attention_norm(z) if self.pre_norm else z
-        attended, weights = self.self_attn(
-            attending, into_attention, positions, dropout_mask=attention_dropout_mask, **context
-        )
+        attended, weights = self.self_attn(attending, into_attention, positions, dropout_mask=weights_mask, **context)
         if into_residual is not None:
             z = z + into_residual
-        z = z + apply_mask(attended, attention_mask)
+        z = z + apply_mask(attended, attended_mask)
         if not self.pre_norm:
             z = self.attention_norm(z)
         fed = self.feed_forward_norm(z) if self.pre_norm else z
         residual = fed if self.normalized_residual else z
-        z = residual + apply_mask(self.down_proj(self.act_fn(self.up_proj(fed))), feed_forward_mask)
+        z = residual + apply_mask(self.down_proj(self.act_fn(self.up_proj(fed))), fed_mask)
         if not self.pre_norm:
             z = self.feed_forward_norm(z)
         return z, weights
@@ -194,10 +192,6 @@ class DEQTransformerLayer(DEQLayer):
         **context,
     ) -> DEQLayerOutput:
         """Embedded input `(batch, sequence, hidden)` to its equilibrium."""
-        with keeping_weights(self.blocks):
-            return self._equilibrium(hidden_states, dial, positions, cache, memory, memory_positions, tokens, context)
-
-    def _equilibrium(self, hidden_states, dial, positions, cache, memory, memory_positions, tokens, context):
         injection = self._inject(hidden_states)
         projected = [block.self_attn.project_positions(positions) for block in self.blocks]
         follows_cache = cache is not None and cache.get_seq_length() > 0
