@@ -9,6 +9,7 @@ from .word_level import ID_ORDERS
 
 OPTIMIZERS = ("adamw", "sgd")
 LR_SCHEDULER_TYPES = ("cosine", "constant", "multistep")
+MIXED_PRECISIONS = ("no", "fp16", "bf16")
 
 
 @dataclass
@@ -120,6 +121,7 @@ class TrainingArguments:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         self._check_choice("optimizer", OPTIMIZERS)
         self._check_choice("lr_scheduler_type", LR_SCHEDULER_TYPES)
+        self._check_choice("mixed_precision", MIXED_PRECISIONS)  # in YAML it is "no" in quotes: a bare no is false
         self._check_milestones()
         if self.sample_tokens and not self.sample_prompt:
             raise ValueError(

@@ -311,6 +311,8 @@ def test_bad_input_is_refused_before_training(corpus, tmp_path):
         run(corpus, tmp_path / "a", resume=True)
     with pytest.raises(ValueError, match="max_steps must be at least 1"):
         run(corpus, tmp_path / "a", max_steps=0)
+    with pytest.raises(ValueError, match="mixed_precision must be one of no, fp16, bf16, got False"):
+        run(corpus, tmp_path / "a", mixed_precision=False)
     with pytest.raises(ValueError, match="sample_prompt is empty"):
         run(corpus, tmp_path / "a", sample_prompt="", sample_tokens=3)
     with pytest.raises(ValueError, match="learning_rate must not be negative"):
