@@ -140,3 +140,13 @@ TRELLISNET = Family(
 def random_ids(batch: int, length: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:
     """Ids without the special ones."""
     return torch.randint(3, vocab_size, (batch, length))
+
+
+def application_of_f(model, ids: torch.Tensor, z: torch.Tensor, **arguments) -> tuple[torch.Tensor, object]:
+    """f(z) for these ids, and the model's output."""
+    layer, images = model.model.layers[0], []
+    solve = layer.solve
+    layer.solve = lambda f, z0, dial: images.append(f(z)) or solve(f, z0, dial)
+    output = model(ids, **arguments)
+    del layer.solve
+    return images[0], output

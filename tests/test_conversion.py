@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import application_of_f
 from safetensors.torch import load_file
 
 from hf_deq import AndersonSolver, BroydenSolver
@@ -83,16 +84,6 @@ class Reference:
         return source.read(gradient)
 
 
-def applied(model, ids, memory, z):
-    """f(z) of these ids, and the model's output."""
-    layer, images = model.model.layers[0], []
-    solve = layer.solve
-    layer.solve = lambda f, z0, dial: images.append(f(z)) or solve(f, z0, dial)
-    output = model(ids, memory=memory, use_cache=False)
-    del layer.solve
-    return images[0], output
-
-
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -103,7 +94,7 @@ def test_numbers_of_the_reference(variant, name):
     model, segment = reference.convert(), reference.segment(name)
     memory = reference.memory(segment, model.config)
     assert (memory is None) == (name == "seg1" and reference.family != "deq_trellisnet")
-    image, output = applied(model, segment["data"], memory, segment["z_rand"])
+    image, output = application_of_f(model, segment["data"], segment["z_rand"], memory=memory)
     close = dict(rtol=0, atol=1e-8)
     torch.testing.assert_close(image, segment["f_z_rand"], rtol=0, atol=1e-12)
     torch.testing.assert_close(output.memory[0][:, -1], segment["z_star"][:, -1], **close)

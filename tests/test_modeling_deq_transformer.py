@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import TRANSFORMER, random_ids
+from families import PAPER, TRANSFORMER, application_of_f, random_ids
 from generation_laws import GenerationLaws
 from model_laws import ModelLaws
 from transformers import DynamicCache
@@ -89,3 +89,70 @@ def test_embeddings_are_injected_at_unit_size():
     ids = random_ids(1, 4)
     injected = model(ids, output_hidden_states=True).hidden_states[0]
     assert torch.equal(injected, model.get_input_embeddings()(ids) * 4.0)  # the square root of hidden_size 16
+
+
+PRE_NORM = PAPER | {"norm_position": "pre"}
+
+
+@pytest.mark.parametrize(
+    "fields, commutes",
+    [
+        (PRE_NORM | {"closing_norm": False}, True),  # torchdeq's: no isolated fixed point
+        (PRE_NORM | {"normalized_residual": True}, False),  # the authors': its feed-forward residual is normalised
+        (PRE_NORM, False),  # closed by a norm
+    ],
+)
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
+def test_pre_norm_maps_that_commute_with_shifts_of_all_features(fields, commutes):
+    """f(z + c) = f(z) + c means a line of fixed points, or none; hence the norm that closes f by default."""
+    model, ids = TRANSFORMER.model(**fields), random_ids(2, 5)
+    z, shift = torch.randn(2, 5, 16, dtype=torch.float64), torch.randn(2, 5, 1, dtype=torch.float64)
+    images = [application_of_f(model, ids, state, solver_max_evaluations=1)[0] for state in (z, z + shift)]
+    assert ((images[1] - images[0] - shift).abs().max() < 1e-9) == commutes
+
+
+def test_variational_masks_are_one_for_all_positions():
+    for name in ("embedding_dropout", "output_dropout"):
+        for variational in (True, False):
+            model = TRANSFORMER.model(**{name: 0.5}, variational_dropout=variational).train()
+            states = model(random_ids(3, 20), output_hidden_states=True).hidden_states
+            dropped = states[name == "output_dropout"] == 0
+            assert 0 < dropped.sum() < dropped.numel()
+            assert torch.equal(dropped.all(1), dropped.any(1)) == variational
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"sliding_window": 4}, {"position_embedding_type": "relative"}, {"attn_implementation": "eager"}]
+)
+def test_attention_dropout_drops_weights_and_keeps_their_mean(fields):
+    """With a memory too; a solve that converges has seen one mask only."""
+    model = TRANSFORMER.model(**fields | {"attention_dropout": 0.4, "memory_length": 6})
+    memory, ids = model(random_ids(1, 6)).memory, random_ids(1, 5)
+    exact = model(ids, memory=memory).logits
+    model.train()
+    outputs = [model(ids, memory=memory) for _ in range(40)]
+    assert all(output.converged.all() for output in outputs)
+    mean = torch.stack([output.logits for output in outputs]).mean(0)
+    assert 0 < (mean - exact).norm() < (outputs[0].logits - exact).norm()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attention_dropout change the attention weights"):
+        model(ids)
+
+
+def test_a_projection_can_be_shared_by_embeddings_and_softmax(tmp_path):
+    """Tied clusters are one parameter, before and after saving; the others are not."""
+    fields = {"cutoffs": [9, 30], "div_val": 2, "tied_projections": [1, 2]}
+    model = TRANSFORMER.model(**fields)
+    model.save_pretrained(tmp_path)
+    for one in (model, TRANSFORMER.model_class.from_pretrained(tmp_path)):
+        embedding, head = one.get_input_embeddings(), one.get_output_embeddings()
+        for name in (
+            "cluster0_weight",
+            "cluster1_weight",
+            "cluster2_weight",
+            "projection1_weight",
+            "projection2_weight",
+        ):
+            assert getattr(embedding, name) is getattr(head, name), name
+        assert embedding.projection0_weight is not head.projection0_weight
