@@ -1,0 +1,120 @@
+"""Put a finished model on the Hub, with its code and a card.
+
+    python scripts/evaluate.py deq-model --output deq-model/results.json
+    python scripts/push_to_hub.py deq-model --repo-id user/name --dry-run     # look at it first
+    python scripts/push_to_hub.py deq-model --repo-id user/name --private
+
+What is uploaded loads with `trust_remote_code=True` where hf_deq is not installed. The card has the recipe, the cost
+and the evaluation that are in the model's folder; if results.json was evaluated with flags, say with which:
+`--evaluation-flags "--split test"`.
+"""
+
+import sys
+import tempfile
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoTokenizer, HfArgumentParser
+
+from hf_deq.hub import export_hub_folder, load_model, read_config, read_record
+
+
+@dataclass
+class PushArguments:
+    """Where to, and what the card says that the folder does not."""
+
+    repo_id: str = field(metadata={"help": "Repository on the Hub: user/name."})
+    private: bool = field(default=False, metadata={"help": "Make the repository private, if it is new."})
+    dry_run: bool = field(default=False, metadata={"help": "Upload nothing: leave the folder in output and list it."})
+    output: str = field(default="hub-folder", metadata={"help": "Folder that a dry run leaves."})
+    evaluation_flags: str = field(
+        default="",
+        metadata={"help": "Flags that results.json was evaluated with, besides --budgets, --tolerances and --output."},
+    )
+    license: str = field(default="apache-2.0", metadata={"help": "License of the weights, as the Hub calls it."})
+    language: str | None = field(
+        default=None, metadata={"help": "ISO 639 code; default: en for corpora known to be English, else left out."}
+    )
+
+
+def main(folder: str, options: PushArguments) -> None:
+    record = check(folder, options)
+    if options.dry_run:
+        export(folder, options.output, record, options)
+        print(f"{options.output}, for {options.repo_id}:\n{listing(Path(options.output))}\nnothing was uploaded.")
+        return
+    with tempfile.TemporaryDirectory() as exported:
+        export(folder, exported, record, options)
+        print(f"{options.repo_id}:\n{listing(Path(exported))}")
+        print(f"uploaded to {push(exported, options)}")
+
+
+def check(folder: str, options: PushArguments):
+    """What the run recorded, if all is there that is needed.
+
+    Raises:
+        ValueError: a malformed repository id, no model, no results, a full output folder, or no token.
+    """
+    validate_repo_id(options.repo_id)
+    if "/" not in options.repo_id:
+        raise ValueError(f"repo_id must be user/name, got {options.repo_id!r}.")
+    record = read_record(folder, read_config(folder), options.evaluation_flags)
+    if not record.results:
+        missing = (
+            f"{folder} has no results.json, so the card would have no metrics: write it by\n"
+            f"  python scripts/evaluate.py {folder} --output {Path(folder) / 'results.json'}"
+        )
+        if not options.dry_run:
+            raise ValueError(missing)
+        print(f"warning: {missing}", file=sys.stderr)
+    if options.dry_run and Path(options.output).exists() and any(Path(options.output).iterdir()):
+        raise ValueError(f"output {options.output!r} is not empty: remove it, or choose another.")
+    if not options.dry_run and get_token() is None:
+        raise ValueError("there is no token for the Hub: run `hf auth login`, or set HF_TOKEN.")
+    return record
+
+
+def export(folder: str, output: str, record, options: PushArguments) -> None:
+    """The self-contained folder of a model folder."""
+    has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+    export_hub_folder(load_model(folder), output, tokenizer, options.repo_id, record, options.license, options.language)
+
+
+def listing(folder: Path) -> str:
+    """Files and their sizes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return "\n".join(f"{file.stat().st_size:>15,}  {file.relative_to(folder)}" for file in files)
+
+
+def push(folder: str, options: PushArguments) -> str:
+    """Upload; the address of the repository.
+
+    Raises:
+        OSError: the Hub could not be reached, or refused.
+    """
+    api = HfApi()
+    try:
+        repository = api.create_repo(options.repo_id, private=options.private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=options.repo_id,
+            folder_path=folder,
+            commit_message="Upload model, code and card",
+            delete_patterns=["*.safetensors*"],  # shards of an earlier upload would be loaded instead
+        )
+    except Exception as error:  # the library's network errors depend on what it is built on
+        raise OSError(f"{options.repo_id} was not uploaded: {error}") from error
+    return str(repository)
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser(PushArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Model folder, as scripts/train.py writes it.")
+    parsed, positional = parser.parse_args_into_dataclasses()
+    try:
+        main(positional.model, parsed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
