@@ -1,6 +1,6 @@
 """hf_deq: deep equilibrium language models as Hugging Face Transformers models."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .configuration_deq import DEQConfig
 from .configuration_deq_transformer import DEQTransformerConfig
@@ -8,15 +8,25 @@ from .configuration_deq_trellisnet import DEQTrellisNetConfig
 from .equilibrium import ImplicitGradient, PhantomGradient, UnrolledGradient, equilibrium
 from .fixed_point import AndersonSolver, BroydenSolver, ConvergenceWarning, FixedPointSolution, PicardSolver
 from .jacobian import jacobian_regularization, spectral_radius
-from .modeling_deq_transformer import DEQTransformerForCausalLM, DEQTransformerModel
-from .modeling_deq_trellisnet import DEQTrellisNetForCausalLM, DEQTrellisNetModel
+from .modeling_deq_transformer import (
+    DEQTransformerForCausalLM,
+    DEQTransformerForSequenceClassification,
+    DEQTransformerModel,
+)
+from .modeling_deq_trellisnet import (
+    DEQTrellisNetForCausalLM,
+    DEQTrellisNetForSequenceClassification,
+    DEQTrellisNetModel,
+)
 
 AutoConfig.register("deq_transformer", DEQTransformerConfig)
 AutoModel.register(DEQTransformerConfig, DEQTransformerModel)
 AutoModelForCausalLM.register(DEQTransformerConfig, DEQTransformerForCausalLM)
+AutoModelForSequenceClassification.register(DEQTransformerConfig, DEQTransformerForSequenceClassification)
 AutoConfig.register("deq_trellisnet", DEQTrellisNetConfig)
 AutoModel.register(DEQTrellisNetConfig, DEQTrellisNetModel)
 AutoModelForCausalLM.register(DEQTrellisNetConfig, DEQTrellisNetForCausalLM)
+AutoModelForSequenceClassification.register(DEQTrellisNetConfig, DEQTrellisNetForSequenceClassification)
 
 __version__ = "0.1.0"
 
@@ -27,9 +37,11 @@ __all__ = [
     "DEQConfig",
     "DEQTransformerConfig",
     "DEQTransformerForCausalLM",
+    "DEQTransformerForSequenceClassification",
     "DEQTransformerModel",
     "DEQTrellisNetConfig",
     "DEQTrellisNetForCausalLM",
+    "DEQTrellisNetForSequenceClassification",
     "DEQTrellisNetModel",
     "FixedPointSolution",
     "ImplicitGradient",

@@ -8,13 +8,20 @@ from transformers import Cache, DynamicCache
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils.output_capturing import OutputRecorder
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from .attention_deq import (
+    additive_mask,
+    eager_attention_forward,
+    relative_positions,
+    require_attention_weights,
+    rotary_positions,
+)
 from .cache_deq import EquilibriumCacheView
+from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_transformer import DEQTransformerConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
 from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel, token_mask
@@ -329,14 +336,14 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             **({"allow_is_causal_skip": False} if additive else {}),
         )
         if additive:
-            _require_attention_weights(self.config)
-            mask = _additive(mask, inputs_embeds.dtype)
+            require_attention_weights(self.config)
+            mask = additive_mask(mask, inputs_embeds.dtype)
         if relative:
-            positions = memory_positions = _relative_positions(inputs_embeds, past_length - first_key, mask.shape[-1])
+            positions = memory_positions = relative_positions(inputs_embeds, past_length - first_key, mask.shape[-1])
         else:
-            positions = _rotary_positions(self.config, position_ids, inputs_embeds.dtype)
+            positions = rotary_positions(self.config, position_ids, inputs_embeds.dtype)
             before = position_ids[:, :1] - past_length + torch.arange(past_length, device=inputs_embeds.device)
-            memory_positions = None if memory is None else _rotary_positions(self.config, before, inputs_embeds.dtype)
+            memory_positions = None if memory is None else rotary_positions(self.config, before, inputs_embeds.dtype)
         context = {"positions": positions, "memory_positions": memory_positions, "attention_mask": mask}
         return context | {"tokens": token_mask(attention_mask, past_length - first_key, length)} | kwargs
 
@@ -354,6 +361,12 @@ class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, DEQForCausalLM):
         return head
 
 
+class DEQTransformerForSequenceClassification(DEQTransformerPreTrainedModel, DEQForSequenceClassification):
+    """A classifier of texts; see `DEQForSequenceClassification`."""
+
+    model_class = DEQTransformerModel
+
+
 def _vocabulary(config: DEQTransformerConfig) -> tuple:
     """The arguments that adaptive embedding and softmax are made of."""
     return config.hidden_size, config.vocab_size, config.cutoffs or (), config.embedding_size, config.div_val
@@ -368,72 +381,9 @@ def _tied_names(head: AdaptiveSoftmax, tied_projections: list[int]) -> dict[str,
     return {f"lm_head.{ours}": f"model.embed_tokens.{theirs}" for ours, theirs in names.items()}
 
 
-def eager_attention_forward(
-    module, query, key, value, attention_mask, scaling, dropout_mask=None, **kwargs
-) -> tuple[Tensor, Tensor]:
-    """Attention written out: `(batch, heads, sequence, size)` to `(batch, sequence, heads, size)` and weights.
-
-    The softmax is in single precision at least, but never below the model's own: rounding a double
-    precision model there would put a floor under its residual.
-    """
-    scores = query @ key.transpose(-2, -1) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    return (apply_mask(weights, dropout_mask) @ value).transpose(1, 2), weights
-
-
-def _rotary_positions(config: DEQTransformerConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `(batch, sequence, head size)`.
-
-    Computed anew for every call rather than kept in a buffer, which a cast of the model would round.
-    """
-    precise = torch.promote_types(dtype, torch.float32)
-    head_dim, scaling = config.head_dim, 1.0
-    if config.rope_parameters["rope_type"] == "default":
-        channels = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=precise)
-        frequencies = config.rope_parameters["rope_theta"] ** -(channels / head_dim)
-    else:
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, position_ids.device)
-    angles = position_ids[..., None].to(precise) * frequencies
-    angles = torch.cat([angles, angles], -1)
-    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
-
-
 def _cache_as_long_as(memory: tuple[Tensor, ...], config: DEQTransformerConfig) -> DynamicCache:
     """A cache whose length is that of the memory and whose content is nothing: for masks and positions."""
     cache, nothing = DynamicCache(config=config), memory[0].new_zeros(1, 1, memory[0].shape[1], 1)
     for layer_idx in range(config.num_hidden_layers):
         cache.update(nothing, nothing, layer_idx)
     return cache
-
-
-def _require_attention_weights(config: DEQTransformerConfig) -> None:
-    """Fused kernels that take no mask of numbers cannot add scores, nor drop weights the same way every time."""
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(
-            'position_embedding_type="relative" and attention_dropout change the attention weights, which '
-            f'{config._attn_implementation!r} cannot: use attn_implementation="sdpa" or "eager".'
-        )
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """An attention mask (boolean: True attends) as numbers that leave room to add scores to."""
-    if mask.dtype != torch.bool:
-        return mask / 2
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)
-
-
-def _relative_positions(inputs_embeds: Tensor, first_query: int, keys: int) -> tuple[Tensor, Tensor]:
-    """Sinusoids `(distances, hidden)`, all sines first, and the distance of every query and key `(queries, keys)`.
-
-    `first_query` is the index among the keys of the first query's own key.
-    """
-    length, hidden_size = inputs_embeds.shape[1:]
-    device, dtype = inputs_embeds.device, torch.promote_types(inputs_embeds.dtype, torch.float32)
-    frequencies = 10000 ** -(torch.arange(0, hidden_size, 2, device=device, dtype=dtype) / hidden_size)
-    angles = torch.arange(keys, device=device, dtype=dtype)[:, None] * frequencies
-    encodings = torch.cat([angles.sin(), angles.cos()], -1).to(inputs_embeds.dtype)
-    queries = torch.arange(length, device=device)[:, None] + first_query
-    distances = (queries - torch.arange(keys, device=device)).clamp_(0, keys - 1)
-    return encodings, distances

@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .adaptive import AdaptiveSoftmax
 from .cache_deq import TrellisStateLayer, refuse_offloaded
+from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_trellisnet import DEQTrellisNetConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
 from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel, token_mask
@@ -171,6 +172,12 @@ class DEQTrellisNetForCausalLM(DEQTrellisNetPreTrainedModel, DEQForCausalLM):
                 config.hidden_size, config.vocab_size, config.num_softmax_experts, config.embedding_size
             )
         return nn.Linear(config.hidden_size, config.vocab_size)
+
+
+class DEQTrellisNetForSequenceClassification(DEQTrellisNetPreTrainedModel, DEQForSequenceClassification):
+    """A classifier of texts; see `DEQForSequenceClassification`."""
+
+    model_class = DEQTrellisNetModel
 
 
 def linear_recurrence(keep: Tensor, new: Tensor, start: Tensor) -> Tensor:

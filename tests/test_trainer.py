@@ -1,0 +1,189 @@
+"""`transformers.Trainer` with both model families, and `EquilibriumCallback`."""
+
+import pytest
+import torch
+from families import TRANSFORMER, TRELLISNET, random_ids
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+from hf_deq import DEQTransformerForSequenceClassification
+from hf_deq.trainer_callback import EquilibriumCallback
+
+both = pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["deq_transformer", "deq_trellisnet"])
+
+PADDING = -100
+
+
+def texts(count: int = 16, length: int = 7) -> list[dict[str, torch.Tensor]]:
+    """Texts of which every other one has labels on its last tokens only, always the same ones."""
+    torch.manual_seed(1)
+    rows = []
+    for i, ids in enumerate(random_ids(count, length)):
+        labels = ids.clone()
+        labels[: length - 2 if i % 2 else 0] = PADDING
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return rows
+
+
+def make_model(family, **fields):
+    """In single precision, as a Trainer's models are, and solved far below what the tests compare."""
+    return family.model(**{"solver_tolerance": 1e-6, "backward_tolerance": 1e-6} | fields).float()
+
+
+def make_trainer(model, folder, callbacks=(), data=None, **how) -> Trainer:
+    usual = dict(per_device_train_batch_size=8, max_steps=2, learning_rate=1e-2, logging_steps=1, save_strategy="no")
+    usual |= dict(report_to="none", use_cpu=True, disable_tqdm=True, max_grad_norm=0.0)
+    arguments = TrainingArguments(output_dir=str(folder), **(usual | how))
+    data = texts() if data is None else data
+    return Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=list(callbacks))
+
+
+def logged(trainer: Trainer, name: str) -> list[float]:
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
+@both
+def test_loss_is_that_of_a_plain_forward(family, tmp_path):
+    """Trainer's first losses, with labels shifted inside, against logits and shift_labels from outside."""
+    model = make_model(family)
+    rows = texts(8)
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    targets = F.pad(batch["labels"], (0, 1), value=PADDING)[:, 1:].contiguous()
+    with torch.no_grad():
+        inside, outside = model(**batch).loss, model(**batch, shift_labels=targets).loss
+        by_hand = F.cross_entropy(model(batch["input_ids"]).logits.flatten(0, 1), targets.flatten())
+    trainer = make_trainer(model, tmp_path, data=rows, max_steps=1)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(inside.item(), rel=1e-5)
+    trainer.train()
+    assert inside.item() == pytest.approx(outside.item(), rel=1e-6) == pytest.approx(by_hand.item(), rel=1e-6)
+    assert logged(trainer, "loss")[0] == pytest.approx(inside.item(), rel=1e-4)
+
+
+def accumulated(make, folder, **how) -> list[Trainer]:
+    """The same steps in batches of 8, and in 4 micro-batches of 2."""
+    trainers = []
+    for size in (8, 2):
+        steps = dict(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
+        trainers.append(make_trainer(make(), folder, optim="sgd", learning_rate=0.1, **steps, **how))
+        trainers[-1].train()
+    return trainers
+
+
+def assert_same_training(one: Trainer, other: Trainer):
+    assert logged(other, "loss") == pytest.approx(logged(one, "loss"), rel=1e-4)
+    weights = other.model.state_dict()
+    for name, expected in one.model.state_dict().items():
+        torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-5, msg=name)
+
+
+@both
+def test_accumulated_micro_batches_are_the_step_of_one_batch(family, tmp_path):
+    """Though micro-batches differ in their counts of labels."""
+    assert_same_training(*accumulated(lambda: make_model(family), tmp_path))
+
+
+@both
+def test_accumulated_micro_batches_share_the_jacobian_loss(family, tmp_path):
+    # The penalty dominates: counted in full by each of four micro-batches the loss would be four times what it is.
+    fields = dict(jacobian_loss_weight=1000.0)
+    one, parts = accumulated(lambda: make_model(family, **fields), tmp_path, max_steps=1)
+    assert logged(one, "loss")[0] > 25
+    assert logged(parts, "loss") == pytest.approx(logged(one, "loss"), rel=0.3)  # each draws its own estimate
+
+
+@pytest.mark.parametrize("fields, label", [({"num_labels": 3}, int), ({"num_labels": 1}, float)])
+def test_accumulated_micro_batches_of_classifiers(fields, label, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return DEQTransformerForSequenceClassification(TRANSFORMER.config(**fields, solver_tolerance=1e-6))
+
+    data = [row | {"labels": label(i % 3)} for i, row in enumerate(texts())]
+    assert_same_training(*accumulated(make, tmp_path, data=data))
+
+
+@both
+def test_training_evaluating_and_predicting(family, tmp_path):
+    model = make_model(family, solver_tolerance=1e-3, backward_tolerance=1e-2)
+    trainer = make_trainer(model, tmp_path, max_steps=30, logging_steps=5, learning_rate=2e-2)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.7 * before
+    prediction = trainer.predict(texts(5))
+    assert prediction.predictions.shape == (5, 7, family.model().config.vocab_size)  # logits, and no reports of solves
+    loss, outputs = trainer.compute_loss(trainer.model, trainer.data_collator(texts(3)), return_outputs=True)
+    assert loss == outputs.loss and outputs.residual.shape == (3,)
+
+
+@both
+def test_resuming_from_a_checkpoint_gives_the_same_weights(family, tmp_path):
+    # With every random draw that a step has: data order, dropout, the probes of the penalty.
+    fields = dict(hidden_dropout=0.1, output_dropout=0.1, jacobian_loss_weight=0.1)
+    saving = dict(save_strategy="steps", save_steps=2, max_steps=5)
+    whole = make_trainer(make_model(family, **fields), tmp_path, **saving)
+    whole.train()
+    resumed = make_trainer(make_model(family, **fields), tmp_path, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 5
+    for name, expected in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], expected, rtol=0, atol=1e-6, msg=name)
+    assert logged(resumed, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-5)
+
+
+class Recorder(TrainerCallback):
+    """What callbacks after `EquilibriumCallback` are given to report."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@both
+def test_the_callback_logs_means_since_the_last_log(family, tmp_path):
+    model, recorder = make_model(family, jacobian_loss_weight=0.1), Recorder()
+    solves, vector_products, layer = [], [], model.model.layers[0]
+    layer.register_forward_hook(lambda layer, inputs, output: solves.append((layer.training, output.solution)))
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            vector_products.append(layer.backward_evaluations.float().mean().item())
+
+        on_substep_end = on_step_end
+
+    how = dict(logging_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    how |= dict(max_steps=4, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=16)
+    trainer = make_trainer(model, tmp_path, [EquilibriumCallback(), recorder, Watch()], **how)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    training = [solution for is_training, solution in solves if is_training]
+    assert len(training) == len(vector_products) == 8 and len(solves) == 12
+    for i, log in enumerate(logs):
+        since = training[4 * i : 4 * i + 4]
+        evaluations = torch.cat([solution.num_evaluations for solution in since]).float().mean().item()
+        residual = torch.cat([solution.residual for solution in since]).mean().item()
+        assert log["forward_evaluations"] == pytest.approx(evaluations)
+        assert log["residual"] == pytest.approx(residual)
+        assert log["backward_evaluations"] == pytest.approx(sum(vector_products[4 * i : 4 * i + 4]) / 4)
+        assert log["converged"] == 1.0 and log["jacobian_loss"] > 0
+    reported = [log for log in recorder.logs if "loss" in log]
+    assert [log["residual"] for log in reported] == [log["residual"] for log in logs]
+    others = [log for log in recorder.logs if "loss" not in log]
+    assert len(others) == 5 and not any("residual" in log for log in others)  # four evaluations and the summary
+
+
+def test_the_callback_leaves_no_hook(tmp_path):
+    model = make_model(TRANSFORMER, gradient="unrolled", solver_max_evaluations=3)
+    trainer = make_trainer(model, tmp_path, [EquilibriumCallback()], max_steps=1)
+    for _ in range(2):
+        trainer.train()
+        assert not model.model.layers[0]._forward_hooks
+    assert logged(trainer, "forward_evaluations") == [3.0]
+    assert not logged(trainer, "backward_evaluations") and not logged(trainer, "jacobian_loss")
+
+
+def test_the_callback_refuses_models_without_an_equilibrium(tmp_path):
+    explicit = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=8, n_layer=1, n_head=1, n_positions=8))
+    with pytest.raises(ValueError, match="no equilibrium in GPT2LMHeadModel: it is for models of hf_deq; leave it out"):
+        make_trainer(explicit, tmp_path, [EquilibriumCallback()]).train()
