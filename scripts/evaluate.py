@@ -136,7 +136,7 @@ def evaluate_language_model(model, folder: str, recipe: dict, settings: list[dic
     )
     remembers = getattr(model.config, "memory_length", None)
     how = protocol(length, arguments.stride, arguments.batch_size, carry_memory, arguments.drop_remainder, remembers)
-    return f"{counts}, {how}; {solver_settings(model.config)} unless a row says otherwise", rows, COLUMNS
+    return f"{counts}, {how}; {solver_settings(model.config)}, unless a row says otherwise", rows, COLUMNS
 
 
 def evaluate_copy_memory(model, recipe: dict, settings: list[dict]):
