@@ -31,7 +31,7 @@ EXPORTED = {
 # What may travel; everything else of the package stays at home.
 CODE = {
     *("fixed_point", "position_algebra", "equilibrium", "jacobian", "weight_tying", "cache_deq", "softmax_heads"),
-    *("adaptive", "layer_deq", "classification_deq", "configuration_deq", "modeling_deq"),
+    *("adaptive", "attention_deq", "layer_deq", "classification_deq", "configuration_deq", "modeling_deq"),
     *("configuration_deq_transformer", "modeling_deq_transformer"),
     *("configuration_deq_trellisnet", "modeling_deq_trellisnet"),
 }
