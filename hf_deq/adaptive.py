@@ -39,7 +39,7 @@ class VocabularyTables(nn.Module):
     ):
         super().__init__()
         embedding_size = embedding_size or features
-        self.features, self.ends = features, [*cutoffs, vocab_size]
+        self.features, self.vocab_size, self.ends = features, vocab_size, [*cutoffs, vocab_size]
         self.starts = [0, *cutoffs]
         self.one_table = div_val == 1
         self.projected = div_val > 1 or embedding_size != features

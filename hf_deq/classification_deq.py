@@ -121,4 +121,6 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
             return loss
         # Not left to the loss function, which knows of it for single labels only: regression would count every
         # micro-batch in full.
-        return loss * ((labels != -100).sum() / num_items_in_batch)
+        counted = (labels != -100).sum()
+        # The mean over no labels is not a number.
+        return loss * (counted / num_items_in_batch) if counted else 0.0 * logits.sum()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from .configuration_deq import require_one_of
@@ -59,6 +60,9 @@ def convert_checkpoint(
     """The model that a state dict of the authors' code holds, in evaluation mode and the dtype of the tensors.
 
     Projections that their code ties share storage there but have gradients of their own; here they are one parameter.
+    torchdeq's f has no isolated fixed point (every sub-layer sees the state through a norm), so its models unroll 12
+    applications, as theirs do. A TrellisNet of theirs carries its last state into the place of all before it, and no
+    inputs; ours carries what its convolutions reach.
 
     Args:
         state_dict: tensors by their original names, tied ones under every name. Dead copies are ignored.
@@ -75,7 +79,10 @@ def convert_checkpoint(
     require_one_of("family", family, FAMILIES)
     state_dict = _distinct(state_dict)
     make_config, sources_of, model_class = FAMILIES[family]
-    config = make_config(constructor_arguments, state_dict, config_fields)
+    try:
+        config = make_config(constructor_arguments, state_dict, config_fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"constructor_arguments do not make a model: {error}") from error
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in model_class(config).named_parameters(remove_duplicate=False)}
     sources = sources_of(config)
@@ -88,9 +95,10 @@ def convert_checkpoint(
 
 def _distinct(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that are parameters, each under its first name."""
+    # A model that was trained in parallel has one more prefix.
+    state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     distinct = {}
     for name, tensor in state_dict.items():
-        name = name.removeprefix("module.")  # of a model that was trained in parallel
         second = next((prefix for prefix in SECOND_NAMES if name.startswith(prefix)), None)
         if DERIVED.search(name):
             continue
@@ -145,7 +153,7 @@ def _transformer_config(arguments: dict, state_dict: dict, fields: dict) -> DEQT
         norm_affine=False,
         weight_norm=given("wnorm", False),
         shallow_depth=given("n_layer"),
-        shallow_steps=given("pretrain_steps", 0),
+        shallow_steps=max(0, given("pretrain_steps", 0)),
     )
     given.ignore("eval_n_layer", "load")  # evaluation of a shallow model, and a file to load
     given.refuse_unknown()
@@ -160,6 +168,9 @@ def _torchdeq_config(arguments: dict, state_dict: dict, fields: dict) -> DEQTran
         closing_norm=False,
         attention_output_norm=True,
         weight_norm=any(name.endswith("_v") for name in state_dict),  # not an argument of the model there
+        gradient="unrolled",  # such an f has no isolated fixed point: theirs is trained and used with 12 applications
+        solver="picard",
+        solver_max_evaluations=12,
     )
     given.refuse_unknown()
     return DEQTransformerConfig(**(theirs | fields))
@@ -169,7 +180,7 @@ def _common_transformer_fields(given: "_Arguments") -> dict:
     cutoffs = given("cutoffs", []) or None
     div_val, hidden_size = given("div_val", 1), given("d_model")
     embedding_size = given("d_embed", None) or hidden_size
-    tied = [cluster for cluster, is_tied in enumerate(given("tie_projs", [])) if is_tied]
+    tied = [cluster for cluster, is_tied in enumerate(given("tie_projs", None) or []) if is_tied]
     has_projections = div_val > 1 or embedding_size != hidden_size
     dropout = given("dropout", 0.0)
     memory_length = given("mem_len", 0) or 0

@@ -157,6 +157,8 @@ def solver_settings(config: PreTrainedConfig) -> str:
     """What of a model's solver decides a result, in words."""
     if not hasattr(config, "solver_scope"):
         return "no solver"
+    if config.gradient == "unrolled":
+        return f"no solver, {config.solver_max_evaluations} unrolled applications of f"
     return (
         f"solver {config.solver}, scope {config.solver_scope}, tolerance {config.solver_tolerance:g}, at most "
         f"{config.solver_max_evaluations} evaluations"
@@ -282,8 +284,10 @@ def _nats(model: PreTrainedModel, inputs: Tensor, targets: Tensor, counted: int,
     """The outputs, and the summed nats of the targets; an output layer that gives likelihoods gives no logits."""
     head = model.get_output_embeddings()
     if isinstance(head, LogProbabilityHead):
-        outputs, wanted = model.base_model(inputs, use_cache=False, **arguments), targets != -100
-        return outputs, head(outputs.last_hidden_state[:, -counted:][wanted], targets[wanted]).sum()
+        labels = torch.nn.functional.pad(targets, (inputs.shape[1] - targets.shape[1], 0), value=-100)
+        how = dict(labels=labels, shift_labels=labels, num_items_in_batch=1, logits_to_keep=labels.new_empty(0))
+        outputs = model(inputs, use_cache=False, **how, **arguments)
+        return outputs, outputs.loss
     outputs = model(inputs, use_cache=False, logits_to_keep=counted, **arguments)
     logits = outputs.logits.float().flatten(0, 1)
     return outputs, torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=-100)

@@ -63,6 +63,27 @@ class DEQPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = []
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
+    ) -> nn.Module:
+        """As in Transformers, for plain embeddings and a linear output layer; to their own size for all.
+
+        Raises:
+            ValueError: the shape of the embeddings, or of the output layer, depends on the vocabulary in other ways.
+        """
+        embeddings, head = self.get_input_embeddings(), getattr(self, "lm_head", None)
+        if isinstance(embeddings, nn.Embedding) and not isinstance(head, LogProbabilityHead):
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        size, step = new_num_tokens or self.config.vocab_size, pad_to_multiple_of or 1
+        size = -(-size // step) * step
+        if size != self.config.vocab_size:
+            clustered = type(head if isinstance(head, LogProbabilityHead) else embeddings).__name__
+            raise ValueError(
+                f"The {clustered} of this model cannot be resized: make a model of vocab_size={size} and load the "
+                "weights that stay."
+            )
+        return embeddings
+
 
 class DEQModel(DEQPreTrainedModel):
     """Token ids to equilibrium states: embed, solve, normalise.
@@ -244,19 +265,6 @@ class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
             jacobian_loss=outputs.jacobian_loss,
             memory=outputs.memory,
         )
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As in Transformers, for a linear output layer.
-
-        Raises:
-            ValueError: the output layer is a split softmax or a mixture, whose shape depends on the vocabulary.
-        """
-        if isinstance(self.lm_head, LogProbabilityHead) and new_num_tokens not in (None, self.config.vocab_size):
-            raise ValueError(
-                f"A {type(self.lm_head).__name__} cannot be resized: make a model of vocab_size={new_num_tokens} and "
-                "load the weights that stay."
-            )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def _likelihood_loss(self, states, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor:
         """The library's loss function, for output layers that give likelihoods."""

@@ -325,7 +325,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past_length
         relative = self.config.position_embedding_type == "relative"
-        additive = relative or (self.training and self.config.attention_dropout > 0)
+        additive = relative or (self.layers[0].training and self.config.attention_dropout > 0)
         make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
         mask = make_mask(
             self.config,

@@ -18,12 +18,21 @@ class LogProbabilityHead(nn.Module):
 
     `head(states)` maps `(..., features)` to `(..., vocab_size)`; `head(states, targets)` gives the negative
     log-likelihood in nats `(tokens,)` of target ids `(tokens,)`, given states `(tokens, features)`.
-    Parameters with a row per id can be tied to the token embeddings.
+    Parameters with a row per id can be tied to the token embeddings. Subclasses set `vocab_size`.
     """
 
+    vocab_size: int
+
     def forward(self, states: Tensor, targets: Tensor | None = None) -> Tensor:
-        """As above."""
-        return self._all(states) if targets is None else self._negative_log_likelihood(states, targets)
+        """As above.
+
+        Raises:
+            ValueError: a target is not an id of the vocabulary.
+        """
+        if targets is None:
+            return self._all(states)
+        _check_targets(targets, self.vocab_size)
+        return self._negative_log_likelihood(states, targets)
 
     def initialize(self, std: float) -> None:
         """Fill in whatever parameter was not loaded; rows of ids get that standard deviation."""
@@ -50,7 +59,7 @@ class MixtureOfSoftmaxes(LogProbabilityHead):
 
     def __init__(self, features: int, vocab_size: int, num_experts: int, latent_size: int):
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts, self.vocab_size = num_experts, vocab_size
         self.weight = nn.Parameter(torch.empty(vocab_size, latent_size))
         self.bias = nn.Parameter(torch.empty(vocab_size))
         self.prior = nn.Linear(features, num_experts)
@@ -67,6 +76,18 @@ class MixtureOfSoftmaxes(LogProbabilityHead):
         each = log_softmax(F.linear(latent, self.weight, self.bias))
         mixed = torch.logsumexp(log_prior[..., None] + each, -2)
         return torch.logaddexp(mixed, mixed.new_tensor(math.log(1e-8)))
+
+
+def _check_targets(targets: Tensor, vocab_size: int) -> None:
+    """A clustered vocabulary would count an id beyond it to some cluster."""
+    if torch.compiler.is_compiling() or not targets.numel():
+        return
+    smallest, largest = targets.aminmax()
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(
+            f"labels must lie in [0, vocab_size={vocab_size}) (or be -100), got {int(smallest)} to {int(largest)}. "
+            "Do the tokenizer and the model belong together?"
+        )
 
 
 def log_softmax(logits: Tensor) -> Tensor:

@@ -127,13 +127,16 @@ class LanguageModeling:
         """What a model needs besides itself."""
         self.tokenizer.save_pretrained(folder)
 
+    def prompt(self, training: TrainingArguments) -> str:
+        """The sample prompt; of words, those that the vocabulary has, at the start of a line."""
+        if not self.data.word_level:
+            return training.sample_prompt
+        known = self.tokenizer.get_vocab()
+        return "\n" + " ".join(word for word in training.sample_prompt.split() if word in known)
+
     def sample(self, model: PreTrainedModel, training: TrainingArguments) -> str:
-        """What the model continues the sample prompt with; of words, those that it knows, at the start of a line."""
-        prompt = training.sample_prompt
-        if self.data.word_level:
-            known = self.tokenizer.get_vocab()
-            prompt = "\n" + " ".join(word for word in prompt.split() if word in known)
-        inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        """What the model continues the sample prompt with."""
+        inputs = self.tokenizer(self.prompt(training), return_tensors="pt", return_token_type_ids=False)
         ids = model.generate(
             **inputs.to(model.device), max_new_tokens=training.sample_tokens, do_sample=True, top_p=0.9, temperature=0.8
         )

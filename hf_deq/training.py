@@ -260,7 +260,7 @@ class _Trainer:
         self.accelerator.load_state(str(path))
         self.memory.load(path)
         self.step = state["step"]
-        self.clock.resume(state.get("seconds", 0.0))  # checkpoints did not always say
+        self.clock.resume(state["seconds"])
         self.meter.reset()
         if self.accelerator.is_main_process:  # it holds the sums of all processes
             self.meter.resume(state["meter"])

@@ -60,8 +60,9 @@ class EquilibriumModel:
 
     def describe(self, metrics: dict[str, float]) -> str:
         """What a validation says about the solves, in a line."""
+        what = "unrolled" if self.config.gradient == "unrolled" else "equilibrium"
         return (
-            f"equilibrium: {metrics['num_evaluations']:.1f} evaluations to a residual of {metrics['residual']:.1e}, "
+            f"{what}: {metrics['num_evaluations']:.1f} evaluations to a residual of {metrics['residual']:.1e}, "
             f"{metrics['converged']:.0%} of the sequences converged\n"
         )
 
@@ -90,8 +91,9 @@ class ExplicitModel:
         if task.data.carry_memory:
             raise ValueError(f"carry_memory needs a model that remembers: {model_type} does not; set it to false.")
         self._check_length("sequence_length", task.data.sequence_length)
-        prompt = len(task.tokenizer(training.sample_prompt)["input_ids"])
-        self._check_length("the sample's prompt and sample_tokens", prompt + training.sample_tokens)
+        if training.sample_tokens:
+            prompt = len(task.tokenizer(task.prompt(training))["input_ids"])
+            self._check_length("the sample's prompt and sample_tokens", prompt + training.sample_tokens)
 
     def _check_length(self, name: str, length: int) -> None:
         field = self.config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
@@ -125,7 +127,7 @@ def model_kind(config: PreTrainedConfig) -> EquilibriumModel | ExplicitModel:
 
 
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict]:
-    """Weight decay for the weights of linear maps and convolutions; none for embeddings, norms, biases and output rows.
+    """Weight decay for linear maps and convolutions; none for norms, biases, embeddings and output layers.
 
     Of a normalised weight it shrinks the magnitude; on the direction it only sets the effective learning rate.
     """

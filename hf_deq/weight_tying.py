@@ -71,12 +71,13 @@ class WeightNormLinear(nn.Module):
         return F.linear(x, self._weight(), self.bias)
 
     def _weight(self) -> Tensor:
-        if self._kept is None:
+        kept = self._kept  # read once: another thread's solve may end meanwhile
+        if kept is None:
             return normalised_weight(self.magnitude, self.direction)
         graph = torch.is_grad_enabled()  # the solver's weight has none, the gradient needs one that has
-        if graph not in self._kept:
-            self._kept[graph] = normalised_weight(self.magnitude, self.direction)
-        return self._kept[graph]
+        if graph not in kept:
+            kept[graph] = normalised_weight(self.magnitude, self.direction)
+        return kept[graph]
 
 
 @contextmanager

@@ -181,9 +181,10 @@ def encode_words(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenStr
 
 def _files(folder: Path) -> dict[str, str]:
     """The file of each split in a local folder; empty if it has none of them."""
-    present = {
-        split: str(folder / name) for split, names in FILE_NAMES.items() for name in names if (folder / name).is_file()
+    found = {
+        split: [folder / name for name in names if (folder / name).is_file()] for split, names in FILE_NAMES.items()
     }
+    present = {split: str(files[0]) for split, files in found.items() if files}
     for split in ("train", "validation"):
         if present and split not in present:
             raise ValueError(f"corpus {str(folder)!r} has no {split} part: add {' or '.join(FILE_NAMES[split])}.")

@@ -151,7 +151,7 @@ def main(folder: str, arguments: EvaluateArguments) -> None:
     recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
     model = load_model(folder, arguments)
     is_solved = isinstance(model.config, hf_deq.DEQConfig)
-    settings = dial_settings(arguments) if is_solved else [{}]
+    settings = dial_settings(arguments, model.config) if is_solved else [{}]
     if recipe.get("task") == CopyMemoryArguments.task:
         measured, rows, columns = evaluate_copy_memory(model, recipe, settings)
     else:
@@ -163,9 +163,14 @@ def main(folder: str, arguments: EvaluateArguments) -> None:
         Path(arguments.output).write_text(json.dumps(rows, indent=1))
 
 
-def dial_settings(arguments: EvaluateArguments) -> list[dict]:
-    """The rows of the table: budgets without a tolerance, then tolerances within the model's own budget."""
+def dial_settings(arguments: EvaluateArguments, config: hf_deq.DEQConfig) -> list[dict]:
+    """The rows of the table: budgets without a tolerance, then tolerances within the model's own budget.
+
+    An unrolled model has no tolerance: its last row is its own number of applications.
+    """
     by_budget = [{"solver_max_evaluations": budget, "solver_tolerance": 0.0} for budget in arguments.budgets]
+    if config.gradient == "unrolled":
+        return [*by_budget, {"solver_max_evaluations": config.solver_max_evaluations, "solver_tolerance": 0.0}]
     return by_budget + [{"solver_max_evaluations": None, "solver_tolerance": each} for each in arguments.tolerances]
 
 

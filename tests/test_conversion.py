@@ -46,7 +46,9 @@ class Reference:
         self.separate_gradients = dict(said.get("same_storage_distinct_parameters", []))
 
     def convert(self, **changes):
-        return convert_checkpoint(self.state_dict | changes, self.arguments, self.family, **SOLVED)
+        # The weights of this torchdeq model were made to have a fixed point, which theirs have not.
+        how = {"gradient": "implicit", "solver": "anderson"} if self.family == "torchdeq_lm" else {}
+        return convert_checkpoint(self.state_dict | changes, self.arguments, self.family, **SOLVED, **how)
 
     def segment(self, name: str) -> dict[str, torch.Tensor]:
         """Tensors of a segment, batch first where ours are, by their original names."""
@@ -215,6 +217,32 @@ def test_tensors_that_should_be_tied_and_are_not_are_refused():
     reference = Reference("trellisnet_lstm")
     with pytest.raises(ValueError, match="are one tensor in the authors' code, but differ"):
         reference.convert(**{"trellisnet.deq.func.full_conv.bias": torch.zeros(160, dtype=torch.float64)})
+
+
+def test_torchdeqs_models_unroll_as_theirs_do():
+    reference = Reference("torchdeq_deqlm")
+    model = convert_checkpoint(reference.state_dict, reference.arguments, reference.family)
+    output = model(reference.segment("seg1")["data"])
+    assert model.config.gradient == "unrolled" and output.num_evaluations.tolist() == [12] * 3
+
+
+def test_a_prefix_of_parallel_training_hides_nothing():
+    reference = Reference("trellisnet_lstm")
+    reference.state_dict = {f"module.{name}": tensor for name, tensor in reference.state_dict.items()}
+    ids = reference.segment("seg1")["data"]
+    assert torch.equal(reference.convert()(ids).logits, Reference("trellisnet_lstm").convert()(ids).logits)
+    with pytest.raises(ValueError, match="are one tensor in the authors' code, but differ"):
+        reference.convert(**{"module.trellisnet.deq.func.full_conv.bias": torch.zeros(160, dtype=torch.float64)})
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({"n_token": "200"}, "vocab_size"), ({"tie_weights": False}, "tied_projections"), ({"d_head": 0}, "head_dim")],
+)
+def test_arguments_that_make_no_model_are_refused(arguments, message):
+    reference = Reference("transformer_adaptive")
+    with pytest.raises(ValueError, match=f"constructor_arguments do not make a model(.|\\n)*{message}"):
+        convert_checkpoint(reference.state_dict, reference.arguments | arguments, reference.family)
 
 
 def test_untied_models_convert_too():

@@ -135,9 +135,26 @@ def test_attention_dropout_drops_weights_and_keeps_their_mean(fields):
     assert all(output.converged.all() for output in outputs)
     mean = torch.stack([output.logits for output in outputs]).mean(0)
     assert 0 < (mean - exact).norm() < (outputs[0].logits - exact).norm()
+    model.eval()
+    model.model.layers.train()  # dropout at inference: still no look ahead
+    changed = torch.cat([ids[:, :4], random_ids(1, 1)], 1)
+    logits = []
+    for given in (ids, changed):
+        torch.manual_seed(3)
+        logits.append(model(given, use_cache=False, solver_max_evaluations=4).logits[:, :4])
+    assert (logits[0] - logits[1]).abs().max() <= 1e-12
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attention_dropout change the attention weights"):
         model(ids)
+
+
+@pytest.mark.parametrize("fields", [{"cutoffs": [9, 30], "div_val": 2}, {"embedding_size": 10}])
+def test_clustered_vocabularies_keep_their_size(fields):
+    for model in (TRANSFORMER.model(**fields), TRANSFORMER.model(**fields).model):
+        assert model.resize_token_embeddings(61) is model.get_input_embeddings()
+        for how in ({"new_num_tokens": 70}, {"pad_to_multiple_of": 64}):
+            with pytest.raises(ValueError, match="cannot be resized: make a model of vocab_size=(70|64)"):
+                model.resize_token_embeddings(**how)
 
 
 def test_a_projection_can_be_shared_by_embeddings_and_softmax(tmp_path):

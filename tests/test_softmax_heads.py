@@ -67,6 +67,13 @@ def test_a_loss_computes_the_rare_ids_only_where_they_are_targets(monkeypatch):
     assert rows == [(1, 1), (2, 2)]
 
 
+@heads
+@pytest.mark.parametrize("target", [-1, 20, 700])
+def test_targets_beyond_the_vocabulary_are_refused(make, target):
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, vocab_size=20\) .*tokenizer and the model"):
+        make()(torch.randn(2, 6, dtype=torch.float64), torch.tensor([3, target]))
+
+
 def test_a_mixture_is_the_mean_of_its_softmaxes():
     head, state = filled(MixtureOfSoftmaxes(6, 20, num_experts=3, latent_size=4)), torch.randn(6, dtype=torch.float64)
     prior = (head.prior.weight @ state + head.prior.bias).softmax(0)
