@@ -10,18 +10,12 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_deq import DEQConfig
-from .modeling_deq import FORMER_CACHE_NAME, DEQModel, DEQPreTrainedModel, token_mask
+from .modeling_deq import FORMER_CACHE_NAME, DEQModel, DEQPreTrainedModel, SolveReport, token_mask
 
 
 @dataclass
-class DEQSequenceClassifierOutputWithPast(SequenceClassifierOutputWithPast):
-    """Transformers' output and the report of the solve, as in `DEQModelOutputWithPast`."""
-
-    residual: Tensor | None = None
-    num_evaluations: Tensor | None = None
-    converged: Tensor | None = None
-    jacobian_loss: Tensor | None = None
-    memory: tuple[Tensor, ...] | None = None
+class DEQSequenceClassifierOutputWithPast(SolveReport, SequenceClassifierOutputWithPast):
+    """Transformers' output and the report of the solve."""
 
 
 class DEQForSequenceClassification(DEQPreTrainedModel):
@@ -83,18 +77,7 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels, outputs.jacobian_loss, num_items_in_batch)
-        return DEQSequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            residual=outputs.residual,
-            num_evaluations=outputs.num_evaluations,
-            converged=outputs.converged,
-            jacobian_loss=outputs.jacobian_loss,
-            memory=outputs.memory,
-        )
+        return DEQSequenceClassifierOutputWithPast(loss=loss, logits=logits, **outputs.passed_on())
 
     def _last_tokens(self, states: Tensor, attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor:
         """Index of the last token of each row, `(batch,)`, among the `(batch, sequence, hidden)` states."""

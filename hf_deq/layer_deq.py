@@ -60,7 +60,7 @@ class DEQLayerOutput(NamedTuple):
         attentions: attention weights at the equilibrium, if there are any.
         solution: the equilibrium and how well it was solved.
         jacobian_loss: its Jacobian regularization, if this step has one.
-        memory: for the next segment, as in `DEQModelOutputWithPast`.
+        memory: for the next segment, as in `SolveReport`.
     """
 
     hidden_states: Tensor

@@ -25,8 +25,8 @@ FORMER_CACHE_NAME = {"old_name": "past_key_values", "new_name": "cache", "versio
 
 
 @dataclass
-class DEQModelOutputWithPast(BaseModelOutputWithPast):
-    """Transformers' output and the report of the solve.
+class SolveReport:
+    """What the outputs of these models say about the solve, besides what Transformers' own say.
 
     Attributes:
         residual: relative residual per sequence, `(batch,)`.
@@ -45,15 +45,19 @@ class DEQModelOutputWithPast(BaseModelOutputWithPast):
     memory: tuple[Tensor, ...] | None = None
 
 
+# The report is named first, so that its fields come last: dataclasses collect them from the last base on.
 @dataclass
-class DEQCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Transformers' output and the report of the solve, as in `DEQModelOutputWithPast`."""
+class DEQModelOutputWithPast(SolveReport, BaseModelOutputWithPast):
+    """Transformers' output and the report of the solve."""
 
-    residual: Tensor | None = None
-    num_evaluations: Tensor | None = None
-    converged: Tensor | None = None
-    jacobian_loss: Tensor | None = None
-    memory: tuple[Tensor, ...] | None = None
+    def passed_on(self) -> dict:
+        """What an output layer passes on to the caller: all but the states that it reads."""
+        return {name: value for name, value in self.items() if name != "last_hidden_state"}
+
+
+@dataclass
+class DEQCausalLMOutputWithPast(SolveReport, CausalLMOutputWithPast):
+    """Transformers' output and the report of the solve."""
 
 
 class DEQPreTrainedModel(PreTrainedModel):
@@ -253,18 +257,7 @@ class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if loss is not None and outputs.jacobian_loss is not None:
             loss = loss + self._jacobian_share(labels, **kwargs) * outputs.jacobian_loss
-        return DEQCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            residual=outputs.residual,
-            num_evaluations=outputs.num_evaluations,
-            converged=outputs.converged,
-            jacobian_loss=outputs.jacobian_loss,
-            memory=outputs.memory,
-        )
+        return DEQCausalLMOutputWithPast(loss=loss, logits=logits, **outputs.passed_on())
 
     def _likelihood_loss(self, states, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor:
         """The library's loss function, for output layers that give likelihoods."""
