@@ -6,6 +6,7 @@ class MyLayer(DEQLayer):
         return DEQLayerOutput(solution.value, None, solution, jacobian_loss, None)
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,10 +82,13 @@ class DEQLayer(nn.Module):
             solve, `(batch,)`, for logging.
         input_size: features of the embedded input.
         memory_sizes: features of each part of the memory; empty if nothing is remembered.
+        gradient_checkpointing: what Transformers sets for activation checkpointing. Unrolled applications of f are
+            then recomputed in backward; an implicit gradient has the activations of one, and keeps them.
     """
 
     input_size: int
     memory_sizes: tuple[int, ...] = ()
+    gradient_checkpointing: bool = False
 
     def __init__(self, config: DEQConfig):
         super().__init__()
@@ -93,8 +97,11 @@ class DEQLayer(nn.Module):
 
     def solve(self, f: SequenceMap, z0: Tensor, dial: Dial) -> tuple[FixedPointSolution, Tensor | None]:
         """The differentiable equilibrium of f, and its Jacobian regularization if this step has one."""
-        with keeping_weights(self):
-            solution = equilibrium(f, z0, self.forward_solver(dial), self.gradient_estimator(dial))
+        estimator = self.gradient_estimator(dial)
+        # What is recomputed in backward finds no kept weights, so it must not have found them before.
+        recomputed = isinstance(estimator, UnrolledGradient) and estimator.activation_checkpointing
+        with nullcontext() if recomputed else keeping_weights(self):
+            solution = equilibrium(f, z0, self.forward_solver(dial), estimator)
             return solution, self._jacobian_loss(f, solution.value, dial)
 
     def forward_solver(self, dial: Dial) -> FixedPointSolver:
@@ -107,10 +114,9 @@ class DEQLayer(nn.Module):
     def gradient_estimator(self, dial: Dial) -> GradientEstimator:
         """The configured estimator, or the unrolled one where the dial asks for it."""
         config = self.config
-        if dial.unroll_steps is not None:
-            return UnrolledGradient(dial.unroll_steps)
-        if config.gradient == "unrolled":
-            return UnrolledGradient(self._budget(dial))
+        if dial.unroll_steps is not None or config.gradient == "unrolled":
+            steps = self._budget(dial) if dial.unroll_steps is None else dial.unroll_steps
+            return UnrolledGradient(steps, self.gradient_checkpointing and self.training)
         if config.gradient == "phantom":
             return PhantomGradient(config.phantom_steps, config.phantom_damping)
         solver = make_solver(

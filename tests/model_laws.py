@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_deq import ConvergenceWarning
+from hf_deq.convergence import saved_activation_bytes
 
 
 @pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
@@ -249,6 +250,20 @@ class ModelLaws:
             picard = self.family.model(solver="picard")(ids, solver_max_evaluations=3, solver_tolerance=0.0)
         assert output.num_evaluations.tolist() == [3]
         torch.testing.assert_close(output.logits, picard.logits, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("unroll_steps", [None, 8], ids=["implicit", "unrolled"])
+    def test_activation_checkpointing_gives_the_same_gradients(self, fields, unroll_steps):
+        """As Transformers switches it on. Of unrolled applications it keeps the states, of an implicit gradient all."""
+        ids, gradients, kept = random_ids(2, 6), [], []
+        for checkpointing in (False, True):
+            model = self.family.model(**fields).train()
+            if checkpointing:
+                model.activation_checkpointing_enable()
+            model(ids, labels=ids, use_cache=False, unroll_steps=unroll_steps).loss.backward()
+            gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+            kept.append(saved_activation_bytes(model, ids, unroll_steps=unroll_steps))
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+        assert kept[1] == kept[0] if unroll_steps is None else kept[1] < 0.6 * kept[0]
 
     def test_unrolled_models_refuse_a_cache_and_generate_without(self):
         ids = random_ids(1, 4)
