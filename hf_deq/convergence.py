@@ -2,6 +2,8 @@
 
     windows = held_out_windows(stream.ids, count=16, length=128)
     residual_trajectories(model, windows, ["anderson", "picard"], budget=30)      # figures 2 (right) and 4
+    evaluations_to_tolerance(token_trajectories(model, ids, budget=30), 1e-3)     # what every token of a text took
+    spectral_radii(model, windows)                                                # how contractive f is there
     activations_by_depth(model, windows, [1, 2, 4, 8])                            # the claim of figure 1
     evaluations_over_training("deq-model/metrics.jsonl")                          # figure 2 (left)
 
@@ -13,7 +15,7 @@ import json
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from torch import Tensor
 from .equilibrium import equilibrium
 from .evaluation import evaluating
 from .fixed_point import SOLVERS, ConvergenceWarning, FixedPointSolver
+from .jacobian import spectral_radius
 from .layer_deq import make_solver
 from .modeling_deq import DEQPreTrainedModel
 from .position_algebra import relative_residual, square_norm
@@ -75,39 +78,118 @@ def residual_trajectories(
         raise ValueError(f"solvers must be among {sorted(SOLVERS)}, got {unknown}.")
     input_ids, trajectories = input_ids.to(model.device), {}
     for name in solvers:
-        solver = _plain_or_configured(name, model.config, budget)
+        solver = _configured(name, model.config, budget, damping=1.0 if name == "picard" else None)
         with evaluating(model), _unconverged_on_purpose(), recorded_residuals(model, solver) as residuals:
             model.base_model(input_ids, use_cache=False)
-        # After its budget a solver may evaluate its best iterate once more; after an early end nothing moves.
-        kept = residuals[:budget] + residuals[-1:] * (budget - len(residuals))
-        trajectories[name] = torch.stack(kept, 1).double().cpu().numpy()
+        trajectories[name] = _stacked(residuals, budget, dim=1)
     return trajectories
 
 
+@torch.no_grad()
+def token_trajectories(model: DEQPreTrainedModel, input_ids: Tensor, budget: int) -> np.ndarray:
+    """The relative residual of every token's state at every evaluation of f, by the model's own solver.
+
+    The tolerance is zero, so that no token is held where others still move. Nevertheless, in causal scope, a token's
+    column depends on the tokens up to it alone: it is the same in every text that begins alike.
+
+    Args:
+        model: a deep equilibrium model, with or without its language modelling head; not one that unrolls.
+        input_ids: `(tokens,)`, one text.
+        budget: evaluations of f, at least 1.
+
+    Returns:
+        Float64 `(budget, tokens)`: `||f(z)_t - z_t|| / ||f(z)_t||` at the 1st, 2nd, ... evaluation. The first is 1
+        where the solve starts from the zero state. As for rows, these may rise, and a solve that rounding ends early
+        stays where it is.
+
+    Raises:
+        ValueError: the model's gradient is `"unrolled"`, there is no token, or the budget is not positive.
+    """
+    if model.config.gradient == "unrolled":
+        raise ValueError('the model has gradient="unrolled": it applies f a fixed number of times and solves nothing.')
+    if not len(input_ids):
+        raise ValueError("there is no token: give a text of at least one.")
+    solver = _configured(model.config.solver, model.config, budget)
+    recording = recorded_residuals(model, solver, of=lambda square: square)
+    with evaluating(model), _unconverged_on_purpose(), recording as residuals:
+        model.base_model(input_ids[None].to(model.device), use_cache=False)
+    return _stacked([residual[0] for residual in residuals], budget, dim=0)
+
+
+def evaluations_to_tolerance(trajectories: np.ndarray, tolerance: float) -> np.ndarray:
+    """How many evaluations of f every token took: the first from which on its own residual stays at the tolerance.
+
+    A residual that falls below the tolerance and rises again has not settled: what counts is the last crossing within
+    the budget. A solve at that tolerance stops by another rule: a position once the residual over its whole prefix is
+    below it, and the text once every position has stopped. Its `num_evaluations` is thus near the largest of these
+    counts, not their mean.
+
+    Args:
+        trajectories: `(evaluations, tokens)`, of `token_trajectories`.
+        tolerance: of the relative residual.
+
+    Returns:
+        Float64 `(tokens,)`: whole numbers from 1 on, and infinity where the tolerance is not kept within the budget.
+    """
+    above = ~(trajectories <= tolerance)  # not a number is above
+    evaluations = len(above) - np.argmax(above[::-1], axis=0) + 1.0
+    evaluations[above[-1]] = np.inf
+    return np.where(above.any(0), evaluations, 1.0)
+
+
 @contextmanager
-def recorded_residuals(model: DEQPreTrainedModel, solver: FixedPointSolver) -> Iterator[list[Tensor]]:
+def recorded_residuals(
+    model: DEQPreTrainedModel, solver: FixedPointSolver, of: Callable[[Tensor], Tensor] = lambda square: square.sum(1)
+) -> Iterator[list[Tensor]]:
     """Within this context the model solves by `solver`, without gradients, and says how every evaluation went.
 
+    Args:
+        model: a deep equilibrium model.
+        solver: takes the place of the configured one.
+        of: from the squared norms of all positions `(batch, sequence)` to those of what residuals are wanted of; by
+            default rows.
+
     Yields:
-        A list that grows by one tensor `(batch,)` for each call of f: the relative residual of the state it was
-        called with. The last one is the residual that the solve reports.
+        A list that grows by one tensor for each call of f, `(batch,)` for rows: the relative residual of the state it
+        was called with. The last one is the residual that the solve reports.
     """
-    (layer,), residuals = model.base_model.layers, []
+    residuals = []
 
     def solve(f, z0, dial):
         def recorded(z):
             f_z = f(z)
-            residuals.append(relative_residual(square_norm(f_z - z).sum(1), square_norm(f_z).sum(1)))
+            residuals.append(relative_residual(of(square_norm(f_z - z)), of(square_norm(f_z))))
             return f_z
 
         with torch.no_grad():
             return equilibrium(recorded, z0, solver), None
 
-    layer.solve = solve  # on the instance, in front of the method of its class
-    try:
+    with _solved_by(model, solve):
         yield residuals
-    finally:
-        del layer.solve
+
+
+def spectral_radii(model: DEQPreTrainedModel, input_ids: Tensor, steps: int = 50) -> np.ndarray:
+    """The spectral radius of the Jacobian of f at the equilibrium, row by row.
+
+    Args:
+        model: a deep equilibrium model, with or without its language modelling head; solved as configured.
+        input_ids: `(batch, sequence)`, without padding.
+        steps: vector-Jacobian products of the estimate, see `jacobian.spectral_radius`.
+
+    Returns:
+        Float64 `(batch,)`. Below 1, plain iteration converges from near the equilibrium.
+    """
+    solve, radii = model.base_model.layers[0].solve, []
+
+    def measured(f, z0, dial):
+        solution, jacobian_loss = solve(f, z0, dial)
+        radii.append(spectral_radius(f, solution.value, steps))
+        return solution, jacobian_loss
+
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(), _solved_by(model, measured):
+        torch.manual_seed(0)
+        model.base_model(input_ids.to(model.device), use_cache=False)
+    return radii[0].double().cpu().numpy()
 
 
 def activations_by_depth(model: DEQPreTrainedModel, input_ids: Tensor, depths: Sequence[int]) -> dict[str, list[int]]:
@@ -186,6 +268,17 @@ def evaluations_over_training(metrics_file: str | Path) -> dict[str, np.ndarray]
     return {name: np.array([line.get(name, math.nan) for line in lines]) for name in TRAINING_COLUMNS}
 
 
+@contextmanager
+def _solved_by(model: DEQPreTrainedModel, solve: Callable) -> Iterator[None]:
+    """Within this context `solve(f, z0, dial)` takes the place of the model's own."""
+    (layer,) = model.base_model.layers
+    layer.solve = solve  # on the instance, in front of the method of its class
+    try:
+        yield
+    finally:
+        del layer.solve
+
+
 class _Saved:
     """A saved tensor that can be referred to weakly."""
 
@@ -195,9 +288,17 @@ class _Saved:
         self.tensor = tensor
 
 
-def _plain_or_configured(name: str, config, budget: int) -> FixedPointSolver:
-    damping = 1.0 if name == "picard" else config.solver_damping
+def _configured(name: str, config, budget: int, damping: float | None = None) -> FixedPointSolver:
+    """A solver with the model's settings, that goes on until its budget is spent."""
+    damping = config.solver_damping if damping is None else damping
     return make_solver(name, 0.0, budget, config.solver_history, damping, config.solver_scope)
+
+
+def _stacked(residuals: list[Tensor], budget: int, dim: int) -> np.ndarray:
+    """As many residuals as the budget, in a dimension of their own."""
+    # After its budget a solver may evaluate its best iterate once more; after an early end nothing moves.
+    kept = residuals[:budget] + residuals[-1:] * (budget - len(residuals))
+    return torch.stack(kept, dim).double().cpu().numpy()
 
 
 @contextmanager

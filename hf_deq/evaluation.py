@@ -169,6 +169,7 @@ def dial_table(
     model: PreTrainedModel, stream: TokenStream, start_id: int, settings: Iterable[dict], **arguments
 ) -> list[dict]:
     """Perplexity against compute: one row per setting of the dial (`solver_tolerance`, `solver_max_evaluations`)."""
+    settings = tqdm(list(settings), desc="rows", leave=False, disable=not arguments.get("progress", False))
     return [
         setting | asdict(evaluate_perplexity(model, stream, start_id, **arguments, **setting)) for setting in settings
     ]

@@ -23,7 +23,7 @@ from .equilibrium import (
     equilibrium,
     evaluate_with_graph,
 )
-from .fixed_point import SOLVERS, FixedPointSolution, FixedPointSolver, PicardSolver, SequenceMap
+from .fixed_point import SOLVERS, FixedPointSolution, FixedPointSolver, SequenceMap
 from .jacobian import jacobian_regularization
 from .weight_tying import keeping_weights
 
@@ -46,9 +46,9 @@ class Dial:
 def make_solver(
     name: str, tolerance: float, max_evaluations: int, history: int, damping: float, scope: str
 ) -> FixedPointSolver:
-    """The solver of that name (`SOLVERS`); Picard iteration has no history."""
+    """The solver of that name (`SOLVERS`); the history goes to those that have one."""
     arguments = {"tolerance": tolerance, "max_evaluations": max_evaluations, "damping": damping, "scope": scope}
-    if SOLVERS[name] is not PicardSolver:
+    if "history" in SOLVERS[name].__dataclass_fields__:
         arguments["history"] = history
     return SOLVERS[name](**arguments)
 

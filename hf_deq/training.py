@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .optimizers import make_optimizer, make_schedule
 from .tasks import CopyMemoryTask, LanguageModeling, make_task
 from .training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
-from .training_log import Clock, Meter, MetricsFile, summary
+from .training_log import BAR, Clock, Meter, MetricsFile, Summary
 from .training_memory import CarriedMemory
 from .training_models import EquilibriumModel, ExplicitModel, model_kind
 
@@ -130,6 +131,7 @@ class _Trainer:
         self.model, self.optimizer, self.schedule = accelerator.prepare(run.model, optimizer, schedule)
         self.metrics, self.clock = MetricsFile(folder, accelerator), Clock()
         self.meter = Meter(accelerator.device, self.clock)
+        self.summary = Summary(getattr(sys.stderr, "encoding", None))
 
     @property
     def bare_model(self) -> torch.nn.Module:
@@ -152,7 +154,7 @@ class _Trainer:
         bar = tqdm(
             total=arguments.max_steps,
             initial=self.step,
-            desc="train",
+            bar_format=BAR,
             disable=not self.accelerator.is_main_process,
             dynamic_ncols=True,
         )
@@ -212,7 +214,7 @@ class _Trainer:
                 f"The loss is {line['loss']} at step {self.step}: lower learning_rate or max_grad_norm, "
                 "or raise warmup_steps."
             )
-        bar.set_postfix_str(summary(line))
+        bar.set_postfix_str(self.summary(line))
         self.metrics.write(line)
 
     def _stop_if_requested(self, bar: tqdm) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections import deque
+from collections.abc import Collection
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,13 +13,16 @@ from accelerate.utils import gather_object
 
 # How the progress bar says what a line may have.
 SUMMARY = {
-    "loss": "loss {:.3f}",
-    "perplexity": "ppl {:.1f}",
+    "loss": "loss {:.3g}",
+    "perplexity": "ppl {:.4g}",
     "forward_evaluations": "evals {:.1f}",
     "backward_evaluations": "back {:.1f}",
     "residual": "res {:.0e}",
     "tokens_per_second": "{:.0f} tok/s",
 }
+# With a summary this fits a terminal of 100 columns; steps per second give way to tokens per second.
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class MetricsFile:
@@ -106,6 +111,27 @@ class Meter:
         return self.clock.seconds() - self.started
 
 
-def summary(line: dict) -> str:
-    """What a line of training metrics has, short enough for a progress bar."""
-    return " ".join(form.format(line[name]) for name, form in SUMMARY.items() if name in line)
+class Summary:
+    """What a line of training metrics has, short enough for a progress bar.
+
+    Beside the evaluations of f stands their course over the last six lines, if the terminal's encoding can say it.
+    """
+
+    def __init__(self, encoding: str | None):
+        encoding = encoding or "ascii"
+        can_show = BLOCKS.encode(encoding, "ignore").decode(encoding) == BLOCKS
+        self.evaluations: deque[float] = deque(maxlen=6 if can_show else 0)
+
+    def __call__(self, line: dict) -> str:
+        words = {name: form.format(line[name]) for name, form in SUMMARY.items() if name in line}
+        if "forward_evaluations" in line:
+            self.evaluations.append(line["forward_evaluations"])
+            words["forward_evaluations"] += f" {sparkline(self.evaluations)}".rstrip()
+        return " ".join(words.values())
+
+
+def sparkline(values: Collection[float]) -> str:
+    """A block for each value, from the lowest of them to the highest; less than one between these shows as less."""
+    low, high = min(values, default=0), max(values, default=0)
+    steps = (len(BLOCKS) - 1) / max(1, high - low)
+    return "".join(BLOCKS[round((value - low) * steps)] for value in values)

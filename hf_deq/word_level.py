@@ -10,7 +10,6 @@ beside a perplexity per token of another tokenizer.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .data import DOCUMENTS_PER_BATCH, TokenStream, load_corpus
+from .data import TokenStream, batches_of_documents, load_corpus
 
 END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
@@ -159,7 +158,7 @@ def encode_words(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenStr
         )
     vocabulary, unknown = tokenizer.get_vocab(), tokenizer.unk_token_id
     pieces, num_bytes, num_words = [], 0, 0
-    for lines in _batches_of_lines(split):
+    for lines in batches_of_documents(split, "encode words"):
         words = _words(lines)
         try:
             ids = map(vocabulary.__getitem__, words)
@@ -193,7 +192,8 @@ def _files(folder: Path) -> dict[str, str]:
 
 def _check_counts(known: KnownCorpus, corpus: DatasetDict, name: str) -> None:
     for split in [split for split in known.num_tokens if split in corpus]:
-        counted = sum(len(_words(lines)) for lines in _batches_of_lines(corpus[split]))
+        batches = batches_of_documents(corpus[split], f"check {split}")
+        counted = sum(len(_words(lines)) for lines in batches)
         if counted != known.num_tokens[split]:
             raise ValueError(
                 f"corpus {name!r} is called {known.title}, whose {split} part has {known.num_tokens[split]:,} tokens "
@@ -206,14 +206,9 @@ def _count_words(corpus: DatasetDict, splits) -> Counter:
     """Words and how often they occur, in order of first appearance."""
     counts: Counter[str] = Counter()
     for split in [split for split in splits if split in corpus]:
-        for lines in _batches_of_lines(corpus[split]):
+        for lines in batches_of_documents(corpus[split], f"count words of {split}"):
             counts.update(_words(lines))
     return counts
-
-
-def _batches_of_lines(split: Dataset) -> Iterator[list[str]]:
-    for batch in split.iter(batch_size=DOCUMENTS_PER_BATCH):
-        yield batch["text"]
 
 
 def _words(lines: list[str]) -> list[str]:

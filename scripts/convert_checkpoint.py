@@ -62,6 +62,7 @@ class ConvertArguments:
 
 def main(checkpoint: str, options: ConvertArguments) -> None:
     state_dict, arguments = read_state_dict(Path(checkpoint)), read_arguments(Path(options.arguments))
+    print(f"{checkpoint}: {len(state_dict)} tensors, to be converted ...", flush=True)
     model = convert_checkpoint(state_dict, arguments, options.family)
     if options.tokenizer:
         save_tokenizer(options.tokenizer, model.config.vocab_size, options.output_dir)

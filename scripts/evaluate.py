@@ -7,20 +7,22 @@
 The first row bypasses the solver: one application of f to the zero state. The rows by budget stop
 after so many evaluations, the rows by tolerance at that residual. What the model was trained on, how that was read, and
 whether with a carried memory, is read from its recipe.yaml. A model that is not solved for, such as an explicit
-baseline, has a single row.
+baseline, has a single row. The file of --output also has the arguments of this script that decide the numbers.
 """
 
 import json
 import sys
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import hf_deq
+from hf_deq.convergence import held_out_windows, spectral_radii
 from hf_deq.data import BUILT_IN_CORPUS, corpus_fingerprint, encode_corpus
 from hf_deq.evaluation import dial_table, format_table, protocol, solver_settings
 from hf_deq.tasks import make_task, read_corpus
@@ -30,6 +32,7 @@ from hf_deq.word_level import encode_words
 SOLVE = ("num_evaluations", "residual", "converged")
 COLUMNS = ("bits_per_byte", "perplexity", "word_perplexity", *SOLVE)
 COPY_COLUMNS = ("loss", "recalled", *SOLVE)
+RADIUS_WINDOWS = 8
 
 
 @dataclass
@@ -112,8 +115,20 @@ def load_stream(recipe: dict, tokenizer, arguments: EvaluateArguments):
     return (encode_words if word_level else encode_corpus)(corpus[arguments.split], tokenizer)
 
 
-def evaluate_language_model(model, folder: str, recipe: dict, settings: list[dict], arguments: EvaluateArguments):
-    """What was measured, the rows of the table, and which of their values to show."""
+class Evaluation(NamedTuple):
+    """What was measured, the rows of its table, and which of their values to show; and of f at its equilibrium, the
+    spectral radius of the Jacobian, a mean over windows."""
+
+    measured: str
+    rows: list[dict]
+    columns: tuple[str, ...]
+    spectral_radius: float | None = None
+
+
+def evaluate_language_model(
+    model, folder: str, recipe: dict, settings: list[dict], arguments: EvaluateArguments
+) -> Evaluation:
+    """On a text."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     stream = load_stream(recipe, tokenizer, arguments)
     carry_memory = recipe.get("carry_memory", False) if arguments.carry_memory is None else arguments.carry_memory
@@ -136,14 +151,20 @@ def evaluate_language_model(model, folder: str, recipe: dict, settings: list[dic
     )
     remembers = getattr(model.config, "memory_length", None)
     how = protocol(length, arguments.stride, arguments.batch_size, carry_memory, arguments.drop_remainder, remembers)
-    return f"{counts}, {how}; {solver_settings(model.config)}, unless a row says otherwise", rows, COLUMNS
+    measured = f"{counts}, {how}; {solver_settings(model.config)}, unless a row says otherwise"
+    radius = None
+    if getattr(model.config, "gradient", "unrolled") != "unrolled":
+        windows = held_out_windows(stream.ids, RADIUS_WINDOWS, min(length, len(stream.ids)))
+        radius = spectral_radii(model, windows).mean().item()
+    return Evaluation(measured, rows, COLUMNS, radius)
 
 
-def evaluate_copy_memory(model, recipe: dict, settings: list[dict]):
-    """The same for the copy memory task."""
+def evaluate_copy_memory(model, recipe: dict, settings: list[dict]) -> Evaluation:
+    """On the copy memory task."""
     names = [field.name for field in fields(CopyMemoryArguments)]
     task = make_task(CopyMemoryArguments(**{name: recipe[name] for name in names}), {})
-    return str(task), [setting | task.validate(model, **setting) for setting in settings], COPY_COLUMNS
+    rows = [setting | task.validate(model, **setting) for setting in settings]
+    return Evaluation(str(task), rows, COPY_COLUMNS)
 
 
 def main(folder: str, arguments: EvaluateArguments) -> None:
@@ -153,14 +174,29 @@ def main(folder: str, arguments: EvaluateArguments) -> None:
     is_solved = isinstance(model.config, hf_deq.DEQConfig)
     settings = dial_settings(arguments, model.config) if is_solved else [{}]
     if recipe.get("task") == CopyMemoryArguments.task:
-        measured, rows, columns = evaluate_copy_memory(model, recipe, settings)
+        evaluation = evaluate_copy_memory(model, recipe, settings)
     else:
-        measured, rows, columns = evaluate_language_model(model, folder, recipe, settings, arguments)
-    print(f"{folder} on {measured}\n")
-    columns = [name for name in columns if is_solved or name not in SOLVE]
-    print(format_table([label(row) | {name: row[name] for name in columns} for row in rows]))
+        evaluation = evaluate_language_model(model, folder, recipe, settings, arguments)
+    print(f"{folder} on {evaluation.measured}\n")
+    columns = [name for name in evaluation.columns if is_solved or name not in SOLVE]
+    print(format_table([label(row) | {name: row[name] for name in columns} for row in evaluation.rows]))
+    if evaluation.spectral_radius is not None:
+        print(
+            f"\nspectral radius of the Jacobian of f at the equilibrium: {evaluation.spectral_radius:.3f} "
+            f"(mean of {RADIUS_WINDOWS} windows)"
+        )
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps(rows, indent=1))
+        results = {"arguments": given_arguments(arguments, is_solved)} | evaluation._asdict()
+        del results["columns"]
+        Path(arguments.output).write_text(json.dumps(results, indent=1))
+
+
+def given_arguments(arguments: EvaluateArguments, is_solved: bool) -> dict:
+    """The arguments that decide the numbers: those not left at their defaults, and always those that make the rows."""
+    given, defaults = asdict(arguments), asdict(EvaluateArguments())
+    elsewhere = ("budgets", "tolerances", "output", "device")
+    decide = {name: value for name, value in given.items() if name not in elsewhere and value != defaults[name]}
+    return decide | ({name: given[name] for name in ("budgets", "tolerances")} if is_solved else {})
 
 
 def dial_settings(arguments: EvaluateArguments, config: hf_deq.DEQConfig) -> list[dict]:

@@ -3,6 +3,7 @@
     python scripts/plot_convergence.py deq-model --output figures
     python scripts/plot_convergence.py deq-model --others unrolled-model      # its residuals in the same axes
     python scripts/plot_convergence.py deq-model --metrics a/metrics.jsonl b/metrics.jsonl     # several runs
+    python scripts/plot_convergence.py deq-model --text "The iterator yields"    # what every token of a text takes
 
 Into the output folder go four figures (PNG), and beside each the numbers in it (JSON):
 
@@ -10,6 +11,11 @@ Into the output folder go four figures (PNG), and beside each the numbers in it 
     residuals    relative residual against evaluations of f, solver by solver                (figures 2, right, and 4)
     dial         perplexity against tolerance and against budget                             (figure 3)
     memory       bytes a training step keeps for backward, against evaluations of f          (the claim of figure 1)
+
+or, for a --text, one:
+
+    text         relative residual of every token against evaluations of f, and after how many it stays below the
+                 tolerance
 
 What the model was trained on is read from its recipe.yaml, as in evaluate.py. Needs matplotlib:
 pip install "hf_deq[plot]".
@@ -31,12 +37,20 @@ import torch
 import yaml
 from transformers import AutoTokenizer, HfArgumentParser
 
-from hf_deq.convergence import activations_by_depth, evaluations_over_training, held_out_windows, residual_trajectories
+from hf_deq.convergence import (
+    activations_by_depth,
+    evaluations_over_training,
+    evaluations_to_tolerance,
+    held_out_windows,
+    residual_trajectories,
+    token_trajectories,
+)
 from hf_deq.fixed_point import ConvergenceWarning
 from hf_deq.modeling_deq import DEQForCausalLM
 from hf_deq.training_arguments import CopyMemoryArguments
 
 try:
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 except ImportError:
@@ -45,6 +59,7 @@ except ImportError:
 # By its path: as a module, evaluate.py would hide the library of that name, or be hidden by it.
 EVALUATE = runpy.run_path(str(Path(__file__).with_name("evaluate.py")))
 SOLVERS = {"anderson": "Anderson", "broyden": "Broyden", "picard": "plain iteration\n(deep weight-tied stack)"}
+TOKENS_PER_LINE, MOST_TOKENS = 40, 512  # of a text
 COLORS = ("#0072B2", "#D55E00", "#666666", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by everyone
 
 
@@ -70,6 +85,9 @@ class PlotArguments(EVALUATE["EvaluateArguments"]):
     depths: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Evaluations of f at which memory is measured."}
     )
+    text: str | None = field(
+        default=None, metadata={"help": "Draw what every token of this text takes, and nothing else."}
+    )
     output: str = field(default="figures", metadata={"help": "Folder for figures and their numbers."})
 
 
@@ -83,8 +101,8 @@ class Trained(NamedTuple):
     windows: torch.Tensor
 
 
-def load(folder: str, arguments: PlotArguments) -> Trained:
-    """A model folder and the text that evaluate.py would take for it."""
+def load_model(folder: str, arguments: PlotArguments) -> tuple[DEQForCausalLM, dict]:
+    """The language model in a folder, and its recipe."""
     recipe_file = Path(folder) / "recipe.yaml"
     recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
     if recipe.get("task") == CopyMemoryArguments.task:
@@ -92,6 +110,12 @@ def load(folder: str, arguments: PlotArguments) -> Trained:
     model = EVALUATE["load_model"](folder, arguments)
     if not isinstance(model, DEQForCausalLM):
         raise ValueError(f"{folder} is a {type(model).__name__}, which solves for nothing: name a model of hf_deq.")
+    return model, recipe
+
+
+def load(folder: str, arguments: PlotArguments) -> Trained:
+    """A model folder and the text that evaluate.py would take for it."""
+    model, recipe = load_model(folder, arguments)
     stream = EVALUATE["load_stream"](recipe, AutoTokenizer.from_pretrained(folder), arguments)
     windows = held_out_windows(stream.ids, arguments.windows, arguments.length or recipe.get("sequence_length", 128))
     return Trained(folder, Path(folder).resolve().name, model, recipe, windows)
@@ -148,7 +172,8 @@ def draw_dial(trained: Trained, arguments: PlotArguments) -> tuple[Figure, dict]
     ]
     budgets = [{"solver_max_evaluations": budget, "solver_tolerance": 0.0} for budget in sorted(arguments.budgets)]
     evaluate, settings = EVALUATE["evaluate_language_model"], tolerances + budgets
-    measured, rows, _ = evaluate(trained.model, trained.folder, trained.recipe, settings, arguments)
+    evaluation = evaluate(trained.model, trained.folder, trained.recipe, settings, arguments)
+    measured, rows = evaluation.measured, evaluation.rows
     rows = rows[: len(tolerances)], rows[len(tolerances) :]
     figure = Figure(figsize=(9, 4), layout="constrained")
     by_tolerance, by_budget = panels = figure.subplots(1, 2, sharey=True)
@@ -189,6 +214,85 @@ def draw_memory(trained: Trained, depths: list[int]) -> tuple[Figure, dict]:
     return figure, {"evaluations": depths, "batch and sequence": list(windows.shape), "saved bytes": sizes}
 
 
+def draw_text(model: DEQForCausalLM, tokenizer, name: str, arguments: PlotArguments) -> tuple[Figure, dict]:
+    ids = read_text(arguments.text, tokenizer, model.config)
+    labels = [readable(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids]
+    tolerance, budget = model.config.solver_tolerance, arguments.evaluations
+    residuals = token_trajectories(model, torch.tensor(ids), budget)
+    taken = evaluations_to_tolerance(residuals, tolerance)
+    late = int(np.isinf(taken).sum())
+    lines = -(-len(ids) // TOKENS_PER_LINE)
+    width = -(-len(ids) // lines)
+    height = budget if late else min(budget, int(taken.max()) + 2)  # once all have settled, no more is to be seen
+    size = (max(6.5, 0.27 * width + 1.6), lines * (0.11 * height + 1.4) + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, 1, squeeze=False)[:, 0]
+    norm = LogNorm(max(tolerance, torch.finfo(model.dtype).eps) / 10, 1, clip=True)
+    for axes, start in zip(panels, range(0, len(ids), width), strict=True):
+        line = slice(start, start + width)
+        image = draw_line(axes, residuals[:height, line], taken[line], labels[line], norm, width)
+    bar = figure.colorbar(image, ax=panels, extend="both", fraction=0.03, pad=0.01, aspect=16 * lines)
+    bar.set_label("relative residual", fontsize=9)
+    bar.ax.axhline(tolerance, color="white", linewidth=2)
+    in_all = f"{late} of {len(taken)} tokens not within {budget}" if late else f"{taken.mean():.1f} on average"
+    title = f"{name}: evaluations of f after which\na token's residual stays below {tolerance:g} ({in_all})"
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    data = {"tokens": labels, "tolerance": tolerance, "evaluations": taken.tolist()}
+    return figure, data | {"residuals (evaluations, tokens)": residuals.tolist()}
+
+
+def draw_line(axes, residuals: np.ndarray, taken: np.ndarray, labels: list[str], norm: LogNorm, width: int):
+    """One line of a text: its heat map `(evaluations, tokens)`, tokens below and numbers above; returns the image."""
+    height, tokens = residuals.shape
+    edges = np.arange(tokens + 1) - 0.5
+    image = axes.pcolormesh(edges, np.arange(height + 1) + 0.5, residuals, norm=norm, cmap="viridis")
+    axes.vlines(edges, 0.5, height + 0.5, color="white", linewidth=0.5)
+    axes.stairs(np.minimum(taken, height + 1) - 0.5, edges, baseline=None, color="white", linewidth=2)
+    for place, count in enumerate(taken):
+        text = f"{count:.0f}" if np.isfinite(count) else "-"
+        axes.annotate(text, (place, height + 0.5), (0, 3), textcoords="offset points", ha="center", fontsize=7)
+    slanted = dict(rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_xticks(range(tokens), labels, parse_math=False, **slanted)
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_ylabel("evaluations of f", fontsize=9)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(0.5, height + 0.5))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def read_text(text: str, tokenizer, config) -> list[int]:
+    """The ids of a text.
+
+    Raises:
+        ValueError: it is empty, longer than the model or a figure can take, or has words that the tokenizer does not
+            know.
+    """
+    if not text.strip():
+        raise ValueError("the text is empty: give --text some words.")
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    limit = min(MOST_TOKENS, getattr(config, "max_position_embeddings", MOST_TOKENS))
+    if len(ids) > limit:
+        raise ValueError(f"the text has {len(ids):,} tokens, the model and a figure take {limit:,}: shorten it.")
+    unknown = tokenizer.unk_token_id
+    words = [word for word in dict.fromkeys(text.split()) if word != tokenizer.unk_token]
+    strange = [word for word in words if unknown is not None and unknown in tokenizer(word)["input_ids"]]
+    if strange:
+        raise ValueError(
+            f"the tokenizer does not know {', '.join(map(repr, strange))}: use other words, as the corpus writes them "
+            f"(lower case, perhaps), or {tokenizer.unk_token}."
+        )
+    return ids
+
+
+def readable(token: str) -> str:
+    """A token as the label of an axis: white space can be seen, and what is long is cut."""
+    for blank, sign in ((" ", "·"), ("\n", "↵"), ("\t", "⇥")):
+        token = token.replace(blank, sign)
+    return token if len(token) <= 14 else token[:13] + "…"
+
+
 def name_of(solver: str, trained: Trained) -> str:
     return SOLVERS[solver] + ("" if solver == "picard" else f" ({trained.model.config.solver_scope})")
 
@@ -225,17 +329,28 @@ def finite(data):
 
 def main(folder: str, arguments: PlotArguments) -> None:
     warnings.simplefilter("ignore", ConvergenceWarning)  # what has not converged is what is drawn
-    trained, *others = (load(each, arguments) for each in (folder, *arguments.others))
     output = Path(arguments.output)
+    if arguments.text is not None:
+        model, _ = load_model(folder, arguments)
+        figure, data = draw_text(model, AutoTokenizer.from_pretrained(folder), Path(folder).resolve().name, arguments)
+        output.mkdir(parents=True, exist_ok=True)
+        save(output, "text", figure, data)
+        return
+    trained, *others = (load(each, arguments) for each in (folder, *arguments.others))
     output.mkdir(parents=True, exist_ok=True)
     files = [Path(file) for file in arguments.metrics] or [Path(folder) / "metrics.jsonl"]
     if arguments.metrics or files[0].is_file():
         save(output, "training", *draw_training(files))
     else:
         print(f"note: {folder} has no metrics.jsonl, so training is not drawn; name one by --metrics.")
-    save(output, "residuals", *draw_residuals(trained, others, arguments.evaluations))
-    save(output, "memory", *draw_memory(trained, arguments.depths))
-    save(output, "dial", *draw_dial(trained, arguments))
+    figures = {
+        "residuals": lambda: draw_residuals(trained, others, arguments.evaluations),
+        "memory": lambda: draw_memory(trained, arguments.depths),
+        "dial": lambda: draw_dial(trained, arguments),
+    }
+    for name, draw in figures.items():
+        print(f"measuring {name} ...", flush=True)
+        save(output, name, *draw())
 
 
 if __name__ == "__main__":

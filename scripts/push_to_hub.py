@@ -1,12 +1,12 @@
 """Put a finished model on the Hub, with its code and a card.
 
     python scripts/evaluate.py deq-model --output deq-model/results.json
+    python scripts/plot_convergence.py deq-model --output deq-model           # figures for the card, if wanted
     python scripts/push_to_hub.py deq-model --repo-id user/name --dry-run     # look at it first
     python scripts/push_to_hub.py deq-model --repo-id user/name --private
 
 What is uploaded loads with `trust_remote_code=True` where hf_deq is not installed. The card has the recipe, the cost
-and the evaluation that are in the model's folder; if results.json was evaluated with flags, say with which:
-`--evaluation-flags "--split test"`.
+and the evaluation that are in the model's folder.
 """
 
 import sys
@@ -15,11 +15,12 @@ from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, HfArgumentParser
 
-from hf_deq.hub import export_hub_folder, load_model, read_config, read_record
+from hf_deq.hub import export_hub_folder, load_model, read_config
+from hf_deq.model_card import read_record
 
 
 @dataclass
@@ -30,10 +31,6 @@ class PushArguments:
     private: bool = field(default=False, metadata={"help": "Make the repository private, if it is new."})
     dry_run: bool = field(default=False, metadata={"help": "Upload nothing: leave the folder in output and list it."})
     output: str = field(default="hub-folder", metadata={"help": "Folder that a dry run leaves."})
-    evaluation_flags: str = field(
-        default="",
-        metadata={"help": "Flags that results.json was evaluated with, besides --budgets, --tolerances and --output."},
-    )
     license: str = field(default="apache-2.0", metadata={"help": "License of the weights, as the Hub calls it."})
     language: str | None = field(
         default=None, metadata={"help": "ISO 639 code; default: en for corpora known to be English, else left out."}
@@ -61,7 +58,7 @@ def check(folder: str, options: PushArguments):
     validate_repo_id(options.repo_id)
     if "/" not in options.repo_id:
         raise ValueError(f"repo_id must be user/name, got {options.repo_id!r}.")
-    record = read_record(folder, read_config(folder), options.evaluation_flags)
+    record = read_record(folder, read_config(folder))
     if not record.results:
         missing = (
             f"{folder} has no results.json, so the card would have no metrics: write it by\n"
@@ -94,10 +91,11 @@ def push(folder: str, options: PushArguments) -> str:
     """Upload; the address of the repository.
 
     Raises:
-        OSError: the Hub could not be reached, or refused.
+        OSError: the Hub could not be reached, or refused the card or the upload.
     """
     api = HfApi()
     try:
+        ModelCard.load(Path(folder) / "README.md").validate()  # by the Hub's own rules
         repository = api.create_repo(options.repo_id, private=options.private or None, exist_ok=True)
         api.upload_folder(
             repo_id=options.repo_id,

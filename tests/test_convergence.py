@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from families import TRANSFORMER, TRELLISNET, random_ids
 from test_scripts import TINY, script
 
@@ -14,12 +15,16 @@ from hf_deq import ConvergenceWarning, PicardSolver
 from hf_deq.convergence import (
     activations_by_depth,
     evaluations_over_training,
+    evaluations_to_tolerance,
     held_out_windows,
     recorded_residuals,
     residual_trajectories,
     saved_activation_bytes,
+    spectral_radii,
+    token_trajectories,
 )
 from hf_deq.fixed_point import SOLVERS
+from hf_deq.word_level import train_word_tokenizer
 
 FAMILIES = pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
 
@@ -53,6 +58,28 @@ def test_the_last_call_recorded_is_the_state_returned(family, name):
 
 
 @FAMILIES
+def test_spectral_radii_are_those_of_the_dense_jacobian(family):
+    model, ids = family.model(), random_ids(2, 3)
+    states = torch.get_rng_state()
+    radii = spectral_radii(model, ids, steps=600)
+    assert torch.equal(torch.get_rng_state(), states) and radii.shape == (2,)
+    for row, radius in zip(ids, radii, strict=True):
+        jacobians = []
+        solve = model.model.layers[0].solve
+
+        def dense(f, z0, dial, solve=solve, jacobians=jacobians):
+            solution, _ = solve(f, z0, dial)
+            jacobians.append(torch.autograd.functional.jacobian(f, solution.value).reshape(2 * (z0.numel(),)))
+            return solution, None
+
+        model.model.layers[0].solve = dense
+        with torch.no_grad():
+            model(row[None], use_cache=False)
+        del model.model.layers[0].solve
+        assert radius == pytest.approx(torch.linalg.eigvals(jacobians[0]).abs().max().item(), rel=0.02)
+
+
+@FAMILIES
 def test_plain_iteration_is_the_unrolled_stack(family):
     """At any damping of the configured solver, and for a model trained by either gradient."""
     ids = random_ids(2, 6)
@@ -61,6 +88,67 @@ def test_plain_iteration_is_the_unrolled_stack(family):
     np.testing.assert_array_equal(plain, residual_trajectories(twin, ids, ["picard"], 4)["picard"])
     with torch.no_grad():
         np.testing.assert_allclose(plain[:, -1], twin(ids, unroll_steps=4).residual.numpy(), rtol=1e-9)
+
+
+@FAMILIES
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
+def test_a_tokens_trajectory_is_that_of_its_state_and_of_its_prefix(family, solver):
+    """Checked against f itself, by a text of one token, whose residual the solver reports, and by texts cut short."""
+    model, ids = family.model(solver=solver), random_ids(1, 7)[0]
+    residuals = token_trajectories(model, ids, 6)
+    assert residuals.shape == (6, 7) and residuals.dtype == np.float64 and (residuals[0] == 1).all()
+    for length in (1, 4):
+        np.testing.assert_allclose(token_trajectories(model, ids[:length], 6), residuals[:, :length], rtol=1e-7)
+    rows = residual_trajectories(model, ids[None, :1], [solver], 6)[solver]
+    if solver != "picard":  # which is plain there, and here damped as configured
+        np.testing.assert_allclose(residuals[:, :1].T, rows, rtol=1e-7)
+    (layer,), seen = model.model.layers, []
+
+    def solve(f, z0, dial):
+        def spied(z):
+            f_z = f(z)
+            seen.append((f_z - z).norm(dim=-1)[0] / f_z.norm(dim=-1)[0])
+            return f_z
+
+        return type(layer).solve(layer, spied, z0, dial)
+
+    layer.solve = solve
+    with torch.no_grad():
+        model(ids[None], use_cache=False, solver_tolerance=0.0, solver_max_evaluations=6)
+    np.testing.assert_allclose(torch.stack(seen[:6]).numpy(), residuals, rtol=1e-9)
+
+
+def test_evaluations_to_tolerance_are_those_from_which_on_it_is_kept():
+    above, below = 1.0, 0.001
+    columns = {
+        1: [below, below, below, below],  # at the tolerance counts
+        3: [above, above, below, below],
+        4: [above, below, above, below],  # rises again
+        math.inf: [above, below, below, above],
+    }
+    trajectories = np.array(list(columns.values())).T
+    assert evaluations_to_tolerance(trajectories, 0.001).tolist() == list(columns)
+    unsolved = np.array([[above, np.nan], [below, np.nan]])
+    assert evaluations_to_tolerance(unsolved, 0.001).tolist() == [2, math.inf]
+
+
+@FAMILIES
+def test_a_solve_at_the_tolerance_takes_about_as_many_as_its_slowest_token(family):
+    model, ids = family.model(solver_tolerance=1e-4, solver_max_evaluations=100), random_ids(1, 20)
+    slowest = evaluations_to_tolerance(token_trajectories(model, ids[0], 100), 1e-4).max()
+    with torch.no_grad():
+        taken = int(model(ids, use_cache=False).num_evaluations)
+    assert abs(taken - slowest) <= 3
+
+
+def test_token_trajectories_refuse_what_has_none():
+    with pytest.raises(ValueError, match="solves nothing"):
+        token_trajectories(TRANSFORMER.model(gradient="unrolled"), random_ids(1, 3)[0], 3)
+    with pytest.raises(ValueError, match="no token"):
+        token_trajectories(TRANSFORMER.model(), torch.empty(0, dtype=torch.long), 3)
+    with pytest.raises(ValueError, match="max_evaluations must be at least 1"):
+        token_trajectories(TRANSFORMER.model(), random_ids(1, 3)[0], 0)
 
 
 def test_a_solve_that_ends_at_rounding_stays_there():
@@ -77,6 +165,7 @@ def test_measuring_leaves_no_trace(family):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attributes, random_state = dict(vars(layer)), torch.get_rng_state()
     residual_trajectories(model, ids, list(SOLVERS), 3)
+    token_trajectories(model, ids[0], 3)
     activations_by_depth(model, ids, [1, 2])
     assert vars(layer).keys() == attributes.keys() and model.training
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -209,6 +298,37 @@ def test_the_script_draws_its_figures_and_writes_their_numbers(runs, plot, tmp_p
     assert memory["saved bytes"]["unrolled"][1] > memory["saved bytes"]["implicit"][1]
 
 
+def test_the_script_draws_a_text_alone(runs, plot, tmp_path):
+    text = "sentence number $3$ is\n\tabout " + 30 * "the number "
+    finished = plot(runs / "deq", "--text", text, "--evaluations", 20, "--output", tmp_path / "out")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"text.png", "text.json"}
+    assert (tmp_path / "out" / "text.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads((tmp_path / "out" / "text.json").read_text())
+    residuals = np.array(data["residuals (evaluations, tokens)"])
+    assert residuals.shape == (20, len(data["tokens"])) and len(data["tokens"]) > 40  # several lines
+    spelt = "".join(data["tokens"]).replace("·", " ").replace("↵", "\n").replace("⇥", "\t")
+    assert spelt == text
+    taken = [math.inf if count is None else count for count in data["evaluations"]]
+    assert taken == evaluations_to_tolerance(residuals, data["tolerance"]).tolist() and data["tolerance"] == 1e-3
+    finished = plot(runs / "deq", "--text", "too soon", "--evaluations", 1, "--output", tmp_path / "out")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert set(json.loads((tmp_path / "out" / "text.json").read_text())["evaluations"]) == {None}
+
+
+def test_the_script_draws_a_text_of_words(plot, tmp_path):
+    corpus = DatasetDict({"train": Dataset.from_dict({"text": ["the <unk> number is", "a number"]})})
+    train_word_tokenizer(corpus).save_pretrained(tmp_path)
+    TRELLISNET.model(vocab_size=6).float().save_pretrained(tmp_path)
+    finished = plot(tmp_path, "--text", "the <unk> is\na number", "--output", tmp_path / "out")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    data = json.loads((tmp_path / "out" / "text.json").read_text())
+    assert data["tokens"] == ["the", "<unk>", "is", "<eos>", "a", "number"]
+    finished = plot(tmp_path, "--text", "the Number is a gnu", "--output", tmp_path / "other")
+    assert "error: the tokenizer does not know 'Number', 'gnu': use other words" in finished.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_script_refuses_in_a_line(runs, plot, tmp_path, monkeypatch):
     for arguments, message in [
         ([tmp_path], "error: "),
@@ -217,6 +337,9 @@ def test_the_script_refuses_in_a_line(runs, plot, tmp_path, monkeypatch):
             "there is no metrics file",
         ),
         ([runs / "deq", "--length", 10**6], "lower length"),
+        ([runs / "deq", "--text", " \n"], "error: the text is empty"),
+        ([runs / "deq", "--text", "the " * 600], "the model and a figure take 512: shorten it"),
+        ([runs / "stack", "--text", "the number"], "solves nothing"),
     ]:
         finished = plot(*arguments)
         assert finished.returncode != 0 and message in finished.stderr and "Traceback" not in finished.stderr

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,13 +14,15 @@ import pytest
 import torch
 from families import TRANSFORMER, TRELLISNET, random_ids
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import save_file
 from test_scripts import TINY, script
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import hf_deq
-from hf_deq import hub
-from hf_deq.hub import RunRecord, export_hub_folder, find_auto_classes, make_card, read_record
+from hf_deq import hub, model_card
+from hf_deq.hub import export_hub_folder, find_auto_classes
+from hf_deq.model_card import RunRecord, make_card, read_record
 
 ROOT = Path(__file__).parents[1]
 EXPORTED = {
@@ -32,6 +35,7 @@ EXPORTED = {
 CODE = {
     *("fixed_point", "position_algebra", "equilibrium", "jacobian", "weight_tying", "cache_deq", "softmax_heads"),
     *("adaptive", "attention_deq", "layer_deq", "classification_deq", "configuration_deq", "modeling_deq"),
+    "generation_deq",
     *("configuration_deq_transformer", "modeling_deq_transformer"),
     *("configuration_deq_trellisnet", "modeling_deq_trellisnet"),
 }
@@ -160,7 +164,7 @@ def test_models_whose_code_cannot_travel_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "get_relative_import_files", lambda file: [str(tmp_path / "nested.formula.py")])
     with pytest.raises(ValueError, match=r"nested.formula.py is imported .* import siblings only"):
         export_hub_folder(TRANSFORMER.model(), tmp_path)
-    monkeypatch.setattr(hub, "TEMPLATE", tmp_path / "template.md")
+    monkeypatch.setattr(model_card, "TEMPLATE", tmp_path / "template.md")
     with pytest.raises(FileNotFoundError, match="from a clone"):
         make_card(TRANSFORMER.model(), "model")
     assert not any(tmp_path.iterdir())
@@ -171,7 +175,7 @@ def test_models_whose_code_cannot_travel_are_refused(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A trained and evaluated model, of a corpus in a local file."""
+    """A trained and evaluated model, of a corpus in a local file, and a figure of it."""
     folder = tmp_path_factory.mktemp("run")
     corpus = folder / "numbers.txt"
     corpus.write_text("\n\n".join(f"sentence number {n} is about the number {n}" for n in range(200)))
@@ -183,6 +187,7 @@ def trained(tmp_path_factory):
     ):
         finished = script(name, *arguments)
         assert finished.returncode == 0, finished.stderr[-2000:]
+    Image.new("L", (1, 1)).save(model / "dial.png")
     return model
 
 
@@ -205,16 +210,25 @@ def test_a_dry_run_leaves_the_folder_and_lists_it(trained, dry):
     output, printed = dry
     for file in output.iterdir():
         assert re.search(rf"{file.stat().st_size:,}  {file.name}\n", printed)
-    names = {"model.safetensors", "config.json", "tokenizer.json", "README.md", "recipe.yaml", "results.json"}
+    names = {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+        "recipe.yaml",
+        "results.json",
+        "dial.png",
+    }
     assert names <= {file.name for file in output.iterdir()} and "nothing was uploaded" in printed
     for file in output.iterdir():
-        if file.suffix != ".safetensors":
+        if file.suffix not in (".safetensors", ".png"):
             assert str(trained.parent) not in file.read_text()  # no places of this machine
 
 
 def test_the_metadata_is_what_was_measured(trained, dry):
     data = ModelCard.load(dry[0] / "README.md").data  # parses the model-index with EvalResult
-    (row,) = [row for row in json.loads((trained / "results.json").read_text()) if row["solver_tolerance"] == 1e-3]
+    rows = json.loads((trained / "results.json").read_text())["rows"]
+    (row,) = [row for row in rows if row["solver_tolerance"] == 1e-3]
     results = {result.metric_type: result for result in data.eval_results}
     assert results.keys() == {"perplexity", "word_perplexity", "bits_per_byte"}
     for metric, result in results.items():
@@ -237,9 +251,14 @@ def test_the_command_of_the_card_gives_its_numbers(trained, dry, tmp_path, monke
 def test_the_card_tells_the_run(trained, dry):
     text = (dry[0] / "README.md").read_text()
     cost = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    radius = json.loads((trained / "results.json").read_text())["spectral_radius"]
     for expected in (
+        f"Jacobian of f has a spectral radius of {radius:.3f}",
+        "![Perplexity against tolerance and budget](dial.png)\n",
         'AutoModelForCausalLM.from_pretrained("user/numbers", trust_remote_code=True)',
         "hf download user/numbers --local-dir numbers\npython scripts/evaluate.py numbers --budgets 1 2",
+        "In full: the validation split: ",
+        "windows of 16, stride 8; solver anderson, ",
         "| at most 2 evaluations |",
         "| tolerance 0.001 |",
         "| optimizer steps | 6 |",
@@ -261,7 +280,16 @@ def test_the_card_asks_for_what_the_package_asks_for():
 
 def test_what_is_not_known_is_left_out():
     text = make_card(TRELLISNET.model(), "model").content
-    for heading in ("## Evaluation", "## Training", "model-index", "hf download", "None", "tokenizer", "model_name"):
+    for heading in (
+        "## Evaluation",
+        "## Training",
+        "## Figures",
+        "model-index",
+        "hf download",
+        "None",
+        "tokenizer",
+        "model_name",
+    ):
         assert heading not in text
     assert "## Architecture" in text and "kernel_size" in text and "Solved by default" in text
     unrolled = make_card(TRELLISNET.model(gradient="unrolled"), "model").text
@@ -286,33 +314,67 @@ def test_results_of_other_tasks_and_without_a_solver():
     model = TRANSFORMER.model()
     row = {"loss": 1e-3, "recalled": 0.5, "num_evaluations": 3.0, "residual": 1e-3, "converged": 1.0}
     dial = {"solver_tolerance": 0.0, "solver_max_evaluations": 3}
-    record = RunRecord(recipe={"task": "copy_memory", "copy_delay": 9}, results=[dial | row])
+    recipe = {"task": "copy_memory", "copy_delay": 9}
+    record = RunRecord(recipe=recipe, results=[dial | row], evaluation={"budgets": [3]})
     card = make_card(model, "user/model", record)
     assert {result.metric_type for result in card.data.eval_results} == {"loss", "recalled"}
     assert "test split of `copy_memory`" in card.text and "--budgets 3" in card.text and "--tolerances" not in card.text
-    record = RunRecord(results=[{"perplexity": 9.0, "num_tokens": 5}], evaluation_flags="--split test --corpus a/b")
+    evaluation = {"corpus": "a/b", "split": "test", "drop_remainder": True}
+    record = RunRecord(results=[{"perplexity": 9.0, "num_tokens": 5}], evaluation=evaluation, measured="five tokens")
     card = make_card(model, "user/model", record)
-    assert "scripts/evaluate.py model --split test --corpus a/b\n" in card.text and "| no solver |" in card.text
+    assert "scripts/evaluate.py model --corpus a/b --split test --drop_remainder true\n" in card.text
+    assert "| no solver |" in card.text and "In full: five tokens.\n" in card.text
     assert (card.data.eval_results[0].dataset_type, card.data.eval_results[0].dataset_split) == ("a/b", "test")
 
 
-def test_results_of_unnamed_flags_are_refused(copied):
-    rows = json.loads((copied / "results.json").read_text())
-    (copied / "results.json").write_text(json.dumps([row | {"num_tokens": 3} for row in rows]))
-    config = hub.read_config(copied)
-    with pytest.raises(ValueError, match="results.json has num_tokens 3, .* evaluation_flags"):
+def test_results_that_are_not_of_this_run_are_refused(copied):
+    file, config = copied / "results.json", hub.read_config(copied)
+    results = json.loads(file.read_text())
+    results["rows"] = [row | {"num_tokens": 3} for row in results["rows"]]
+    file.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="results.json has num_tokens 3, .* another model or text .* Write it anew"):
         read_record(copied, config)
-    assert read_record(copied, config, "--split test").results[0]["num_tokens"] == 3
-    (copied / "results.json").write_text("{")
-    assert "results.json cannot be read" in script("push_to_hub.py", copied, "--repo-id", "user/name").stderr
-    (copied / "results.json").write_text('[{"tokens": 3}]')
-    assert "not a table" in script("push_to_hub.py", copied, "--repo-id", "user/name").stderr
+    results["arguments"]["split"] = "test"
+    file.write_text(json.dumps(results))
+    assert read_record(copied, config).results[0]["num_tokens"] == 3
+    for content, message in [
+        ("{", "cannot be read: Expecting"),
+        (json.dumps(results["rows"]), "it has rows alone, not the arguments that gave them"),  # as it once was
+        ("{}", "evaluate.py --output did not write it"),
+        (json.dumps(results | {"rows": [{"tokens": 3}]}), "evaluate.py --output did not write it"),
+    ]:
+        file.write_text(content)
+        refused = script("push_to_hub.py", copied, "--repo-id", "user/name").stderr
+        assert f"error: {file} cannot be read" in refused and message in refused
+
+
+def test_the_card_says_with_which_arguments_it_was_evaluated(copied, tmp_path):
+    """Also those that name a place on this machine, of which the name is left, and the command gives the same."""
+    corpus = tmp_path / "my other numbers.txt"
+    corpus.write_text("\n\n".join(f"sentence number {n} is about something else" for n in range(50)))
+    flags = ["--corpus", corpus, "--split", "train", "--length", 8, "--carry_memory", "false", "--batch_size", 4]
+    flags += ["--tolerances", 1e-3, "--budgets", 1, "--output", copied / "results.json", "--device", "cpu"]
+    finished = script("evaluate.py", copied, *flags)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    given = {"corpus": str(corpus), "split": "train", "length": 8, "batch_size": 4, "carry_memory": False}
+    results = json.loads((copied / "results.json").read_text())
+    assert results["arguments"] == given | {"budgets": [1], "tolerances": [1e-3]}
+    card = make_card(TRANSFORMER.model(), "user/numbers", read_record(copied, hub.read_config(copied))).text
+    assert "train split of `my other numbers.txt`" in card and str(tmp_path) not in card
+    command = re.search(r"python (scripts/evaluate.py numbers .*)", card)[1]
+    words = [str(copied) if word == "numbers" else word for word in shlex.split(command)[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    again = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *words, "--output", "again.json"]
+    finished = subprocess.run(again, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == results["rows"]
 
 
 class FakeApi:
     """What would go over the network."""
 
     calls: list
+    validated: list
     fails = False
 
     def create_repo(self, repo_id, **options):
@@ -328,8 +390,10 @@ class FakeApi:
 @pytest.fixture
 def api(monkeypatch):
     monkeypatch.setattr(FakeApi, "calls", [], raising=False)
+    monkeypatch.setattr(FakeApi, "validated", [], raising=False)
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
+    monkeypatch.setattr(ModelCard, "validate", lambda card: FakeApi.validated.append(card.data.model_name))
     return FakeApi
 
 
@@ -340,6 +404,7 @@ def test_push_creates_the_repository_and_uploads_the_folder(trained, dry, api):
     assert (created, repo_id, options) == ("create_repo", "user/numbers", {"private": True, "exist_ok": True})
     assert uploaded == "upload_folder" and upload["repo_id"] == "user/numbers"
     assert files == {file.name for file in dry[0].iterdir()}
+    assert api.validated == ["numbers"]
     assert upload["delete_patterns"] == ["*.safetensors*"]
     assert "uploaded to https://huggingface.co/user/numbers" in finished.stdout
 

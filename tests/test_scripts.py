@@ -17,10 +17,13 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from hf_deq import data
 from hf_deq.training_arguments import TrainingArguments
 
 ROOT = Path(__file__).parents[1]
@@ -123,10 +126,21 @@ def test_evaluate_turns_the_dial(trained, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert "no solver, f(0)" in finished.stdout and "tolerance 1e-04" in finished.stdout
-    rows = json.loads((tmp_path / "dial.json").read_text())
+    results = json.loads((tmp_path / "dial.json").read_text())
+    rows = results["rows"]
+    assert results["arguments"] == {"length": 16, "tolerances": [1e-2, 1e-4], "budgets": [1, 2]}
+    assert f"{folder} on {results['measured']}" in finished.stdout
     assert [row["num_evaluations"] for row in rows[:2]] == [1, 2]
     assert rows[3]["residual"] < rows[2]["residual"] < rows[0]["residual"]
     assert rows[0]["perplexity"] > rows[3]["perplexity"]
+
+
+def test_long_work_says_how_far_it_is(monkeypatch, capsys):
+    """Over the batches of a large corpus; at once here, and elsewhere after five seconds."""
+    monkeypatch.setattr(data, "tqdm", lambda *arguments, **how: tqdm(*arguments, **how | {"delay": 0, "leave": True}))
+    split = Dataset.from_dict({"text": ["a line"] * 2500})
+    assert [len(texts) for texts in data.batches_of_documents(split, "encode words")] == [1000, 1000, 500]
+    assert "encode words: 100%|" in (said := capsys.readouterr().err) and "3/3" in said
 
 
 @pytest.mark.parametrize(
@@ -311,6 +325,19 @@ def test_the_generation_benchmark_shows_a_constant_cache(tmp_path):
     cache = {(row["model"], row["tokens"]): row["cache (KB)"] for row in rows}
     assert cache["deq_trellisnet", 10] == cache["deq_trellisnet", 40]
     assert cache["deq_transformer", 40] == 4 * cache["deq_transformer", 10]
+
+
+def test_the_generation_benchmark_compares_ways_of_decoding(trained, tmp_path):
+    flags = ["--model", trained[0], "--draft_tolerances", 0.2, "--new_tokens", 8, "--turns", 1]
+    finished = script("benchmark_generation.py", *flags, "--output", tmp_path / "b.json")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    rows = {(row["text"], row["way"]): row for row in json.loads((tmp_path / "b.json").read_text())}
+    assert len(rows) == 6
+    for text in ("greedy", "sampled"):
+        plain, drafted = rows[text, "plain"], rows[text, "drafted at 0.2"]
+        assert plain["speed"] == 1 and plain["of the draft"] == 0
+        assert drafted["of the draft"] > 0 and 0 <= drafted["accepted"] <= 1
+        assert drafted["evaluations"] < plain["evaluations"]
 
 
 def test_ctrl_c_saves_and_leaves(corpus, tmp_path):

@@ -2,9 +2,21 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from families import TRANSFORMER, TRELLISNET, random_ids
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_deq import DEQTransformerForSequenceClassification
 from hf_deq.trainer_callback import EquilibriumCallback
@@ -187,3 +199,36 @@ def test_the_callback_refuses_models_without_an_equilibrium(tmp_path):
     explicit = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=8, n_layer=1, n_head=1, n_positions=8))
     with pytest.raises(ValueError, match="no equilibrium in GPT2LMHeadModel: it is for models of hf_deq; leave it out"):
         make_trainer(explicit, tmp_path, [EquilibriumCallback()]).train()
+
+
+@both
+def test_sft_trainer_learns_completions(family, tmp_path):
+    """TRL's, as it is: with activation checkpointing, which it switches on by default, and the prompt left out."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    words = ["<pad>", "<s>", "</s>", "the", "bank", "of", "new", "york", "said", "it", "will", "buy"]
+    vocabulary = WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary), pad_token="<pad>", eos_token="</s>")
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    pairs = [
+        {"prompt": "the bank of", "completion": " new york"},
+        {"prompt": "it said it", "completion": " will buy it"},
+    ]
+    how = trl.SFTConfig(
+        str(tmp_path), max_steps=10, learning_rate=5e-2, logging_steps=1, save_strategy="no", report_to="none",
+        use_cpu=True, bf16=False, disable_tqdm=True, shuffle_dataset=False,
+    )  # fmt: skip
+    model = make_model(family)
+    rows = [tokenizer(text["prompt"] + text["completion"] + " </s>").input_ids for text in pairs]
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    labels = ids.masked_fill((ids == 0) | (torch.arange(ids.shape[1]) < 3), PADDING)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=(ids != 0).long(), labels=labels, use_cache=False).loss
+    data = Dataset.from_list(pairs)
+    trainer = trl.SFTTrainer(
+        model, how, train_dataset=data, processing_class=tokenizer, callbacks=[EquilibriumCallback()]
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-4)
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(logged(trainer, "converged")) and model.model.layers[0].gradient_checkpointing

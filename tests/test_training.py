@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from families import TRANSFORMER, TRELLISNET
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_deq import DEQTransformerForCausalLM, DEQTrellisNetForCausalLM, training_log
@@ -120,6 +121,25 @@ def test_learns_reports_and_saves(model_type, corpus, tmp_path, capsys):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert model.config.model_type == model_type and len(tokenizer) == model.config.vocab_size == 300
     assert model.config.eos_token_id == tokenizer.eos_token_id is not None
+
+
+def test_the_progress_bar_shows_the_course_of_the_evaluations():
+    """As far as the terminal can say it, and in 100 columns."""
+    line = {"loss": 4.9123, "perplexity": 136.02, "residual": 0.021, "tokens_per_second": 12345.6, "step": 50}
+    say, plainly = training_log.Summary("utf-8"), [training_log.Summary(name) for name in (None, "cp1252", "cp437")]
+    for evaluations in (2.0, 9.0, 2.0, 4.0, 5.5, 9.0, 7.5, 9.04):  # two more than are shown
+        course = {"forward_evaluations": evaluations, "backward_evaluations": 8.1}
+        said, plain = say(line | course), {summary(line | course) for summary in plainly}
+    assert said == "loss 4.91 ppl 136 evals 9.0 ▁▃▄█▆█ back 8.1 res 2e-02 12346 tok/s"
+    assert plain == {said.replace(" ▁▃▄█▆█", "")}
+    assert say(line) == "loss 4.91 ppl 136 res 2e-02 12346 tok/s"  # an explicit model's has no evaluations
+    bar = tqdm.format_meter(1000, 2000, 800, ncols=100, bar_format=training_log.BAR, postfix=said)
+    assert len(bar) <= 100 and bar.startswith(" 50%|") and bar.endswith("[13:20<13:20, " + said + "]")
+
+
+def test_a_sparkline_does_not_magnify_noise():
+    assert training_log.sparkline([5.0, 5.02, 5.0]) == "▁▁▁" and training_log.sparkline([]) == ""
+    assert training_log.sparkline([1, 8, 4.5, 2]) in ("▁█▄▂", "▁█▅▂")
 
 
 def test_an_explicit_model_takes_the_same_steps(corpus, tmp_path, capsys):
