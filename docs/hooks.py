@@ -1,0 +1,56 @@
+"""What the site shows besides docs/: the model cards, with their figures and recipes, and how to contribute.
+
+Pages link to these files as they lie in the repository, one folder up, so that the links also work where Markdown is
+read without the site. Here the files join it, and the links follow.
+
+The reference is read from source, nothing is imported for it; `FieldsOfDataclasses` adds what cannot be seen there.
+"""
+
+import ast
+from pathlib import Path
+
+from griffe import Extension, Function, Parameter, ParameterKind, Parameters
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+SHOWN = ("model_cards/*/*", "CONTRIBUTING.md")
+
+
+def on_files(files, config):
+    """Add them."""
+    for path in sorted(path for pattern in SHOWN for path in ROOT.glob(pattern)):
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links of docs/*.md that go one folder up."""
+    is_ours = page.file.src_dir == config.docs_dir and "/" not in page.file.src_uri
+    return markdown.replace("](../", "](") if is_ours else markdown
+
+
+class FieldsOfDataclasses(Extension):
+    """Describes what runs at import: constructors of configurations, and the flags of dataclasses of arguments."""
+
+    def on_class_members(self, *, node, cls, **kwargs):
+        """Fields become parameters, and help texts their descriptions."""
+        if cls.name.endswith("Config"):  # Transformers makes each of them a dataclass
+            cls.set_member("__init__", Function("__init__", parameters=Parameters(*_fields(cls))))
+        flags = "".join(f"    {name}: {text}\n" for name, text in _help_texts(node))
+        if flags:
+            cls.docstring.value += f"\n\nArgs:\n{flags}"
+
+
+def _fields(cls):
+    for name, field in cls.attributes.items():
+        if field.annotation is not None:
+            yield Parameter(name, annotation=field.annotation, kind=ParameterKind.keyword_only, default=field.value)
+
+
+def _help_texts(node):
+    """Name and text of every `name: kind = field(..., metadata={"help": text})`."""
+    for statement in node.body:
+        for argument in getattr(getattr(statement, "value", None), "keywords", ()):
+            if argument.arg == "metadata":
+                yield statement.target.id, ast.literal_eval(argument.value)["help"]
