@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
@@ -17,6 +17,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_deq import DEQConfig
+from .generation_deq import DEQGenerationMixin
 from .layer_deq import DEQLayer, Dial
 from .softmax_heads import LogProbabilityHead
 
@@ -66,6 +67,7 @@ class DEQPreTrainedModel(PreTrainedModel):
     config: DEQConfig
     base_model_prefix = "model"
     _no_split_modules = []
+    supports_gradient_checkpointing = True
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
@@ -99,6 +101,7 @@ class DEQModel(DEQPreTrainedModel):
     layer_class: type[DEQLayer]
 
     def __init__(self, config: DEQConfig):
+        config.validate()  # its fields may have been set since it was made
         super().__init__(config)
         self.embed_tokens = self._make_embedding(config)
         self.layers = nn.ModuleList([self.layer_class(config)])
@@ -185,7 +188,7 @@ class DEQModel(DEQPreTrainedModel):
         )
 
 
-class DEQForCausalLM(DEQPreTrainedModel, GenerationMixin):
+class DEQForCausalLM(DEQPreTrainedModel, DEQGenerationMixin):
     """A language model on a `DEQModel`; subclasses set `model_class` and may define `_make_head`."""
 
     model_class: type[DEQModel]

@@ -1,16 +1,24 @@
-"""Memory and speed of generation against the length of the text: what a constant-size cache is worth.
+"""What generation takes: memory and time against the length of the text, or speed by the way of decoding.
 
-    python scripts/benchmark_generation.py                       # both models, freshly initialised
+    python scripts/benchmark_generation.py                       # lengths: both models, freshly initialised
     python scripts/benchmark_generation.py --lengths 100 1000    # shorter
+    python scripts/benchmark_generation.py --model deq-model     # ways of decoding: one trained model
 
-Each model generates greedily, batch 1, in a process of its own that reports at each length the bytes its
+Lengths: each model generates greedily, batch 1, in a process of its own that reports at each length the bytes its
 cache holds, how much the process has grown since it began to generate (peak resident memory), and the
 time per token of the last tenth. Weights do not matter to either, so the models are untrained; sizes are equal.
+
+Ways: the trained model continues its beginning-of-text token greedily and by sampling, plainly, with a draft by
+its own weights at each of `--draft_tolerances`, and from a static cache, with `--compile` also compiled. Speed is
+relative to plain decoding, in CPU time on one thread; the ways take turns, a first turn for what is done once is not
+counted, and of the others the best is. Evaluations are counted per new token, the model's and the draft's; one of
+the model's may check several tokens at once.
 """
 
 import json
 import multiprocessing
 import resource
+import statistics
 import sys
 import time
 import warnings
@@ -19,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache, HfArgumentParser
 
 import hf_deq
 from hf_deq.evaluation import format_table
@@ -32,26 +40,39 @@ SIZES = {
 
 @dataclass
 class BenchmarkArguments:
-    """How long the texts are."""
+    """How long the texts are, or what is decoded in how many ways."""
 
     lengths: list[int] = field(default_factory=lambda: [100, 1_000, 10_000], metadata={"help": "Tokens to generate."})
     model_types: list[str] = field(default_factory=lambda: list(SIZES), metadata={"help": "Which models."})
     vocab_size: int = field(default=2048, metadata={"help": "Size of the vocabulary."})
     solver_tolerance: float = field(default=1e-2, metadata={"help": "Tolerance of the solver."})
+    model: str | None = field(default=None, metadata={"help": "Folder of a trained model: compare ways of decoding."})
+    draft_tolerances: list[float] = field(
+        default_factory=lambda: [0.5, 0.2, 0.1, 0.05], metadata={"help": "Tolerances of the drafts."}
+    )
+    new_tokens: int = field(default=100, metadata={"help": "Tokens to decode in every way."})
+    turns: int = field(default=3, metadata={"help": "How often."})
+    compile: bool = field(default=False, metadata={"help": "Also decode compiled, which takes minutes to begin."})
     output: str | None = field(default=None, metadata={"help": "Also write the rows to this JSON file."})
 
 
 def main(arguments: BenchmarkArguments) -> None:
+    rows = compare_lengths(arguments) if arguments.model is None else compare_ways(arguments)
+    print(format_table(rows))
+    if arguments.output:
+        with open(arguments.output, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+def compare_lengths(arguments: BenchmarkArguments) -> list[dict]:
+    """One row for each model and length."""
     if min(arguments.lengths) < 10:
         sys.exit(f"error: lengths must be at least 10, since the last tenth is timed; got {arguments.lengths}")
     context, rows = multiprocessing.get_context("spawn"), []
     for model_type in arguments.model_types:
         with ProcessPoolExecutor(1, context) as fresh:  # its peak memory is this model's alone
             rows += fresh.submit(measure, model_type, arguments).result()
-    print(format_table(rows))
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump(rows, file, indent=1)
+    return rows
 
 
 @torch.no_grad()
@@ -103,8 +124,67 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def compare_ways(arguments: BenchmarkArguments) -> list[dict]:
+    """One row for each way of decoding, greedy and sampled."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    ways = {"plain": {}}
+    for tolerance in arguments.draft_tolerances:
+        ways[f"drafted at {tolerance:g}"] = {"assistant_model": model.draft(tolerance)}
+    ways["static cache"] = {"cache_implementation": "static"}
+    if arguments.compile:
+        everywhere = CompileConfig(mode="default")
+        everywhere._compile_all_devices = True  # of its own accord generate compiles on accelerators only
+        ways["compiled"] = {"cache_implementation": "static", "compile_config": everywhere}
+    return [row for do_sample in (False, True) for row in take_turns(model, ways, do_sample, arguments)]
+
+
+def take_turns(model, ways: dict[str, dict], do_sample: bool, arguments: BenchmarkArguments) -> list[dict]:
+    """Decode in every way, several times over."""
+    turns = {name: [] for name in ways}
+    for seed in range(arguments.turns + 1):
+        for name, way in ways.items():
+            torch.manual_seed(seed)
+            turns[name].append(decode(model, way, do_sample, arguments.new_tokens))
+    plain = min(seconds for seconds, _ in turns["plain"][1:])
+    return [
+        {"text": "sampled" if do_sample else "greedy", "way": name}
+        | {"speed": plain / min(seconds for seconds, _ in measured[1:])}
+        | {quantity: statistics.mean(row[quantity] for _, row in measured[1:]) for quantity in measured[0][1]}
+        for name, measured in turns.items()
+    ]
+
+
+def decode(model, way: dict, do_sample: bool, new_tokens: int) -> tuple[float, dict[str, float]]:
+    """CPU seconds, and what was evaluated."""
+    draft, drafted = way.get("assistant_model"), []
+    hook = draft and draft.model.register_forward_hook(lambda module, inputs, out: drafted.append(out.num_evaluations))
+    started = time.process_time()
+    output = model.generate(
+        max_new_tokens=new_tokens,
+        do_sample=do_sample,
+        **({"top_k": 0} if do_sample else {}),
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        **way,
+    )
+    seconds = time.process_time() - started
+    if draft:
+        hook.remove()
+    passes = len(output.num_evaluations)
+    return seconds, {
+        "evaluations": torch.cat(output.num_evaluations).sum().item() / new_tokens,
+        "of the draft": torch.cat(drafted).sum().item() / new_tokens if draft else 0.0,
+        "accepted": (new_tokens - passes) / len(drafted) if draft else float("nan"),
+    }
+
+
 if __name__ == "__main__":
     (parsed,) = HfArgumentParser(
         BenchmarkArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter
     ).parse_args_into_dataclasses()
-    main(parsed)
+    try:
+        main(parsed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

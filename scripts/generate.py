@@ -37,19 +37,6 @@ class GenerateArguments:
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu, cuda, mps."})
 
 
-class EvaluationCounter:
-    """Counts, over the forward passes of a base model, evaluations of f per position solved together."""
-
-    def __init__(self, base_model: torch.nn.Module):
-        self.per_pass: list[float] = []
-        self.converged = True
-        base_model.register_forward_hook(self._note)
-
-    def _note(self, module, inputs, outputs) -> None:
-        self.per_pass.append(outputs.num_evaluations.float().mean().item())
-        self.converged &= bool(outputs.converged.all())
-
-
 def main(model_folder: str, arguments: GenerateArguments) -> None:
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -57,29 +44,29 @@ def main(model_folder: str, arguments: GenerateArguments) -> None:
     inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         sys.exit("error: the prompt is empty; give at least one character with --prompt")
-    counter = EvaluationCounter(model.model)
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
     dial = {"solver_tolerance": arguments.solver_tolerance, "solver_max_evaluations": arguments.solver_max_evaluations}
     started = time.perf_counter()
-    ids = model.generate(
+    output = model.generate(
         **inputs,
         max_new_tokens=arguments.max_new_tokens,
         do_sample=arguments.do_sample,
         num_beams=arguments.num_beams,
+        return_dict_in_generate=True,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True) if arguments.num_beams == 1 else None,
         **(sampling if arguments.do_sample else {}),
         **{name: value for name, value in dial.items() if value is not None},
     )
     seconds = time.perf_counter() - started
     if arguments.num_beams > 1:
-        print(tokenizer.decode(ids[0], skip_special_tokens=True))
-    new = ids.shape[1] - inputs["input_ids"].shape[1]
-    prefill, *steps = counter.per_pass
+        print(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
+    new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+    prefill, *steps = (evaluations.float().mean().item() for evaluations in output.num_evaluations)
     per_token = sum(steps) / len(steps) if steps else float("nan")
     print(
         f"\n{new} tokens in {seconds:.1f} s ({new / seconds:.1f} tokens/s); "
         f"evaluations of f: {prefill:.1f} for the prompt, {per_token:.1f} per new token; "
-        + ("all solves converged" if counter.converged else "NOT all solves converged"),
+        + ("all solves converged" if torch.cat(output.converged).all() else "NOT all solves converged"),
         file=sys.stderr,
     )
 

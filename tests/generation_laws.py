@@ -1,13 +1,25 @@
 """Generation, for every model family and option: every way of decoding gives what the full forward pass gives."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from families import Family, random_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, TextIteratorStreamer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+from hf_deq.generation_deq import _reports
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+REPORTED = GREEDY | {"return_dict_in_generate": True}
 
 
 @torch.no_grad()
@@ -15,6 +27,26 @@ def greedy_without_cache(model, ids, steps):
     for _ in range(steps):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     return ids
+
+
+def recorded_solves(model) -> list:
+    """The outputs of the base model, from now on."""
+    solves = []
+    model.model.register_forward_hook(lambda module, args, output: solves.append(output))
+    return solves
+
+
+class Interrupting:
+    """A streamer that does something else whenever tokens come."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def put(self, tokens):
+        self.action()
+
+    def end(self):
+        pass
 
 
 class GenerationLaws:
@@ -160,6 +192,125 @@ class GenerationLaws:
         assert max(evaluations) == 2
         with pytest.raises(ValueError, match="solver_tolerence"):
             model.generate(ids, **GREEDY, solver_tolerence=1e-2)
+
+    @pytest.mark.parametrize(
+        "way, rows",
+        [
+            ({}, 2),
+            ({"use_cache": False}, 2),
+            ({"cache_implementation": "static"}, 2),
+            ({"do_sample": True, "num_return_sequences": 2}, 4),
+            ({"num_beams": 3}, 6),
+            ({"prefill_chunk_size": 2}, 2),
+        ],
+    )
+    def test_generate_reports_every_solve(self, way, rows):
+        model = self.family.model()
+        solves = recorded_solves(model)
+        output = model.generate(random_ids(2, 5), **REPORTED | way)
+        for name in ("num_evaluations", "residual", "converged"):
+            assert len(output[name]) == 12 and output[name][0].shape == (rows,)
+            assert all(
+                torch.equal(report, solve[name]) for report, solve in zip(output[name], solves[-12:], strict=True)
+            )
+        assert torch.cat(output.converged).all() and torch.cat(output.num_evaluations).max() <= 200
+        assert output.num_evaluations is output["num_evaluations"]
+
+    def test_a_looser_dial_is_reported(self):
+        model, ids = self.family.model(), random_ids(2, 5)
+        precise, loose = (model.generate(ids, **REPORTED, **dial) for dial in ({}, {"solver_tolerance": 1e-2}))
+        assert sum(loose.num_evaluations).max() < sum(precise.num_evaluations).min() / 2
+        model.generation_config.return_dict_in_generate = True
+        short = model.generate(ids, **GREEDY, solver_max_evaluations=2)
+        assert set(torch.cat(short.num_evaluations).tolist()) <= {2, 3} and not torch.cat(short.converged).any()
+
+    def test_reports_are_of_one_call_in_one_thread(self):
+        model, ids = self.family.model(solver_tolerance=1e-2), random_ids(1, 5)
+        elsewhere = []
+
+        def generate_elsewhere():
+            with ThreadPoolExecutor(1) as thread:
+                elsewhere.append(thread.submit(model.generate, ids, **REPORTED | {"max_new_tokens": 3}).result())
+
+        output = model.generate(ids, **REPORTED, streamer=Interrupting(generate_elsewhere))
+        assert len(output.num_evaluations) == 12 and {len(other.num_evaluations) for other in elsewhere} == {3}
+
+    def test_nothing_is_recorded_unless_asked_for(self):
+        model, ids, seen = self.family.model(), random_ids(1, 5), []
+        assert isinstance(
+            model.generate(ids, **GREEDY, streamer=Interrupting(lambda: seen.append(_reports.get()))), torch.Tensor
+        )
+        assert len(seen) == 13 and set(seen) == {None}
+
+        def fail():
+            seen.append(_reports.get())
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            model.generate(ids, **REPORTED, streamer=Interrupting(fail))
+        assert seen[-1] == [] and _reports.get() is None
+
+    @pytest.mark.parametrize("head", [{}, {"cutoffs": [9, 30]}], ids=["linear", "adaptive"])
+    def test_drafts_change_nothing(self, head):
+        """Nor is a padding token that is generated, as by the untrained adaptive head, taken for padding."""
+        model = self.family.model(**head, solver_tolerance=1e-7)
+        draft = model.draft(solver_max_evaluations=4)
+        for ids in (random_ids(1, 1), random_ids(1, 9)):
+            expected = model.generate(ids, **REPORTED)
+            drafted = model.generate(ids, **REPORTED, assistant_model=draft)
+            assert torch.equal(drafted.sequences, expected.sequences)
+            assert len(drafted.num_evaluations) < 12 and torch.cat(drafted.converged).all()
+
+    def test_a_draft_has_the_weights_of_the_model_and_a_dial_of_its_own(self, tmp_path):
+        self.family.model(solver_tolerance=1e-6).save_pretrained(tmp_path)
+        model, ids = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), random_ids(1, 4)
+        draft = model.draft()
+        pairs = list(zip(model.parameters(), draft.parameters(), strict=True))
+        assert pairs and all(ours is theirs for ours, theirs in pairs)
+        assert (model.config.solver_tolerance, draft.config.solver_tolerance) == (1e-6, 0.1)
+        assert model.generation_config.num_assistant_tokens is None
+        solves, drafted = recorded_solves(model), recorded_solves(draft)
+        model.generate(ids, **GREEDY, assistant_model=draft, solver_tolerance=1e-8)
+        assert max(solve.residual.max() for solve in solves) <= 1e-8 < min(solve.residual.min() for solve in drafted)
+        expected = model.generate(ids, **GREEDY)
+        draft.float()
+        assert model.dtype == torch.float32 and model.generate(ids, **GREEDY).shape == expected.shape
+        draft.double()
+        del draft, drafted
+        assert model.generate(ids, **GREEDY).shape == expected.shape
+
+    def test_drafts_that_are_no_drafts(self):
+        model = self.family.model(solver_tolerance=1e-2, solver_max_evaluations=10)
+        for dial in ({"solver_tolerance": 1e-2}, {"solver_tolerance": 1e-3, "solver_max_evaluations": 10}):
+            with pytest.raises(ValueError, match="costs as much as the model, which has 0.01 and 10: raise the one or"):
+                model.draft(**dial)
+        with pytest.raises(ValueError, match="solver_max_evaluations must be at least 1, got 0"):
+            model.draft(solver_max_evaluations=0)
+
+    def test_continuous_batching_is_refused(self):
+        model = self.family.model()
+        for start in (
+            lambda: model.generate_batch([[3, 4], [5]], max_new_tokens=2),
+            lambda: model.generate(random_ids(1, 4), max_new_tokens=2, cache_implementation="paged"),
+            lambda: model.init_continuous_batching(),
+        ):
+            with pytest.raises(ValueError, match="cannot be batched continuously .* left-padded batch"):
+                start()
+
+    @pytest.mark.slow
+    def test_compiled_decoding(self):
+        """As torch.compile traces it (`backend="eager"` spares the code generation): solves cannot stop early there."""
+        model, ids = self.family.model(solver_tolerance=1e-3, solver_max_evaluations=5), random_ids(1, 5)
+        arguments = REPORTED | {"max_new_tokens": 5}
+        expected = {cache: model.generate(ids, **arguments, cache_implementation=cache) for cache in (None, "static")}
+        torch._dynamo.reset()  # a limit on recompilations holds for all models of the process
+        torch._dynamo.utils.counters.clear()
+        model.forward = torch.compile(model.forward, backend="eager")
+        for cache, eager in expected.items():
+            compiled = model.generate(ids, **arguments, cache_implementation=cache)
+            assert torch.equal(compiled.sequences, eager.sequences)
+            assert len(compiled.num_evaluations) == 5
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0 and not model._can_compile_fullgraph
 
     def test_continuing_from_a_returned_cache(self):
         model = self.family.model()

@@ -116,6 +116,21 @@ def test_wrong_types_are_refused(family):
 
 
 @families
+def test_fields_set_later_are_checked_when_a_model_is_made(family):
+    config = family.config()
+    config.solver = "newton"
+    with pytest.raises(Exception, match="solver must be one of"):
+        family.model_class(config)
+
+
+def test_rotary_parameters_set_later_are_checked_too():
+    config = TRANSFORMER.config()
+    config.rope_parameters |= {"rope_type": "dynamic", "factor": 2.0}
+    with pytest.raises(Exception, match="nothing computed for a prefix"):
+        TRANSFORMER.base_class(config)
+
+
+@families
 def test_keys_of_transformers_and_of_others_pass(family):
     config = family.config(num_labels=3, my_note="kept", attn_implementation="eager")
     assert config.num_labels == 3 and config.my_note == "kept"

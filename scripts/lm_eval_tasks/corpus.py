@@ -1,0 +1,70 @@
+"""The task of corpus.yaml: a split of a corpus as the one document of an lm-eval task.
+
+    lm_eval --model hf --model_args pretrained=deq-model,max_length=128 --tasks scripts/lm_eval_tasks/corpus.yaml
+    lm_eval ... --metadata '{"corpus": "my_text.txt", "split": "validation"}'
+
+lm-eval predicts every token of a document once, the first one from the beginning-of-text token, in windows of
+`max_length` that do not overlap, but for the last one, which reaches back to be as long as the others. Of the same
+tokens these are the windows of `python scripts/evaluate.py deq-model --length 128 --stride 128`. For the tokens to be
+the same, the documents of the corpus are joined here by what ends each of them in training, and counted as there: what
+the end-of-text tokens cost is shared out among words and bytes, but they are neither.
+
+lm-eval hands its metadata to the functions of a task, and the model's arguments with it. A task that is given as a file
+is read before the model is loaded: importing hf_deq here lets it load what scripts/train.py writes.
+"""
+
+import logging
+from pathlib import Path
+
+import yaml
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer
+
+from hf_deq.data import BUILT_IN_CORPUS, corpus_fingerprint, encode_corpus
+from hf_deq.tasks import read_corpus
+from hf_deq.training_arguments import DataArguments
+from hf_deq.word_level import encode_words
+
+PLACES = ("corpus", "corpus_config", "validation_file")
+
+
+def as_one_document(pretrained: str, split: str = "validation", **arguments) -> DatasetDict:
+    """A split with its words and bytes, in one row of `text`, `num_words`, `num_bytes`.
+
+    Args:
+        pretrained: the model's folder or Hub repository, whose tokenizer says what ends a text.
+        split: of the corpus: `"validation"`, `"test"` or `"train"`.
+        arguments: `corpus`, `corpus_config`, `validation_file` and `word_level`, as for training; without a `corpus`
+            they are those of the model's recipe.yaml, or the built-in corpus. `tokenizer`, if not the model's. The
+            model's other arguments are ignored.
+
+    Raises:
+        ValueError: the corpus is not there, has no such split, or no text in it.
+    """
+    recipe_file = Path(pretrained) / "recipe.yaml"
+    recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
+    word_level = arguments.get("word_level", recipe.get("word_level", False))
+    source = arguments if "corpus" in arguments else {"corpus": BUILT_IN_CORPUS} | recipe | arguments
+    places = {name: source[name] for name in PLACES if name in source}
+    corpus = read_corpus(DataArguments(**places, word_level=word_level))
+    if split not in corpus:
+        raise ValueError(f"the corpus has no split {split!r}; it has {sorted(corpus)}.")
+    if "corpus" not in arguments and recipe.get("corpus_fingerprint") not in (None, corpus_fingerprint(corpus)):
+        logging.getLogger(__name__).warning("This corpus is not the one that the model was trained on.")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.get("tokenizer", pretrained))
+    stream = (encode_words if word_level else encode_corpus)(corpus[split], tokenizer)
+    end = "\n" if word_level else tokenizer.eos_token
+    text = "".join(document + end for document in corpus[split]["text"] if document or word_level)
+    rows = {"text": [text], "num_words": [stream.num_words], "num_bytes": [stream.num_bytes]}
+    return DatasetDict({"test": Dataset.from_dict(rows)})
+
+
+def share_out(document: dict, results: list[float]) -> dict[str, tuple[float, int]]:
+    """The log-likelihood of a document, and what each metric divides it by."""
+    (log_likelihood,) = results
+    per_byte = (log_likelihood, document["num_bytes"])
+    return {
+        "word_perplexity": (log_likelihood, document["num_words"]),
+        "byte_perplexity": per_byte,
+        "bits_per_byte": per_byte,
+    }
