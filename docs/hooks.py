@@ -13,7 +13,7 @@ from griffe import Extension, Function, Parameter, ParameterKind, Parameters
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-SHOWN = ("model_cards/*/*", "CONTRIBUTING.md")
+SHOWN = ("model_cards/*/*.md", "model_cards/*/*.png", "model_cards/*/*.yaml", "CONTRIBUTING.md")
 
 
 def on_files(files, config):

@@ -7,17 +7,19 @@ A task gives `examples` (a dataset of `input_ids` and the `labels` of the same p
 `batches`, and the fields that a model's configuration must have; `validate` returns numbers, `describe` says them.
 """
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .copy_memory import CLASSES, SYMBOLS, CopyMemory
 from .data import (
+    BUILT_IN_CORPUS,
     ContiguousBatches,
     SequenceBlocks,
     StepBatches,
@@ -205,6 +207,48 @@ class CopyMemoryTask:
         answer = model(example["input_ids"][None].to(model.device)).logits[0].argmax(-1)
         wanted, given = (ids[-SYMBOLS:].tolist() for ids in (example["labels"], answer))
         return f"to recall {wanted}\nrecalled  {given}"
+
+
+def read_split(
+    split: str,
+    recipe: dict,
+    corpus: str | None = None,
+    corpus_config: str | None = None,
+    validation_file: str | None = None,
+    word_level: bool | None = None,
+) -> tuple[Dataset, bool]:
+    """A split to evaluate a model on, and whether it is read word by word.
+
+    Args:
+        split: `"validation"`, `"test"` or `"train"`.
+        recipe: of the model. What is not given is as there, or else the built-in corpus; of the places nothing is, if
+            a corpus is given. A corpus of another fingerprint than in training is said to be one.
+        corpus, corpus_config, validation_file, word_level: as in `DataArguments`.
+
+    Raises:
+        ValueError: the corpus is not there, or has no such split.
+    """
+    word_level = recipe.get("word_level", False) if word_level is None else word_level
+    recipe = recipe if corpus is None else {}
+    splits = read_corpus(
+        DataArguments(
+            corpus=corpus or recipe.get("corpus", BUILT_IN_CORPUS),
+            corpus_config=corpus_config or recipe.get("corpus_config"),
+            validation_file=validation_file or recipe.get("validation_file"),
+            word_level=word_level,
+        )
+    )
+    if split not in splits:
+        raise ValueError(f"the corpus has no split {split!r}; it has {sorted(splits)}.")
+    fingerprint = corpus_fingerprint(splits)
+    if recipe.get("corpus_fingerprint", fingerprint) != fingerprint:
+        print(
+            f"note: this corpus ({fingerprint}) is not the one the model was trained on "
+            f"({recipe['corpus_fingerprint']}); the built-in one differs between Python versions, and parts of it may "
+            "have been trained on.",
+            file=sys.stderr,
+        )
+    return splits[split], word_level
 
 
 def read_corpus(data: DataArguments) -> DatasetDict:

@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 
 import hf_deq
 from hf_deq.convergence import held_out_windows, spectral_radii
-from hf_deq.data import BUILT_IN_CORPUS, corpus_fingerprint, encode_corpus
+from hf_deq.data import encode_corpus
 from hf_deq.evaluation import dial_table, format_table, protocol, solver_settings
-from hf_deq.tasks import make_task, read_corpus
-from hf_deq.training_arguments import CopyMemoryArguments, DataArguments
+from hf_deq.tasks import make_task, read_split
+from hf_deq.training_arguments import CopyMemoryArguments
 from hf_deq.word_level import encode_words
 
 SOLVE = ("num_evaluations", "residual", "converged")
@@ -93,26 +93,15 @@ def load_model(folder: str, arguments: EvaluateArguments):
 
 def load_stream(recipe: dict, tokenizer, arguments: EvaluateArguments):
     """The stream to evaluate on: what the arguments name, else what the model's recipe names."""
-    word_level = recipe.get("word_level", False) if arguments.word_level is None else arguments.word_level
-    recipe = recipe if arguments.corpus is None else {}
-    corpus = read_corpus(
-        DataArguments(
-            corpus=arguments.corpus or recipe.get("corpus", BUILT_IN_CORPUS),
-            corpus_config=arguments.corpus_config or recipe.get("corpus_config"),
-            validation_file=arguments.validation_file or recipe.get("validation_file"),
-            word_level=word_level,
-        )
+    texts, word_level = read_split(
+        arguments.split,
+        recipe,
+        arguments.corpus,
+        arguments.corpus_config,
+        arguments.validation_file,
+        arguments.word_level,
     )
-    if arguments.split not in corpus:
-        raise ValueError(f"the corpus has no split {arguments.split!r}; it has {sorted(corpus)}.")
-    fingerprint = corpus_fingerprint(corpus)
-    if recipe.get("corpus_fingerprint", fingerprint) != fingerprint:
-        print(
-            f"note: this corpus ({fingerprint}) is not the one the model was trained on "
-            f"({recipe['corpus_fingerprint']}); the built-in one differs between Python versions, and parts of it may "
-            "have been trained on."
-        )
-    return (encode_words if word_level else encode_corpus)(corpus[arguments.split], tokenizer)
+    return (encode_words if word_level else encode_corpus)(texts, tokenizer)
 
 
 class Evaluation(NamedTuple):

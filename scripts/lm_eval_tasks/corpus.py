@@ -13,19 +13,17 @@ lm-eval hands its metadata to the functions of a task, and the model's arguments
 is read before the model is loaded: importing hf_deq here lets it load what scripts/train.py writes.
 """
 
-import logging
 from pathlib import Path
 
 import yaml
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from hf_deq.data import BUILT_IN_CORPUS, corpus_fingerprint, encode_corpus
-from hf_deq.tasks import read_corpus
-from hf_deq.training_arguments import DataArguments
+from hf_deq.data import encode_corpus
+from hf_deq.tasks import read_split
 from hf_deq.word_level import encode_words
 
-PLACES = ("corpus", "corpus_config", "validation_file")
+READING = ("corpus", "corpus_config", "validation_file", "word_level")
 
 
 def as_one_document(pretrained: str, split: str = "validation", **arguments) -> DatasetDict:
@@ -43,18 +41,11 @@ def as_one_document(pretrained: str, split: str = "validation", **arguments) -> 
     """
     recipe_file = Path(pretrained) / "recipe.yaml"
     recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
-    word_level = arguments.get("word_level", recipe.get("word_level", False))
-    source = arguments if "corpus" in arguments else {"corpus": BUILT_IN_CORPUS} | recipe | arguments
-    places = {name: source[name] for name in PLACES if name in source}
-    corpus = read_corpus(DataArguments(**places, word_level=word_level))
-    if split not in corpus:
-        raise ValueError(f"the corpus has no split {split!r}; it has {sorted(corpus)}.")
-    if "corpus" not in arguments and recipe.get("corpus_fingerprint") not in (None, corpus_fingerprint(corpus)):
-        logging.getLogger(__name__).warning("This corpus is not the one that the model was trained on.")
+    texts, word_level = read_split(split, recipe, **{name: arguments[name] for name in READING if name in arguments})
     tokenizer = AutoTokenizer.from_pretrained(arguments.get("tokenizer", pretrained))
-    stream = (encode_words if word_level else encode_corpus)(corpus[split], tokenizer)
+    stream = (encode_words if word_level else encode_corpus)(texts, tokenizer)
     end = "\n" if word_level else tokenizer.eos_token
-    text = "".join(document + end for document in corpus[split]["text"] if document or word_level)
+    text = "".join(document + end for document in texts["text"] if document or word_level)
     rows = {"text": [text], "num_words": [stream.num_words], "num_bytes": [stream.num_bytes]}
     return DatasetDict({"test": Dataset.from_dict(rows)})
 
