@@ -1,0 +1,76 @@
+"""The trained models in model_cards/: loaded in a moment, as good as their cards say, and ready for the Hub."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_scripts import script
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_deq.convergence import held_out_windows
+from hf_deq.data import BUILT_IN_CORPUS, encode_corpus, load_corpus
+from hf_deq.hub import read_config
+from hf_deq.model_card import read_record
+
+FOLDERS = [Path(__file__).parents[1] / "model_cards" / name for name in ("deq-transformer-tiny", "deq-trellisnet-tiny")]
+shipped = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+
+
+@shipped
+def test_the_folder_is_small_and_its_card_says_what_was_measured(folder):
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
+    record, card = read_record(folder, read_config(folder)), (folder / "README.md").read_text()
+    (row,) = (row for row in record.results if row["solver_tolerance"] == 1e-3)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert f"| parameters | {model.num_parameters():,} |" in card
+    assert f"| {row['bits_per_byte']:.3f} bits per byte; perplexity {row['perplexity']:.1f} per token" in card
+    assert re.search(rf"tolerance 1e-3\) \| {row['num_evaluations']:.1f}; ", card)
+    assert f"spectral radius of f's Jacobian at the equilibrium | {record.spectral_radius:.2f} |" in card
+    assert record.cost["step"] == yaml.safe_load((folder / "recipe.yaml").read_text())["max_steps"]
+    assert record.cost["validation_bits_per_byte"] == pytest.approx(row["bits_per_byte"], rel=1e-4)
+    assert f"{record.cost['seconds'] / 60:.1f} minutes" in card
+
+
+@shipped
+@torch.no_grad()
+def test_it_predicts_as_well_as_its_card_says(folder):
+    """On this Python's own documentation, which differs a little from the one that it was trained on."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    stream = encode_corpus(load_corpus(BUILT_IN_CORPUS)["validation"], tokenizer)
+    windows = held_out_windows(stream.ids, count=32, length=128)
+    output = model(windows, labels=windows)
+    bits_per_byte = output.loss / torch.log(torch.tensor(2.0)) * len(stream.ids) / stream.num_bytes
+    (row,) = (
+        row for row in json.loads((folder / "results.json").read_text())["rows"] if row["solver_tolerance"] == 1e-3
+    )
+    assert bits_per_byte == pytest.approx(row["bits_per_byte"], rel=0.15)
+    assert output.converged.all() and output.num_evaluations.float().mean() < 15
+
+
+@shipped
+def test_it_generates_the_same_with_and_without_a_cache(folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("The iterator ", return_tensors="pt", return_token_type_ids=False)
+    how = dict(max_new_tokens=20, do_sample=False, solver_tolerance=1e-5)
+    ids = model.generate(**inputs, **how)
+    assert torch.equal(ids, model.generate(**inputs, **how, use_cache=False))
+    assert len(set(re.findall(r"[a-z]{3,}", tokenizer.decode(ids[0])))) > 3
+
+
+@shipped
+def test_it_is_ready_to_push(folder, tmp_path):
+    finished = script("push_to_hub.py", folder, "--repo-id", "user/name", "--dry-run", "--output", tmp_path)
+    assert finished.returncode == 0 and not finished.stderr.count("warning"), finished.stderr[-2000:]
+    card = (tmp_path / "README.md").read_text()
+    for part in (
+        "model-index",
+        "## Evaluation",
+        "## Training",
+        "spectral radius",
+        "| minutes |",
+        "![Perplexity against",
+    ):
+        assert part in card
