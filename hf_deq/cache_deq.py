@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
+from .configuration_deq import DEQConfig
+
 
 class EquilibriumCacheView:
     """Stands in for a `Cache` inside f: every `update` answers as the cache would, none changes it.
@@ -177,3 +179,21 @@ class TrellisStateLayer(CacheLayerMixin):
 
 
 STATIC_LAYER_TYPE_MAPPING[TrellisStateLayer._layer_type] = TrellisStateLayer  # a static cache is one as well
+
+
+def check_cacheable(config: DEQConfig, unroll_steps: int | None = None) -> None:
+    """Refuse what has no final state to remember.
+
+    Raises:
+        ValueError: f is unrolled, by the configuration or for this call, or solved in sequence scope.
+    """
+    if config.gradient == "unrolled" or unroll_steps is not None:
+        raise ValueError(
+            'Unrolled steps (gradient="unrolled", unroll_steps) have no equilibrium whose keys and values could be '
+            'cached: every step sees other ones. Pass use_cache=False, or solve with gradient="implicit".'
+        )
+    if config.solver_scope == "sequence":
+        raise ValueError(
+            'solver_scope="sequence" lets later tokens change earlier states until convergence, so a prefix has no '
+            'final state to cache. Pass use_cache=False, or set solver_scope="causal".'
+        )

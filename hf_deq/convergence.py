@@ -186,8 +186,7 @@ def spectral_radii(model: DEQPreTrainedModel, input_ids: Tensor, steps: int = 50
         radii.append(spectral_radius(f, solution.value, steps))
         return solution, jacobian_loss
 
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng(), _solved_by(model, measured):
-        torch.manual_seed(0)
+    with evaluating(model), torch.no_grad(), _same_random_numbers(model), _solved_by(model, measured):
         model.base_model(input_ids.to(model.device), use_cache=False)
     return radii[0].double().cpu().numpy()
 
@@ -272,11 +271,14 @@ def evaluations_over_training(metrics_file: str | Path) -> dict[str, np.ndarray]
 def _solved_by(model: DEQPreTrainedModel, solve: Callable) -> Iterator[None]:
     """Within this context `solve(f, z0, dial)` takes the place of the model's own."""
     (layer,) = model.base_model.layers
+    before = vars(layer).get("solve")
     layer.solve = solve  # on the instance, in front of the method of its class
     try:
         yield
     finally:
         del layer.solve
+        if before is not None:
+            layer.solve = before
 
 
 class _Saved:
@@ -317,10 +319,17 @@ def _unconverged_on_purpose() -> Iterator[None]:
 def _training(model: torch.nn.Module) -> Iterator[None]:
     """Within this context the model is in training mode and draws the same random numbers every time."""
     was_training = model.training
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with _same_random_numbers(model):
         model.train()
         try:
             yield
         finally:
             model.train(was_training)
+
+
+@contextmanager
+def _same_random_numbers(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context random numbers are the same every time, and outside as if there had been none."""
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
+from .cache_deq import check_cacheable
 from .layer_deq import Dial
 
 # What `generate` reports of every pass.
@@ -25,8 +26,8 @@ class DEQGenerationMixin(GenerationMixin):
     def generate(self, inputs=None, generation_config: GenerationConfig | None = None, *args, **kwargs):
         """As in Transformers, and what the solves took.
 
-        `solver_tolerance` and `solver_max_evaluations` override the configuration for this call. With an
-        `assistant_model` they are for the model alone: the assistant goes by its own configuration.
+        `solver_tolerance` and `solver_max_evaluations`, here or in the `generation_config`, override the model's
+        configuration for this call. An `assistant_model` goes by its own configuration.
 
         Compiled, as by Transformers itself with a static cache on an accelerator, a solve cannot stop before its
         budget is spent: pass a small `solver_max_evaluations`, or `disable_compile=True`. The tokens are the same.
@@ -42,7 +43,7 @@ class DEQGenerationMixin(GenerationMixin):
             ValueError, TypeError: as in Transformers and in the model's `forward`.
         """
         if generation_config is not None and generation_config.is_assistant:
-            kwargs = _for_the_assistant(**kwargs)
+            kwargs = _with_a_mask(**kwargs)
         previous = _reports.set([] if self._returns_dict(generation_config, kwargs) else None)
         try:
             output = super().generate(inputs, generation_config, *args, **kwargs)
@@ -60,6 +61,17 @@ class DEQGenerationMixin(GenerationMixin):
         values = (config.get("return_dict_in_generate") for config in configs)
         return next((value for value in values if value is not None), False)
 
+    def _prepare_generation_config(self, *args, **kwargs):
+        """A generation configuration keeps any field, and with it the dial, which is for `forward`."""
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        dial = {name: getattr(generation_config, name, None) for name in Dial.__dataclass_fields__}
+        return generation_config, model_kwargs | {name: value for name, value in dial.items() if value is not None}
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
+        """An assistant gets all but the dial, which is this model's."""
+        of_both = {name: value for name, value in model_kwargs.items() if name not in Dial.__dataclass_fields__}
+        return super()._get_candidate_generator(*args, model_kwargs=of_both, **kwargs)
+
     def _update_model_kwargs_for_generation(self, outputs, *args, **kwargs):
         """Every way of decoding comes by here after every pass, outside of what may be compiled."""
         reports = _reports.get()
@@ -74,7 +86,7 @@ class DEQGenerationMixin(GenerationMixin):
         the model then checks. Greedy text stays what it is, but for ties within the model's tolerance; sampled text
         keeps its distribution. The draft's parameters are the model's, not copies: training, moving or casting one
         does so to both. Modules, `config` and `generation_config` are its own. Make it after the model is on its
-        device and before `forward` is compiled.
+        device, and compile `forward`, if at all, after that.
 
         It proposes `generation_config.num_assistant_tokens` tokens at a time, 5 by default, whatever its
         confidence: what it is unsure of, the model is unsure of as well, and decides alike.
@@ -87,9 +99,11 @@ class DEQGenerationMixin(GenerationMixin):
             A model of the same class, for batches of one text (as assisted decoding has it).
 
         Raises:
-            ValueError: the draft would be no looser than the model, or a value is out of its range.
+            ValueError: the draft would be no looser than the model, a value is out of its range, or the model has no
+                equilibrium to cache, without which there is no assisted decoding.
         """
         ours = self.config
+        check_cacheable(ours)
         budget = ours.solver_max_evaluations if solver_max_evaluations is None else solver_max_evaluations
         if solver_tolerance <= ours.solver_tolerance and budget >= ours.solver_max_evaluations:
             raise ValueError(
@@ -99,8 +113,15 @@ class DEQGenerationMixin(GenerationMixin):
             )
         shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
         draft = copy.deepcopy(self, shared)
+        for compiled in (
+            "_compiled_call",
+            "_last_compile_config",
+        ):  # a function of the model's modules, not the draft's
+            vars(draft).pop(compiled, None)
         draft.config.solver_tolerance, draft.config.solver_max_evaluations = solver_tolerance, budget
         draft.config.validate_equilibrium()
+        for name in Dial.__dataclass_fields__:  # a dial that stands there would go before the draft's own
+            vars(draft.generation_config).pop(name, None)
         draft.generation_config.num_assistant_tokens = 5
         draft.generation_config.assistant_confidence_threshold = 0.0
         return draft
@@ -119,12 +140,11 @@ class DEQGenerationMixin(GenerationMixin):
         )
 
 
-def _for_the_assistant(attention_mask=None, input_ids=None, **kwargs) -> dict:
-    """What `generate` passes on to an assistant, without the model's dial, and with a mask where there is no padding.
+def _with_a_mask(attention_mask=None, input_ids=None, **kwargs) -> dict:
+    """What `generate` passes on to an assistant, with a mask where there is no padding.
 
     The library leaves a mask of ones out; the assistant would then take a padding token that was generated for padding.
     """
     if attention_mask is None and input_ids is not None:
         attention_mask = torch.ones_like(input_ids)
-    kwargs = {name: value for name, value in kwargs.items() if name not in Dial.__dataclass_fields__}
     return kwargs | {"attention_mask": attention_mask, "input_ids": input_ids}

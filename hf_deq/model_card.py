@@ -35,7 +35,7 @@ PIPELINE_TAGS = {
 }
 # Fields of recipe.yaml that belong to the machine it ran on, and those that may name a place there.
 MACHINE_FIELDS = ("output_dir", "resume", "report_to")
-PLACE_FIELDS = ("corpus", "validation_file", "tokenizer")
+PLACE_FIELDS = ("corpus", "validation_file", "tokenizer", "others", "metrics")
 # What evaluation measures, in the order of the card, and how the card calls it.
 METRICS = {
     "perplexity": "perplexity",
@@ -70,7 +70,7 @@ class RunRecord:
         evaluation: arguments of `scripts/evaluate.py` that gave them, without places of the machine.
         measured: what they were measured on, and how, in words.
         spectral_radius: of the Jacobian of f at the equilibrium, as the same script measured it.
-        figures: those of `scripts/plot_convergence.py` in the folder.
+        figures: those of `scripts/plot_convergence.py` in the folder, with the arguments that it had for each.
     """
 
     recipe: dict = field(default_factory=dict)
@@ -80,7 +80,7 @@ class RunRecord:
     evaluation: dict = field(default_factory=dict)
     measured: str = ""
     spectral_radius: float | None = None
-    figures: tuple[Path, ...] = ()
+    figures: dict[Path, dict] = field(default_factory=dict)
 
 
 def read_record(folder: str | Path, config: PreTrainedConfig) -> RunRecord:
@@ -109,7 +109,7 @@ def read_record(folder: str | Path, config: PreTrainedConfig) -> RunRecord:
         evaluation=_portable(results["arguments"]),
         measured=results["measured"],
         spectral_radius=results.get("spectral_radius"),
-        figures=tuple(file for name in FIGURES if (file := folder / f"{name}.png").is_file()),
+        figures=_read_figures(folder),
     )
 
 
@@ -126,12 +126,21 @@ def make_card(
         raise FileNotFoundError(f"{TEMPLATE} is not there: export from a clone of the repository of hf_deq.")
     record, config = record or RunRecord(), model.config
     auto_class = next(auto for auto, suffix in reversed(SUFFIXES.items()) if type(model).__name__.endswith(suffix))
-    command = {"command": evaluation_command(record, repo_id.split("/")[-1]), "how": record.measured}
+    name = repo_id.split("/")[-1]
+    command = {"command": script_command("evaluate", name, record.evaluation), "how": record.measured}
+    figures = [
+        {
+            "file": file.name,
+            "caption": FIGURES[file.stem],
+            "command": script_command("plot_convergence", name, arguments),
+        }
+        for file, arguments in record.figures.items()
+    ]
     shape = {name: value for name in SHAPE if (value := getattr(config, name, None)) is not None}
     return ModelCard.from_template(
         _card_data(record, repo_id, PIPELINE_TAGS[auto_class], config, license, language),
         template_path=str(TEMPLATE),
-        name=repo_id.split("/")[-1],
+        name=name,
         repo_id=repo_id,
         class_name=type(model).__name__,
         auto_class=auto_class,
@@ -147,22 +156,26 @@ def make_card(
         evaluation=record.results and _own_row(record.results, config) | evaluation_place(record) | command,
         dial=_dial_table(record.results) if record.results else None,
         spectral_radius=record.spectral_radius,
-        figures={file.name: FIGURES[file.stem] for file in record.figures},
+        figures=figures,
     )
 
 
-def evaluation_place(record: RunRecord) -> dict[str, str]:
-    """Corpus (or task) and split that results were measured on."""
+def evaluation_place(record: RunRecord) -> dict:
+    """Corpus (or task) and split that results were measured on, and whether it is a file or folder of one's own."""
     if record.recipe.get("task") == "copy_memory":
-        return {"corpus": "copy_memory", "split": "test"}
+        return {"corpus": "copy_memory", "split": "test", "is_local": False}
     corpus = record.evaluation.get("corpus", record.recipe.get("corpus", BUILT_IN_CORPUS))
-    return {"corpus": corpus, "split": record.evaluation.get("split", "validation")}
+    return {
+        "corpus": corpus,
+        "split": record.evaluation.get("split", "validation"),
+        "is_local": corpus != BUILT_IN_CORPUS and "/" not in corpus,
+    }
 
 
-def evaluation_command(record: RunRecord, name: str) -> str:
-    """The command that gives the results of the folder `name`."""
-    words = ["python", "scripts/evaluate.py", name]
-    for argument, value in record.evaluation.items():
+def script_command(script: str, name: str, arguments: dict) -> str:
+    """The command that gives what one of the scripts has made of the folder `name` by these arguments."""
+    words = ["python", f"scripts/{script}.py", name]
+    for argument, value in arguments.items():
         values = value if isinstance(value, list) else [str(value).lower() if isinstance(value, bool) else value]
         words += [f"--{argument}", *map(str, values)]
     return shlex.join(words)
@@ -174,6 +187,16 @@ def _read(file: Path, parse):
         return parse(file.read_text()) if file.is_file() else None
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _read_figures(folder: Path) -> dict[Path, dict]:
+    """The figures of which the numbers are there as well, with the arguments that gave them."""
+    figures = {}
+    for name in FIGURES:
+        numbers = _read(folder / f"{name}.json", json.loads)
+        if numbers and "arguments" in numbers and (folder / f"{name}.png").is_file():
+            figures[folder / f"{name}.png"] = _portable(numbers["arguments"])
+    return figures
 
 
 def _parse_results(text: str) -> dict:
@@ -191,11 +214,17 @@ def _is_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).suffix in (".txt", ".text", ".md") or Path(name).exists()
 
 
+def _name_of(place: str | list[str]) -> str | list[str]:
+    if isinstance(place, list):
+        return [_name_of(one) for one in place]
+    return Path(place).name if _is_local(place) else place
+
+
 def _portable(recipe: dict) -> dict:
     """A recipe for other machines: local files and folders go by their name alone."""
     places = {name: recipe[name] for name in PLACE_FIELDS if recipe.get(name)}
-    named = {name: Path(place).name if _is_local(place) else place for name, place in places.items()}
-    return {name: value for name, value in recipe.items() if name not in MACHINE_FIELDS} | named
+    kept = {name: value for name, value in recipe.items() if name not in MACHINE_FIELDS}
+    return kept | {name: _name_of(place) for name, place in places.items()}
 
 
 def _is_by_tolerance(row: dict) -> bool:
@@ -203,7 +232,12 @@ def _is_by_tolerance(row: dict) -> bool:
 
 
 def _own_row(results: list[dict], config: PreTrainedConfig) -> dict:
-    """The row at the model's own tolerance, or else at the tightest, or else of the largest budget."""
+    """The row at the model's own tolerance, or else at the tightest, or else of the largest budget.
+
+    Of a model that is unrolled, the row of its own number of applications.
+    """
+    if getattr(config, "gradient", None) == "unrolled":
+        return next((row for row in results if row.get("solver_max_evaluations") == config.solver_max_evaluations), {})
     by_tolerance = [row for row in results if _is_by_tolerance(row)]
     own = [row for row in by_tolerance if row["solver_tolerance"] == config.solver_tolerance]
     if own:
@@ -216,7 +250,7 @@ def _own_row(results: list[dict], config: PreTrainedConfig) -> dict:
 def _check_agreement(results: list[dict], cost: dict, config: PreTrainedConfig) -> None:
     """Results of the default protocol must be those of the validation that ended the training, which is by the same."""
     own = _own_row(results, config)
-    if own.get("solver_tolerance") != config.solver_tolerance:
+    if config.gradient != "unrolled" and own.get("solver_tolerance") != config.solver_tolerance:
         return
     for name in ("num_tokens", "perplexity"):
         ours, theirs = own.get(name), cost.get(f"validation_{name}")

@@ -16,6 +16,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_deq import check_cacheable
 from .configuration_deq import DEQConfig
 from .generation_deq import DEQGenerationMixin
 from .layer_deq import DEQLayer, Dial
@@ -172,7 +173,7 @@ class DEQModel(DEQPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if cache is not None:
-            _check_cacheable(self.config, unroll_steps)
+            check_cacheable(self.config, unroll_steps)
         context = self._context(inputs_embeds, attention_mask, position_ids, cache, memory, **kwargs)
         dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
         hidden_states = self._embed(inputs_embeds, input_ids)
@@ -184,7 +185,7 @@ class DEQModel(DEQPreTrainedModel):
             num_evaluations=output.solution.num_evaluations,
             converged=output.solution.converged,
             jacobian_loss=output.jacobian_loss,
-            memory=None if _is_padded(attention_mask) else output.memory,
+            memory=output.memory if output.memory is None or not _is_padded(attention_mask) else None,
         )
 
 
@@ -341,17 +342,4 @@ def _check_memory(memory, sizes: tuple[int, ...], rows: int, attention_mask, cac
         raise ValueError(
             "memory goes on where a text stopped, so there can be no padding: pass segments of one length, without "
             "zeros in attention_mask."
-        )
-
-
-def _check_cacheable(config: DEQConfig, unroll_steps: int | None) -> None:
-    if config.gradient == "unrolled" or unroll_steps is not None:
-        raise ValueError(
-            'Unrolled steps (gradient="unrolled", unroll_steps) have no equilibrium whose keys and values could be '
-            'cached: every step sees other ones. Pass use_cache=False, or solve with gradient="implicit".'
-        )
-    if config.solver_scope == "sequence":
-        raise ValueError(
-            'solver_scope="sequence" lets later tokens change earlier states until convergence, so a prefix has no '
-            'final state to cache. Pass use_cache=False, or set solver_scope="causal".'
         )

@@ -12,10 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import yaml
 from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from .copy_memory import CLASSES, SYMBOLS, CopyMemory
 from .data import (
@@ -209,6 +211,13 @@ class CopyMemoryTask:
         return f"to recall {wanted}\nrecalled  {given}"
 
 
+def read_recipe(model: str | Path) -> dict:
+    """What recipe.yaml says in a model's folder or Hub repository; nothing if it is not there."""
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(str(model), "recipe.yaml", **optional)
+    return yaml.safe_load(Path(file).read_text()) if file else {}
+
+
 def read_split(
     split: str,
     recipe: dict,
@@ -228,6 +237,8 @@ def read_split(
     Raises:
         ValueError: the corpus is not there, or has no such split.
     """
+    if corpus is None and "corpus" not in recipe:
+        print("note: no recipe says what the model was trained on; this is the built-in corpus.", file=sys.stderr)
     word_level = recipe.get("word_level", False) if word_level is None else word_level
     recipe = recipe if corpus is None else {}
     splits = read_corpus(
@@ -240,11 +251,11 @@ def read_split(
     )
     if split not in splits:
         raise ValueError(f"the corpus has no split {split!r}; it has {sorted(splits)}.")
-    fingerprint = corpus_fingerprint(splits)
-    if recipe.get("corpus_fingerprint", fingerprint) != fingerprint:
+    trained_on = recipe.get("corpus_fingerprint")
+    if trained_on and (fingerprint := corpus_fingerprint(splits)) != trained_on:
         print(
             f"note: this corpus ({fingerprint}) is not the one the model was trained on "
-            f"({recipe['corpus_fingerprint']}); the built-in one differs between Python versions, and parts of it may "
+            f"({trained_on}); the built-in one differs between Python versions, and parts of it may "
             "have been trained on.",
             file=sys.stderr,
         )

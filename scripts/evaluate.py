@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import hf_deq
 from hf_deq.convergence import held_out_windows, spectral_radii
 from hf_deq.data import encode_corpus
 from hf_deq.evaluation import dial_table, format_table, protocol, solver_settings
-from hf_deq.tasks import make_task, read_split
+from hf_deq.tasks import make_task, read_recipe, read_split
 from hf_deq.training_arguments import CopyMemoryArguments
 from hf_deq.word_level import encode_words
 
@@ -157,8 +156,7 @@ def evaluate_copy_memory(model, recipe: dict, settings: list[dict]) -> Evaluatio
 
 
 def main(folder: str, arguments: EvaluateArguments) -> None:
-    recipe_file = Path(folder) / "recipe.yaml"
-    recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
+    recipe = read_recipe(folder)
     model = load_model(folder, arguments)
     is_solved = isinstance(model.config, hf_deq.DEQConfig)
     settings = dial_settings(arguments, model.config) if is_solved else [{}]
@@ -170,10 +168,8 @@ def main(folder: str, arguments: EvaluateArguments) -> None:
     columns = [name for name in evaluation.columns if is_solved or name not in SOLVE]
     print(format_table([label(row) | {name: row[name] for name in columns} for row in evaluation.rows]))
     if evaluation.spectral_radius is not None:
-        print(
-            f"\nspectral radius of the Jacobian of f at the equilibrium: {evaluation.spectral_radius:.3f} "
-            f"(mean of {RADIUS_WINDOWS} windows)"
-        )
+        radius = f"{evaluation.spectral_radius:.2f} (an estimate, the mean of {RADIUS_WINDOWS} windows)"
+        print(f"\nspectral radius of the Jacobian of f at the equilibrium: {radius}")
     if arguments.output:
         results = {"arguments": given_arguments(arguments, is_solved)} | evaluation._asdict()
         del results["columns"]
@@ -182,7 +178,7 @@ def main(folder: str, arguments: EvaluateArguments) -> None:
 
 def given_arguments(arguments: EvaluateArguments, is_solved: bool) -> dict:
     """The arguments that decide the numbers: those not left at their defaults, and always those that make the rows."""
-    given, defaults = asdict(arguments), asdict(EvaluateArguments())
+    given, defaults = asdict(arguments), asdict(type(arguments)())
     elsewhere = ("budgets", "tolerances", "output", "device")
     decide = {name: value for name, value in given.items() if name not in elsewhere and value != defaults[name]}
     return decide | ({name: given[name] for name in ("budgets", "tolerances")} if is_solved else {})

@@ -34,7 +34,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from transformers import AutoTokenizer, HfArgumentParser
 
 from hf_deq.convergence import (
@@ -47,6 +46,7 @@ from hf_deq.convergence import (
 )
 from hf_deq.fixed_point import ConvergenceWarning
 from hf_deq.modeling_deq import DEQForCausalLM
+from hf_deq.tasks import read_recipe
 from hf_deq.training_arguments import CopyMemoryArguments
 
 try:
@@ -103,8 +103,7 @@ class Trained(NamedTuple):
 
 def load_model(folder: str, arguments: PlotArguments) -> tuple[DEQForCausalLM, dict]:
     """The language model in a folder, and its recipe."""
-    recipe_file = Path(folder) / "recipe.yaml"
-    recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
+    recipe = read_recipe(folder)
     if recipe.get("task") == CopyMemoryArguments.task:
         raise ValueError(f"{folder} has learnt to copy and has no held-out text: name the folder of a language model.")
     model = EVALUATE["load_model"](folder, arguments)
@@ -217,7 +216,10 @@ def draw_memory(trained: Trained, depths: list[int]) -> tuple[Figure, dict]:
 def draw_text(model: DEQForCausalLM, tokenizer, name: str, arguments: PlotArguments) -> tuple[Figure, dict]:
     ids = read_text(arguments.text, tokenizer, model.config)
     labels = [readable(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids]
-    tolerance, budget = model.config.solver_tolerance, arguments.evaluations
+    tolerance = max(
+        model.config.solver_tolerance, torch.finfo(model.dtype).eps / 2
+    )  # what rounding lets a solver reach
+    budget = arguments.evaluations
     residuals = token_trajectories(model, torch.tensor(ids), budget)
     taken = evaluations_to_tolerance(residuals, tolerance)
     late = int(np.isinf(taken).sum())
@@ -312,10 +314,14 @@ def finish(figure: Figure, *panels, legend: bool = True) -> None:
         figure.legend(loc="outside right upper", frameon=False, labelspacing=0.9)
 
 
-def save(folder: Path, name: str, figure: Figure, data: dict) -> None:
-    figure.savefig(folder / f"{name}.png", dpi=150)
-    (folder / f"{name}.json").write_text(json.dumps(finite(data), indent=1))
-    print(f"{folder / name}.png, .json")
+def save(arguments: PlotArguments, name: str, figure: Figure, data: dict) -> None:
+    """The figure, and its numbers with the arguments that gave them."""
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output / f"{name}.png", dpi=150)
+    given = {"arguments": EVALUATE["given_arguments"](arguments, is_solved=True)}
+    (output / f"{name}.json").write_text(json.dumps(finite(given | data), indent=1))
+    print(f"{output / name}.png, .json")
 
 
 def finite(data):
@@ -329,18 +335,15 @@ def finite(data):
 
 def main(folder: str, arguments: PlotArguments) -> None:
     warnings.simplefilter("ignore", ConvergenceWarning)  # what has not converged is what is drawn
-    output = Path(arguments.output)
     if arguments.text is not None:
         model, _ = load_model(folder, arguments)
         figure, data = draw_text(model, AutoTokenizer.from_pretrained(folder), Path(folder).resolve().name, arguments)
-        output.mkdir(parents=True, exist_ok=True)
-        save(output, "text", figure, data)
+        save(arguments, "text", figure, data)
         return
     trained, *others = (load(each, arguments) for each in (folder, *arguments.others))
-    output.mkdir(parents=True, exist_ok=True)
     files = [Path(file) for file in arguments.metrics] or [Path(folder) / "metrics.jsonl"]
     if arguments.metrics or files[0].is_file():
-        save(output, "training", *draw_training(files))
+        save(arguments, "training", *draw_training(files))
     else:
         print(f"note: {folder} has no metrics.jsonl, so training is not drawn; name one by --metrics.")
     figures = {
@@ -350,7 +353,7 @@ def main(folder: str, arguments: PlotArguments) -> None:
     }
     for name, draw in figures.items():
         print(f"measuring {name} ...", flush=True)
-        save(output, name, *draw())
+        save(arguments, name, *draw())
 
 
 if __name__ == "__main__":

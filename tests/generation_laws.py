@@ -10,6 +10,9 @@ from torch.nn.functional import pad
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     StaticCache,
     TextIteratorStreamer,
@@ -286,6 +289,18 @@ class GenerationLaws:
                 model.draft(**dial)
         with pytest.raises(ValueError, match="solver_max_evaluations must be at least 1, got 0"):
             model.draft(solver_max_evaluations=0)
+        for fields in ({"gradient": "unrolled"}, {"solver_scope": "sequence"}):
+            with pytest.raises(ValueError, match="cache"):
+                self.family.model(**fields, solver_tolerance=1e-2).draft()
+
+    def test_the_dial_is_for_the_model_and_may_stand_in_a_generation_config(self):
+        model, ids = self.family.model(), random_ids(1, 5)
+        loose = GenerationConfig(**REPORTED, solver_max_evaluations=2, pad_token_id=0)
+        assert set(torch.cat(model.generate(ids, loose).num_evaluations).tolist()) <= {2, 3}
+        assert min(model.generate(ids, loose, solver_max_evaluations=9).num_evaluations) > 3
+        explicit = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=8, n_layer=1, n_head=1, n_positions=32)).double()
+        drafted = model.generate(ids, **GREEDY, assistant_model=explicit, solver_tolerance=1e-9)
+        assert torch.equal(drafted, model.generate(ids, **GREEDY))
 
     def test_continuous_batching_is_refused(self):
         model = self.family.model()
@@ -310,6 +325,8 @@ class GenerationLaws:
             compiled = model.generate(ids, **arguments, cache_implementation=cache)
             assert torch.equal(compiled.sequences, eager.sequences)
             assert len(compiled.num_evaluations) == 5
+        model._compiled_call = model.forward  # as the library keeps what it compiled
+        assert not hasattr(model.draft(solver_max_evaluations=2), "_compiled_call")
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0 and not model._can_compile_fullgraph
 
     def test_continuing_from_a_returned_cache(self):

@@ -183,7 +183,7 @@ def test_command_lines_parse(page, begin):
         elif launcher == "pip":
             assert_extras_exist(arguments)
             continue
-        elif launcher == "lm_eval":  # parsed by its own test, where it is installed
+        elif launcher == "lm_eval":  # tests/test_lm_eval.py runs such a line
             assert (ROOT / arguments[arguments.index("--tasks") + 1]).is_file()
             continue
         elif launcher == "python":

@@ -187,7 +187,9 @@ def trained(tmp_path_factory):
     ):
         finished = script(name, *arguments)
         assert finished.returncode == 0, finished.stderr[-2000:]
-    Image.new("L", (1, 1)).save(model / "dial.png")
+    for name in ("dial", "memory"):
+        Image.new("L", (1, 1)).save(model / f"{name}.png")
+    (model / "dial.json").write_text(json.dumps({"arguments": {"stride": 16, "others": [str(folder / "other")]}}))
     return model
 
 
@@ -253,11 +255,13 @@ def test_the_card_tells_the_run(trained, dry):
     cost = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     radius = json.loads((trained / "results.json").read_text())["spectral_radius"]
     for expected in (
-        f"Jacobian of f has a spectral radius of {radius:.3f}",
-        "![Perplexity against tolerance and budget](dial.png)\n",
+        f"Jacobian of f has a spectral radius of {radius:.2f}",
+        "![Perplexity against tolerance and budget](dial.png)\n\n"
+        "`python scripts/plot_convergence.py numbers --stride 16 --others other`\n",
         'AutoModelForCausalLM.from_pretrained("user/numbers", trust_remote_code=True)',
         "hf download user/numbers --local-dir numbers\npython scripts/evaluate.py numbers --budgets 1 2",
         "In full: the validation split: ",
+        "(`numbers.txt` must be in the working folder.)\n",
         "windows of 16, stride 8; solver anderson, ",
         "| at most 2 evaluations |",
         "| tolerance 0.001 |",
@@ -270,6 +274,7 @@ def test_the_card_tells_the_run(trained, dry):
     ):
         assert expected in text
     assert f"{cost['num_parameters']:,} parameters" in text and "output_dir" not in text
+    assert "memory.png" not in text  # nobody knows how it was drawn
 
 
 def test_the_card_asks_for_what_the_package_asks_for():
@@ -294,6 +299,13 @@ def test_what_is_not_known_is_left_out():
     assert "## Architecture" in text and "kernel_size" in text and "Solved by default" in text
     unrolled = make_card(TRELLISNET.model(gradient="unrolled"), "model").text
     assert "has no equilibrium to solve for" in unrolled and "Solved by default" not in unrolled
+
+
+def test_the_row_of_an_unrolled_model_is_that_of_its_own_depth():
+    model = TRELLISNET.model(gradient="unrolled", solver_max_evaluations=6)
+    rows = [{"solver_max_evaluations": n, "solver_tolerance": 0.0, "perplexity": 10.0 + n} for n in (1, 8, 6)]
+    (result,) = make_card(model, "user/model", RunRecord(results=rows)).data.eval_results
+    assert result.metric_value == 16.0 and result.metric_args == {"solver_max_evaluations": 6}
 
 
 @pytest.mark.parametrize(

