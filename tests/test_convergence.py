@@ -292,7 +292,7 @@ def test_the_script_draws_its_figures_and_writes_their_numbers(runs, plot, tmp_p
     assert training[str(metrics[0])]["backward_evaluations"][0] is None  # shallow pretraining
     assert training[str(metrics[1])]["forward_evaluations"] == [3.0, 3.0, 3.0]
     for figure in (training, residuals, dial, memory):
-        assert figure.pop("arguments")["budgets"] == [1, 2]  # what it was drawn by
+        assert figure.pop("arguments")["budgets"] == [2, 1]  # what it was drawn by
     (curves,) = residuals.values()
     assert np.array(list(curves.values())).shape == (4, 3, 7)
     assert any("stack: plain iteration" in name and "3 unrolled steps" in name for name in curves)

@@ -354,16 +354,3 @@ def test_ctrl_c_saves_and_leaves(corpus, tmp_path):
     assert process.returncode == 130 and "continue with --resume" in printed
     saved = json.loads((tmp_path / "checkpoint" / "run.json").read_text())
     assert saved["step"] == metrics.read_text().count("\n")
-
-
-def test_bring_your_own_f_runs_as_printed_in_the_readme():
-    (example,) = [
-        code
-        for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-        if "class DEQ" in code
-    ]
-    finished = subprocess.run(
-        [sys.executable, "-W", "error", "-c", example], capture_output=True, text=True, timeout=120
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert float(re.search(r"tensor\((.*)\)", finished.stdout)[1]) > 0
