@@ -22,14 +22,14 @@ import statistics
 import sys
 import time
 import warnings
-from argparse import RawDescriptionHelpFormatter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache
 
 import hf_deq
+from hf_deq.command_line import run_script
 from hf_deq.evaluation import format_table
 
 SIZES = {
@@ -181,10 +181,4 @@ def decode(model, way: dict, do_sample: bool, new_tokens: int) -> tuple[float, d
 
 
 if __name__ == "__main__":
-    (parsed,) = HfArgumentParser(
-        BenchmarkArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    ).parse_args_into_dataclasses()
-    try:
-        main(parsed)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, BenchmarkArguments, __doc__)

@@ -9,8 +9,6 @@ those of the language model's constructor, as a JSON object.
 
 import json
 import pickle
-import sys
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +16,9 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
+from hf_deq.command_line import run_script
 from hf_deq.conversion import FAMILIES, convert_checkpoint
 
 CARD = """---
@@ -132,10 +131,4 @@ def save_tokenizer(name: str, vocab_size: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(ConvertArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="File with the state dict.")
-    parsed, positional = parser.parse_args_into_dataclasses()
-    try:
-        main(positional.checkpoint, parsed)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, ConvertArguments, __doc__, checkpoint="File with the state dict.")

@@ -11,16 +11,15 @@ baseline, has a single row. The file of --output also has the arguments of this 
 """
 
 import json
-import sys
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_deq
+from hf_deq.command_line import run_script
 from hf_deq.convergence import held_out_windows, spectral_radii
 from hf_deq.data import encode_corpus
 from hf_deq.evaluation import dial_table, format_table, protocol, solver_settings
@@ -206,10 +205,4 @@ def label(row: dict) -> dict:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(EvaluateArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Model folder or Hub repository.")
-    parsed, positional = parser.parse_args_into_dataclasses()
-    try:
-        main(positional.model, parsed)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, EvaluateArguments, __doc__, model="Model folder or Hub repository.")

@@ -6,13 +6,13 @@ python scripts/generate.py deq-model --prompt "The iterator " --solver_tolerance
 
 import sys
 import time
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 import hf_deq  # noqa: F401  registers the model types
+from hf_deq.command_line import run_script
 
 
 @dataclass
@@ -72,10 +72,4 @@ def main(model_folder: str, arguments: GenerateArguments) -> None:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(GenerateArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Model folder or Hub repository.")
-    parsed, positional = parser.parse_args_into_dataclasses()
-    try:
-        main(positional.model, parsed)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, GenerateArguments, __doc__, model="Model folder or Hub repository.")

@@ -27,15 +27,15 @@ import runpy
 import sys
 import textwrap
 import warnings
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
+from hf_deq.command_line import run_script
 from hf_deq.convergence import (
     activations_by_depth,
     evaluations_over_training,
@@ -216,10 +216,8 @@ def draw_memory(trained: Trained, depths: list[int]) -> tuple[Figure, dict]:
 def draw_text(model: DEQForCausalLM, tokenizer, name: str, arguments: PlotArguments) -> tuple[Figure, dict]:
     ids = read_text(arguments.text, tokenizer, model.config)
     labels = [readable(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids]
-    tolerance = max(
-        model.config.solver_tolerance, torch.finfo(model.dtype).eps / 2
-    )  # what rounding lets a solver reach
-    budget = arguments.evaluations
+    # What rounding lets the solver reach, if that is more than what is asked of it.
+    tolerance, budget = max(model.config.solver_tolerance, torch.finfo(model.dtype).eps / 2), arguments.evaluations
     residuals = token_trajectories(model, torch.tensor(ids), budget)
     taken = evaluations_to_tolerance(residuals, tolerance)
     late = int(np.isinf(taken).sum())
@@ -357,10 +355,4 @@ def main(folder: str, arguments: PlotArguments) -> None:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(PlotArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Model folder or Hub repository.")
-    parsed, positional = parser.parse_args_into_dataclasses()
-    try:
-        main(positional.model, parsed)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, PlotArguments, __doc__, model="Model folder or Hub repository.")

@@ -11,14 +11,14 @@ and the evaluation that are in the model's folder.
 
 import sys
 import tempfile
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
+from hf_deq.command_line import run_script
 from hf_deq.hub import export_hub_folder, load_model, read_config
 from hf_deq.model_card import read_record
 
@@ -109,10 +109,4 @@ def push(folder: str, options: PushArguments) -> str:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(PushArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Model folder, as scripts/train.py writes it.")
-    parsed, positional = parser.parse_args_into_dataclasses()
-    try:
-        main(positional.model, parsed)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main, PushArguments, __doc__, model="Model folder, as scripts/train.py writes it.")
