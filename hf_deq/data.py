@@ -10,6 +10,7 @@ A corpus is a `datasets.DatasetDict` with one document per row in the column `te
 
 import ast
 import hashlib
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -78,11 +79,17 @@ def corpus_fingerprint(corpus: DatasetDict) -> str:
     return digest.hexdigest()[:12]
 
 
+def with_progress(items, doing: str, total: int | None = None) -> tqdm:
+    """The items, and a bar if working on them takes over five seconds; of several processes in the first alone."""
+    elsewhere = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    return tqdm(items, desc=doing, total=total, leave=False, delay=5, disable=elsewhere)
+
+
 def batches_of_documents(split: Dataset, doing: str) -> Iterator[list[str]]:
-    """The column `text` in batches: by row it takes ten times as long. What takes over five seconds has a bar."""
+    """The column `text` in batches, with progress: by row it takes ten times as long."""
     batches = split.iter(batch_size=DOCUMENTS_PER_BATCH)
     total = -(-len(split) // DOCUMENTS_PER_BATCH)
-    for batch in tqdm(batches, desc=doing, total=total, leave=False, delay=5):
+    for batch in with_progress(batches, doing, total):
         yield batch["text"]
 
 
@@ -106,8 +113,7 @@ def train_tokenizer(split: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = tqdm(split["text"], desc="train tokenizer", leave=False, delay=5)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(with_progress(split["text"], "train tokenizer"), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
@@ -261,7 +267,7 @@ def _documents(library: Path) -> Iterator[tuple[str, str]]:
         for relative in relatives
         if not LEFT_OUT_FOLDERS & set(relative.parts) and not relative.parts[0].startswith("config-")
     ]
-    for relative in tqdm(ours, desc="read documentation", leave=False, delay=5):
+    for relative in with_progress(ours, "read documentation"):
         tree = _parse(library / relative)
         if tree is None:
             continue

@@ -1,9 +1,8 @@
 """N-gram baselines: what counting achieves on the same tokens."""
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from .data import TokenStream
+from .data import TokenStream, with_progress
 
 
 def ngram_bits_per_byte(train: TokenStream, valid: TokenStream, start_id: int, vocab_size: int, order: int) -> float:
@@ -22,7 +21,7 @@ def ngram_bits_per_byte(train: TokenStream, valid: TokenStream, start_id: int, v
         np.concatenate([np.full(order - 1, start_id), stream.ids.numpy()]) for stream in (train, valid)
     )
     probability = np.full(len(valid.ids), 1 / vocab_size)
-    for n in tqdm(range(1, order + 1), desc=f"baseline: {order}-grams", leave=False, delay=5):
+    for n in with_progress(range(1, order + 1), f"baseline: {order}-grams"):
         train_grams, valid_grams = (_ngram_keys(ids, n, order, vocab_size) for ids in (train_ids, valid_ids))
         grams, gram_counts = np.unique(train_grams, return_counts=True)
         contexts, successors = np.unique(grams // vocab_size, return_counts=True)

@@ -141,6 +141,8 @@ def test_long_work_says_how_far_it_is(monkeypatch, capsys):
     split = Dataset.from_dict({"text": ["a line"] * 2500})
     assert [len(texts) for texts in data.batches_of_documents(split, "encode words")] == [1000, 1000, 500]
     assert "encode words: 100%|" in (said := capsys.readouterr().err) and "3/3" in said
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a second process is silent
+    assert len(list(data.batches_of_documents(split, "encode words"))) == 3 and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
