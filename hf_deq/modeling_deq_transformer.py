@@ -259,8 +259,8 @@ class DEQTransformerLayer(DEQLayer):
         ]
         weights = None
         if self.training and config.attention_dropout:
-            weights = like.new_empty(len(like), config.num_attention_heads, like.shape[1], keys)
-            weights = draw_dropout_mask(weights, config.attention_dropout, True)
+            shape = (len(like), config.num_attention_heads, like.shape[1], keys)
+            weights = draw_dropout_mask(like.new_empty(()).expand(shape), config.attention_dropout, True)
         return *outputs, weights
 
 
