@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .data import TokenStream
+from .generation_deq import REPORTED
 from .perplexity.formula import perplexity_of
 from .position_algebra import widest_dtype
 from .softmax_heads import LogProbabilityHead
@@ -274,7 +275,7 @@ def _score(model: PreTrainedModel, inputs: Tensor, targets: Tensor, counted: int
     """
     targets = targets[:, -counted:].to(model.device)
     outputs, nats = _nats(model, inputs.to(model.device), targets, counted, arguments)
-    solver = [getattr(outputs, name, None) for name in ("num_evaluations", "residual", "converged")]
+    solver = [getattr(outputs, name, None) for name in REPORTED]
     sums = [0.0 if report is None else report.float().sum().item() for report in solver]
     tokens = (targets != -100).sum().item()
     totals = torch.tensor([nats.item(), tokens, len(inputs), *sums], dtype=torch.float64)

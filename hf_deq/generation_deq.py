@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from .cache_deq import check_cacheable
 from .layer_deq import Dial
 
-# What `generate` reports of every pass.
+# What is said of every solve, in this order.
 REPORTED = ("num_evaluations", "residual", "converged")
 # The reports of the `generate` call that is running, `None` if it wants none. Calls may run in several threads.
 _reports: ContextVar[list[dict] | None] = ContextVar("_reports", default=None)

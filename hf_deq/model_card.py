@@ -236,7 +236,7 @@ def _own_row(results: list[dict], config: PreTrainedConfig) -> dict:
 
     Of a model that is unrolled, the row of its own number of applications.
     """
-    if getattr(config, "gradient", None) == "unrolled":
+    if config.gradient == "unrolled":
         return next((row for row in results if row.get("solver_max_evaluations") == config.solver_max_evaluations), {})
     by_tolerance = [row for row in results if _is_by_tolerance(row)]
     own = [row for row in by_tolerance if row["solver_tolerance"] == config.solver_tolerance]

@@ -20,7 +20,7 @@ from .cache_deq import check_cacheable
 from .configuration_deq import DEQConfig
 from .generation_deq import DEQGenerationMixin
 from .layer_deq import DEQLayer, Dial
-from .softmax_heads import LogProbabilityHead
+from .softmax_heads import LogProbabilityHead, check_ids
 
 # What Transformers called the cache before 5.24, for callers written then.
 FORMER_CACHE_NAME = {"old_name": "past_key_values", "new_name": "cache", "version": "5.40.0"}
@@ -315,13 +315,8 @@ def _check_inputs(config: DEQConfig, input_size: int, input_ids: Tensor | None, 
         raise ValueError("The input is empty: give at least one token (a beginning-of-text token will do).")
     if inputs_embeds is not None and inputs_embeds.shape[-1] != input_size:
         raise ValueError(f"inputs_embeds must be (batch, sequence, {input_size}), got {tuple(inputs_embeds.shape)}.")
-    if input_ids is not None and not torch.compiler.is_compiling():
-        smallest, largest = input_ids.aminmax()
-        if smallest < 0 or largest >= config.vocab_size:
-            raise ValueError(
-                f"input_ids must lie in [0, vocab_size={config.vocab_size}), got {int(smallest)} to {int(largest)}. "
-                "Do the tokenizer and the model belong together?"
-            )
+    if input_ids is not None:
+        check_ids("input_ids", input_ids, config.vocab_size)
 
 
 def _check_memory(memory, sizes: tuple[int, ...], rows: int, attention_mask, cache) -> None:

@@ -31,7 +31,8 @@ class LogProbabilityHead(nn.Module):
         """
         if targets is None:
             return self._all(states)
-        _check_targets(targets, self.vocab_size)
+        # A clustered vocabulary would count an id beyond it to some cluster.
+        check_ids("labels", targets, self.vocab_size, " (or be -100)")
         return self._negative_log_likelihood(states, targets)
 
     def initialize(self, std: float) -> None:
@@ -78,14 +79,18 @@ class MixtureOfSoftmaxes(LogProbabilityHead):
         return torch.logaddexp(mixed, mixed.new_tensor(math.log(1e-8)))
 
 
-def _check_targets(targets: Tensor, vocab_size: int) -> None:
-    """A clustered vocabulary would count an id beyond it to some cluster."""
-    if torch.compiler.is_compiling() or not targets.numel():
+def check_ids(name: str, ids: Tensor, vocab_size: int, exception: str = "") -> None:
+    """Refuse ids that are not of the vocabulary; `exception` says in the message what else is allowed.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if torch.compiler.is_compiling() or not ids.numel():
         return
-    smallest, largest = targets.aminmax()
+    smallest, largest = ids.aminmax()
     if smallest < 0 or largest >= vocab_size:
         raise ValueError(
-            f"labels must lie in [0, vocab_size={vocab_size}) (or be -100), got {int(smallest)} to {int(largest)}. "
+            f"{name} must lie in [0, vocab_size={vocab_size}){exception}, got {int(smallest)} to {int(largest)}. "
             "Do the tokenizer and the model belong together?"
         )
 

@@ -31,6 +31,7 @@ from .data import (
     train_tokenizer,
 )
 from .evaluation import evaluate_perplexity, evaluating, protocol, solver_settings
+from .generation_deq import REPORTED
 from .ngrams import ngram_bits_per_byte
 from .position_algebra import widest_dtype
 from .training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
@@ -186,7 +187,7 @@ class CopyMemoryTask:
             totals = sum(_score(model, batch, dial) for batch in batches)
         if accelerator is not None:
             totals = accelerator.reduce(totals.to(accelerator.device, widest_dtype(accelerator.device))).double().cpu()
-        names = ("loss", "recalled", "num_evaluations", "residual", "converged")
+        names = ("loss", "recalled", *REPORTED)
         return dict(zip(names, (totals / len(self.test)).tolist(), strict=True))
 
     def baselines(self) -> dict[str, float]:

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_deq import DEQConfig
+from .generation_deq import REPORTED
 from .tasks import CopyMemoryTask, LanguageModeling
 from .training_arguments import TrainingArguments
 
 SOLVER_ARGUMENTS = ("train_solver_tolerance",)  # of TrainingArguments
-SOLVER_METRICS = ("num_evaluations", "residual", "converged")  # of a validation
 
 
 class EquilibriumModel:
@@ -114,7 +114,7 @@ class ExplicitModel:
 
     def validation(self, metrics: dict[str, float]) -> dict[str, float]:
         """All but the solver's."""
-        return {name: value for name, value in metrics.items() if name not in SOLVER_METRICS}
+        return {name: value for name, value in metrics.items() if name not in REPORTED}
 
     def describe(self, metrics: dict[str, float]) -> str:
         """There are no solves to speak of."""

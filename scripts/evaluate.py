@@ -21,15 +21,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import hf_deq
 from hf_deq.command_line import run_script
 from hf_deq.convergence import held_out_windows, spectral_radii
-from hf_deq.data import encode_corpus
+from hf_deq.data import TokenStream, encode_corpus
 from hf_deq.evaluation import dial_table, format_table, protocol, solver_settings
+from hf_deq.generation_deq import REPORTED
 from hf_deq.tasks import make_task, read_recipe, read_split
 from hf_deq.training_arguments import CopyMemoryArguments
 from hf_deq.word_level import encode_words
 
-SOLVE = ("num_evaluations", "residual", "converged")
-COLUMNS = ("bits_per_byte", "perplexity", "word_perplexity", *SOLVE)
-COPY_COLUMNS = ("loss", "recalled", *SOLVE)
+COLUMNS = ("bits_per_byte", "perplexity", "word_perplexity", *REPORTED)
+COPY_COLUMNS = ("loss", "recalled", *REPORTED)
 RADIUS_WINDOWS = 8
 
 
@@ -89,7 +89,7 @@ def load_model(folder: str, arguments: EvaluateArguments):
     return AutoModelForCausalLM.from_pretrained(folder, config=config).to(arguments.device)
 
 
-def load_stream(recipe: dict, tokenizer, arguments: EvaluateArguments):
+def load_stream(recipe: dict, tokenizer, arguments: EvaluateArguments) -> TokenStream:
     """The stream to evaluate on: what the arguments name, else what the model's recipe names."""
     texts, word_level = read_split(
         arguments.split,
@@ -100,6 +100,11 @@ def load_stream(recipe: dict, tokenizer, arguments: EvaluateArguments):
         arguments.word_level,
     )
     return (encode_words if word_level else encode_corpus)(texts, tokenizer)
+
+
+def window_length(recipe: dict, arguments: EvaluateArguments) -> int:
+    """Tokens per window or segment."""
+    return arguments.length or recipe.get("sequence_length", 128)
 
 
 class Evaluation(NamedTuple):
@@ -113,17 +118,15 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_language_model(
-    model, folder: str, recipe: dict, settings: list[dict], arguments: EvaluateArguments
+    model, stream: TokenStream, start_id: int, recipe: dict, settings: list[dict], arguments: EvaluateArguments
 ) -> Evaluation:
-    """On a text."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    stream = load_stream(recipe, tokenizer, arguments)
+    """On a text, whose first token is predicted from `start_id`."""
     carry_memory = recipe.get("carry_memory", False) if arguments.carry_memory is None else arguments.carry_memory
-    length = arguments.length or recipe.get("sequence_length", 128)
+    length = window_length(recipe, arguments)
     rows = dial_table(
         model,
         stream,
-        tokenizer.eos_token_id,
+        start_id,
         settings,
         length=length,
         stride=arguments.stride,
@@ -138,12 +141,15 @@ def evaluate_language_model(
     )
     remembers = getattr(model.config, "memory_length", None)
     how = protocol(length, arguments.stride, arguments.batch_size, carry_memory, arguments.drop_remainder, remembers)
-    measured = f"{counts}, {how}; {solver_settings(model.config)}, unless a row says otherwise"
-    radius = None
-    if getattr(model.config, "gradient", "unrolled") != "unrolled":
-        windows = held_out_windows(stream.ids, RADIUS_WINDOWS, min(length, len(stream.ids)))
-        radius = spectral_radii(model, windows).mean().item()
-    return Evaluation(measured, rows, COLUMNS, radius)
+    return Evaluation(f"{counts}, {how}; {solver_settings(model.config)}, unless a row says otherwise", rows, COLUMNS)
+
+
+def estimate_spectral_radius(model, stream: TokenStream, length: int) -> float | None:
+    """The mean over windows; `None` of a model that is not solved for."""
+    if getattr(model.config, "gradient", "unrolled") == "unrolled":
+        return None
+    windows = held_out_windows(stream.ids, RADIUS_WINDOWS, min(length, len(stream.ids)))
+    return spectral_radii(model, windows).mean().item()
 
 
 def evaluate_copy_memory(model, recipe: dict, settings: list[dict]) -> Evaluation:
@@ -162,9 +168,13 @@ def main(folder: str, arguments: EvaluateArguments) -> None:
     if recipe.get("task") == CopyMemoryArguments.task:
         evaluation = evaluate_copy_memory(model, recipe, settings)
     else:
-        evaluation = evaluate_language_model(model, folder, recipe, settings, arguments)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        stream = load_stream(recipe, tokenizer, arguments)
+        evaluation = evaluate_language_model(model, stream, tokenizer.eos_token_id, recipe, settings, arguments)
+        radius = estimate_spectral_radius(model, stream, window_length(recipe, arguments))
+        evaluation = evaluation._replace(spectral_radius=radius)
     print(f"{folder} on {evaluation.measured}\n")
-    columns = [name for name in evaluation.columns if is_solved or name not in SOLVE]
+    columns = [name for name in evaluation.columns if is_solved or name not in REPORTED]
     print(format_table([label(row) | {name: row[name] for name in columns} for row in evaluation.rows]))
     if evaluation.spectral_radius is not None:
         radius = f"{evaluation.spectral_radius:.2f} (an estimate, the mean of {RADIUS_WINDOWS} windows)"

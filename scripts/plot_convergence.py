@@ -44,6 +44,7 @@ from hf_deq.convergence import (
     residual_trajectories,
     token_trajectories,
 )
+from hf_deq.data import TokenStream
 from hf_deq.fixed_point import ConvergenceWarning
 from hf_deq.modeling_deq import DEQForCausalLM
 from hf_deq.tasks import read_recipe
@@ -92,12 +93,13 @@ class PlotArguments(EVALUATE["EvaluateArguments"]):
 
 
 class Trained(NamedTuple):
-    """A trained language model, and `windows` `(windows, length)` of a text that it has not seen."""
+    """A trained language model, a text that it has not seen, and `windows` `(windows, length)` of that text."""
 
-    folder: str
     name: str
     model: DEQForCausalLM
     recipe: dict
+    stream: TokenStream
+    start_id: int
     windows: torch.Tensor
 
 
@@ -115,9 +117,10 @@ def load_model(folder: str, arguments: PlotArguments) -> tuple[DEQForCausalLM, d
 def load(folder: str, arguments: PlotArguments) -> Trained:
     """A model folder and the text that evaluate.py would take for it."""
     model, recipe = load_model(folder, arguments)
-    stream = EVALUATE["load_stream"](recipe, AutoTokenizer.from_pretrained(folder), arguments)
-    windows = held_out_windows(stream.ids, arguments.windows, arguments.length or recipe.get("sequence_length", 128))
-    return Trained(folder, Path(folder).resolve().name, model, recipe, windows)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stream = EVALUATE["load_stream"](recipe, tokenizer, arguments)
+    windows = held_out_windows(stream.ids, arguments.windows, EVALUATE["window_length"](recipe, arguments))
+    return Trained(Path(folder).resolve().name, model, recipe, stream, tokenizer.eos_token_id, windows)
 
 
 def draw_training(files: list[Path]) -> tuple[Figure, dict]:
@@ -171,7 +174,7 @@ def draw_dial(trained: Trained, arguments: PlotArguments) -> tuple[Figure, dict]
     ]
     budgets = [{"solver_max_evaluations": budget, "solver_tolerance": 0.0} for budget in sorted(arguments.budgets)]
     evaluate, settings = EVALUATE["evaluate_language_model"], tolerances + budgets
-    evaluation = evaluate(trained.model, trained.folder, trained.recipe, settings, arguments)
+    evaluation = evaluate(trained.model, trained.stream, trained.start_id, trained.recipe, settings, arguments)
     measured, rows = evaluation.measured, evaluation.rows
     rows = rows[: len(tolerances)], rows[len(tolerances) :]
     figure = Figure(figsize=(9, 4), layout="constrained")
