@@ -10,7 +10,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_deq import DEQConfig
-from .modeling_deq import FORMER_CACHE_NAME, DEQModel, DEQPreTrainedModel, SolveReport, token_mask
+from .masking_deq import check_mask, read_rows
+from .modeling_deq import FORMER_CACHE_NAME, DEQModel, DEQPreTrainedModel, SolveReport
 
 
 @dataclass
@@ -73,6 +74,9 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
         )
         states = outputs.last_hidden_state
         rows = torch.arange(len(states), device=states.device)
+        cache = outputs.cache if cache is None else cache
+        past_length = 0 if cache is None else cache.get_seq_length() - states.shape[1]  # it has taken these tokens in
+        attention_mask = check_mask(attention_mask, *states.shape[:2], past_length)
         logits = self.score(states[rows, self._last_tokens(states, attention_mask, input_ids)])
         loss = None
         if labels is not None:
@@ -84,7 +88,7 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
         batch, length = states.shape[:2]
         tokens, pad_token_id = None, self.config.pad_token_id
         if attention_mask is not None:
-            tokens = token_mask(attention_mask, attention_mask.shape[-1] - length, length)
+            tokens = read_rows(attention_mask, None, False, attention_mask.shape[-1] - length, length).tokens
         elif input_ids is not None and pad_token_id is not None:
             tokens = (input_ids != pad_token_id)[..., None]
         elif input_ids is not None and batch > 1:

@@ -29,7 +29,7 @@ from .fixed_point import SOLVERS, ConvergenceWarning, FixedPointSolver
 from .jacobian import spectral_radius
 from .layer_deq import make_solver
 from .modeling_deq import DEQPreTrainedModel
-from .position_algebra import relative_residual, square_norm
+from .position_algebra import norm, relative_residual
 
 TRAINING_COLUMNS = ("step", "forward_evaluations", "backward_evaluations", "residual", "loss")
 
@@ -66,8 +66,8 @@ def residual_trajectories(
         budget: evaluations of f, at least 1; the tolerance is zero.
 
     Returns:
-        For each solver, float64 `(batch, budget)`: `||f(z) - z|| / ||f(z)||` of every row at its 1st, 2nd, ...
-        evaluation. These are residuals of iterates, not the best so far, so they may rise. A solve that rounding ends
+        For each solver, float64 `(batch, budget)`: `||f(z) - z|| / ||f(z)||` of every row's worst position at its
+        1st, 2nd, ... evaluation. These are residuals of iterates, not the best so far, so they may rise. A solve that rounding ends
         before its budget stays where it is.
 
     Raises:
@@ -81,7 +81,7 @@ def residual_trajectories(
         solver = _configured(name, model.config, budget, damping=1.0 if name == "picard" else None)
         with evaluating(model), _unconverged_on_purpose(), recorded_residuals(model, solver) as residuals:
             model.base_model(input_ids, use_cache=False)
-        trajectories[name] = _stacked(residuals, budget, dim=1)
+        trajectories[name] = _stacked([residual.amax(1) for residual in residuals], budget, dim=1)
     return trajectories
 
 
@@ -110,8 +110,7 @@ def token_trajectories(model: DEQPreTrainedModel, input_ids: Tensor, budget: int
     if not len(input_ids):
         raise ValueError("there is no token: give a text of at least one.")
     solver = _configured(model.config.solver, model.config, budget)
-    recording = recorded_residuals(model, solver, of=lambda square: square)
-    with evaluating(model), _unconverged_on_purpose(), recording as residuals:
+    with evaluating(model), _unconverged_on_purpose(), recorded_residuals(model, solver) as residuals:
         model.base_model(input_ids[None].to(model.device), use_cache=False)
     return _stacked([residual[0] for residual in residuals], budget, dim=0)
 
@@ -120,8 +119,8 @@ def evaluations_to_tolerance(trajectories: np.ndarray, tolerance: float) -> np.n
     """How many evaluations of f every token took: the first from which on its own residual stays at the tolerance.
 
     A residual that falls below the tolerance and rises again has not settled: what counts is the last crossing within
-    the budget. A solve at that tolerance stops by another rule: a position once the residual over its whole prefix is
-    below it, and the text once every position has stopped. Its `num_evaluations` is thus near the largest of these
+    the budget. A solve at that tolerance stops a position when its residual and those of all before it are at the
+    tolerance, and the text when every position has stopped. Its `num_evaluations` is thus near the largest of these
     counts, not their mean.
 
     Args:
@@ -138,31 +137,27 @@ def evaluations_to_tolerance(trajectories: np.ndarray, tolerance: float) -> np.n
 
 
 @contextmanager
-def recorded_residuals(
-    model: DEQPreTrainedModel, solver: FixedPointSolver, of: Callable[[Tensor], Tensor] = lambda square: square.sum(1)
-) -> Iterator[list[Tensor]]:
+def recorded_residuals(model: DEQPreTrainedModel, solver: FixedPointSolver) -> Iterator[list[Tensor]]:
     """Within this context the model solves by `solver`, without gradients, and says how every evaluation went.
 
     Args:
         model: a deep equilibrium model.
         solver: takes the place of the configured one.
-        of: from the squared norms of all positions `(batch, sequence)` to those of what residuals are wanted of; by
-            default rows.
 
     Yields:
-        A list that grows by one tensor for each call of f, `(batch,)` for rows: the relative residual of the state it
-        was called with. The last one is the residual that the solve reports.
+        A list that grows by one tensor `(batch, sequence)` for each call of f: the relative residual, at every
+        position, of the state it was called with. The largest of the last is the residual that the solve reports.
     """
     residuals = []
 
-    def solve(f, z0, dial):
+    def solve(f, z0, dial, texts=None):
         def recorded(z):
             f_z = f(z)
-            residuals.append(relative_residual(of(square_norm(f_z - z)), of(square_norm(f_z))))
+            residuals.append(relative_residual(norm(f_z - z), norm(f_z))[..., 0])
             return f_z
 
         with torch.no_grad():
-            return equilibrium(recorded, z0, solver), None
+            return equilibrium(recorded, z0, solver, texts=texts), None
 
     with _solved_by(model, solve):
         yield residuals
@@ -181,8 +176,8 @@ def spectral_radii(model: DEQPreTrainedModel, input_ids: Tensor, steps: int = 50
     """
     solve, radii = model.base_model.layers[0].solve, []
 
-    def measured(f, z0, dial):
-        solution, jacobian_loss = solve(f, z0, dial)
+    def measured(f, z0, dial, texts=None):
+        solution, jacobian_loss = solve(f, z0, dial, texts)
         radii.append(spectral_radius(f, solution.value, steps))
         return solution, jacobian_loss
 
@@ -269,7 +264,7 @@ def evaluations_over_training(metrics_file: str | Path) -> dict[str, np.ndarray]
 
 @contextmanager
 def _solved_by(model: DEQPreTrainedModel, solve: Callable) -> Iterator[None]:
-    """Within this context `solve(f, z0, dial)` takes the place of the model's own."""
+    """Within this context `solve(f, z0, dial, texts)` takes the place of the model's own."""
     (layer,) = model.base_model.layers
     before = vars(layer).get("solve")
     layer.solve = solve  # on the instance, in front of the method of its class

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .fixed_point import AndersonSolver, FixedPointSolution, FixedPointSolver, SequenceMap
-from .position_algebra import relative_residual, square_norm
+from .packed_texts import Texts
+from .position_algebra import Positions, norm, relative_residual
 
 
 def equilibrium(
@@ -30,6 +31,7 @@ def equilibrium(
     z0: Tensor,
     solver: FixedPointSolver | None = None,
     gradient: "GradientEstimator | None" = None,
+    texts: Texts | None = None,
 ) -> FixedPointSolution:
     """Solve z = f(z) and return f(z) with gradients to everything f closes over.
 
@@ -39,15 +41,17 @@ def equilibrium(
         z0: where the solver starts; receives no gradient, except from `UnrolledGradient`.
         solver: how the equilibrium is found. Default: `AndersonSolver()`.
         gradient: how it is differentiated. Default: `ImplicitGradient()`.
+        texts: the texts of packed rows; `None` where every row is one text.
 
     Returns:
-        `FixedPointSolution` whose `value` (and `image`) is f(z) for the last z that f was called with,
-        `residual` = ||f(z) - z|| / ||f(z)||, and all calls of f counted, those with a graph too.
+        `FixedPointSolution` whose `value` (and `image`) is f(z) for the last z that f was called with. `residual` is
+        the largest ||f(z) - z|| / ||f(z)|| over the positions of a text. All calls of f are counted, those with a
+        graph too.
 
     Raises:
         ValueError: z0 is not a floating point state of three dimensions, or f changes its shape.
     """
-    return (gradient or ImplicitGradient())(f, z0, solver or AndersonSolver())
+    return (gradient or ImplicitGradient())(f, z0, solver or AndersonSolver(), texts)
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,18 @@ class ImplicitGradient:
     solver: FixedPointSolver = field(default_factory=AndersonSolver)
     on_backward: Callable[[FixedPointSolution], None] | None = None
 
-    def __call__(self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver) -> FixedPointSolution:
-        solution = solver(f, z0)
+    def __call__(
+        self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver, texts: Texts | None = None
+    ) -> FixedPointSolution:
+        solution = solver(f, z0, texts)
         if not torch.is_grad_enabled():
             return replace(solution, value=solution.image)
         z, f_z = evaluate_with_graph(f, solution.value)
         value = f_z
         if f_z.requires_grad:
-            value = _ImplicitFunction.apply(f_z, z, self._transposed_solver(z), self.on_backward)
-        return _solution_at(z, f_z, value, solution, 1, solver)
+            value = _ImplicitFunction.apply(f_z, z, self._transposed_solver(z), texts, self.on_backward)
+        # The residual is the solver's, which it measured at the same z.
+        return replace(solution, value=value, image=value, num_evaluations=solution.num_evaluations + 1)
 
     def _transposed_solver(self, z: Tensor) -> FixedPointSolver:
         scope = "anticausal" if self.solver.scope == "causal" else self.solver.scope
@@ -103,8 +110,10 @@ class PhantomGradient:
         if not 0 < self.damping <= 1:
             raise ValueError(f"PhantomGradient needs damping in (0, 1], got {self.damping}.")
 
-    def __call__(self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver) -> FixedPointSolution:
-        solution = solver(f, z0)
+    def __call__(
+        self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver, texts: Texts | None = None
+    ) -> FixedPointSolution:
+        solution = solver(f, z0, texts)
         if not torch.is_grad_enabled():
             return replace(solution, value=solution.image)
         value = solution.value
@@ -112,7 +121,7 @@ class PhantomGradient:
             z = value
             f_z = f(z)
             value = torch.lerp(z, f_z, self.damping)
-        return _solution_at(z, f_z, value, solution, self.steps, solver)
+        return _measured(z, f_z, value, solution.num_evaluations + self.steps, solver, texts)
 
 
 @dataclass(frozen=True)
@@ -134,14 +143,16 @@ class UnrolledGradient:
         if self.steps < 1:
             raise ValueError(f"UnrolledGradient needs steps >= 1, got {self.steps}.")
 
-    def __call__(self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver) -> FixedPointSolution:
-        rows = torch.zeros(z0.shape[0], device=z0.device)
-        start = FixedPointSolution(z0, z0, rows, rows.long(), rows.bool())
+    def __call__(
+        self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver, texts: Texts | None = None
+    ) -> FixedPointSolution:
         value = z0
         for _ in range(self.steps):
             z = value
             value = checkpoint(f, z, use_reentrant=False) if self.activation_checkpointing else f(z)
-        return _solution_at(z, value, value, start, self.steps, solver)
+        count = z0.shape[0] if texts is None else len(texts.lasts)
+        num_evaluations = torch.full((count,), self.steps, device=z0.device)
+        return _measured(z, value, value, num_evaluations, solver, texts)
 
 
 GradientEstimator = ImplicitGradient | PhantomGradient | UnrolledGradient
@@ -161,8 +172,8 @@ class _ImplicitFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, f_z, z, solver, on_backward):
-        ctx.f_z, ctx.z, ctx.solver, ctx.on_backward = f_z, z, solver, on_backward
+    def forward(ctx, f_z, z, solver, texts, on_backward):
+        ctx.f_z, ctx.z, ctx.solver, ctx.texts, ctx.on_backward = f_z, z, solver, texts, on_backward
         return f_z.clone()
 
     @staticmethod
@@ -171,22 +182,34 @@ class _ImplicitFunction(torch.autograd.Function):
             (product,) = torch.autograd.grad(ctx.f_z, ctx.z, w, retain_graph=True, materialize_grads=True)
             return product + grad
 
-        solution = ctx.solver(transposed, grad)
+        solution = ctx.solver(transposed, grad, ctx.texts)
         if ctx.on_backward is not None:
             ctx.on_backward(solution)
-        return solution.value, None, None, None
+        w = solution.value
+        if torch.is_grad_enabled():  # create_graph=True
+            w = _NoSecondDerivative.apply(w.detach().requires_grad_())
+        return w, None, None, None, None
 
 
-def _solution_at(
-    z: Tensor,
-    f_z: Tensor,
-    value: Tensor,
-    solution: FixedPointSolution,
-    evaluations: int,
-    solver: FixedPointSolver,
-) -> FixedPointSolution:
-    """The solution that `value` is after so many more evaluations, its residual measured at the last z and f(z)."""
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity whose derivative is refused: the solve for w is not part of any graph."""
+
+    @staticmethod
+    def forward(ctx, w):
+        return w.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError(
+            "An implicit gradient cannot be differentiated again: the solve for it is not part of the graph. For second "
+            'derivatives use UnrolledGradient(steps) (gradient="unrolled" in a configuration) or PhantomGradient.'
+        )
+
+
+def _measured(z, f_z, value, num_evaluations, solver: FixedPointSolver, texts: Texts | None) -> FixedPointSolution:
+    """The solution that `value` is, its residual measured at the last z and f(z)."""
     with torch.no_grad():
-        residual = relative_residual(square_norm(f_z - z).sum(1), square_norm(f_z).sum(1))
-        converged = solution.converged | (residual <= solver.attainable_tolerance(z))
-    return FixedPointSolution(value, value, residual, solution.num_evaluations + evaluations, converged)
+        positions = Positions(z.shape[1], solver.scope, texts)
+        residual = positions.residuals(relative_residual(norm(f_z - z), norm(f_z)))
+    converged = residual <= solver.attainable_tolerance(z)
+    return FixedPointSolution(value, value, residual, num_evaluations, converged)

@@ -4,45 +4,43 @@ A solver finds z with f(z) = z for a map f of states `(batch, sequence, features
 
     solution = AndersonSolver(tolerance=1e-3)(f, z0)
 
-Reading order: what comes back (`FixedPointSolution`), the solvers (one loop, three ways to
-propose the next iterate), what a solve remembers of its iterates (`_Record`), and the memories
-of Anderson and Broyden. Nothing here builds an autograd graph; `equilibrium.py` does.
+Reading order: what comes back (`FixedPointSolution`), the solvers (one loop, three iterations), what a solve
+records of its iterates (`_Record`), and the three iterations. Nothing here builds an autograd graph;
+`equilibrium.py` does.
 
-**Scope.** Anderson and Broyden combine past iterates with weights made of inner products. Summed
-over the whole sequence, as usual, these weights let later tokens change the answer for earlier
-ones until convergence. Here, by default (`scope="causal"`), the weights of position t are made of
-inner products over positions <= t only: the position's own, plus the prefix sum. So is the
-decision to stop. A causal f then has a causal solution at any tolerance and any budget.
+**Scope.** Anderson and Broyden combine past iterates with weights made of inner products. The literature sums them
+over the whole sequence. Then later tokens change the answer for earlier ones until convergence. Here, by default
+(`scope="causal"`), the weights of position t use positions <= t only: the position itself, and the sum over its
+prefix. So does the decision to stop. A causal f then has a causal solution at any tolerance and any budget.
+
+**Safeguard.** An accelerated step can make things worse. A position whose own residual reaches no new low for a few
+evaluations takes the plain step z <- f(z) instead.
 """
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .packed_texts import Texts
 from .position_algebra import (
     GRAM_REGULARIZATION,
     SCOPES,
-    accumulate,
-    all_in_scope,
+    Positions,
+    ProductMatrix,
+    Ring,
     blend,
-    bookkeeping,
-    combine,
-    diagonal,
-    eliminate,
-    inner_products,
-    inverse_or_zero,
+    norm,
     relative_residual,
-    ring_buffer,
-    square_norm,
 )
 
 SequenceMap = Callable[[Tensor], Tensor]
 
-# Reading the stopping decision back from an accelerator waits for it, so do it only now and then.
+# Reading the stopping decision back from an accelerator waits for it, so it is done only now and then.
 EVALUATIONS_BETWEEN_SYNCHRONISATIONS = 4
 
 
@@ -52,16 +50,16 @@ class ConvergenceWarning(UserWarning):
 
 @dataclass(frozen=True)
 class FixedPointSolution:
-    """What a solve found, row by row.
+    """What a solve found. Reports have one entry for each text: `(batch,)`, or `(texts,)` for packed rows.
 
     Attributes:
-        value: the state `(batch, sequence, features)`; of all iterates seen, the one with the
-            smallest residual (judged per position, over its prefix, where the scope is causal).
+        value: the state `(batch, sequence, features)`. Where the tolerance was missed, it is the iterate with the
+            smallest residual of all (judged per position, over its prefix, where the scope is causal).
         image: f(value).
-        residual: relative residual `||image - value|| / ||image||`, shape `(batch,)`, float64; infinite
+        residual: relative residual `||image - value|| / ||image||` of the text's worst position, float64. Infinite
             where f was never finite.
-        num_evaluations: calls of f until the row stopped, shape `(batch,)`, int64.
-        converged: whether the row reached the tolerance, shape `(batch,)`, bool.
+        num_evaluations: calls of f until the text stopped, int64.
+        converged: whether the residual is at most the tolerance, bool.
     """
 
     value: Tensor
@@ -73,19 +71,19 @@ class FixedPointSolution:
 
 @dataclass(frozen=True)
 class FixedPointSolver:
-    """The loop that all solvers share; subclasses propose the next iterate.
+    """The loop that all solvers share; subclasses say how the next iterate is made.
 
     Args:
-        tolerance: relative residual `||f(z) - z|| / ||f(z)||` at which a position (its prefix)
-            counts as solved and is frozen. Raised to half the rounding step of the dtype that f
-            computes in (the state's, or autocast's), below which no residual can be relied on to
-            fall: 4e-3 in bfloat16, 5e-4 in float16.
-        max_evaluations: budget of calls of f, at least 1. A row that ends with an earlier state than
-            its last (best, not converged) takes one more call, to know f there.
+        tolerance: a position is solved when its own relative residual `||f(z) - z|| / ||f(z)||` is at most this
+            and all positions that it depends on are solved. It then keeps its state. The tolerance is raised to half
+            the rounding step of the dtype that f computes in (the state's, or autocast's), because below it residuals
+            need not fall: 4e-3 in bfloat16, 5e-4 in float16.
+        max_evaluations: budget of calls of f, at least 1. A text that ends with an earlier state than its last
+            (best, not converged) takes one more call, to know f there.
         damping: fraction of the proposed step that is taken, in (0, 1]; 1 is undamped.
-        scope: whose residuals may influence position t. `"causal"`: positions <= t of its row;
+        scope: whose residuals may influence position t. `"causal"`: positions <= t of its text;
             `"anticausal"`: positions >= t, for the transposed map of a backward solve;
-            `"sequence"`: the whole row, as in the literature. Sequence-wide solves are **not**
+            `"sequence"`: the whole text, as in the literature. Sequence-wide solves are **not**
             causal before convergence.
 
     Raises:
@@ -98,9 +96,9 @@ class FixedPointSolver:
     scope: str = "causal"
 
     def __post_init__(self):
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance must be zero or positive, got {self.tolerance}.")
-        if self.max_evaluations < 1:
+        if not 0 <= self.tolerance < float("inf"):
+            raise ValueError(f"tolerance must be zero or positive, and finite; got {self.tolerance}.")
+        if not self.max_evaluations >= 1:
             raise ValueError(f"max_evaluations must be at least 1, got {self.max_evaluations}.")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], got {self.damping}; 1 takes the full step.")
@@ -108,13 +106,15 @@ class FixedPointSolver:
             raise ValueError(f"scope must be one of {SCOPES}, got {self.scope!r}.")
 
     @torch.no_grad()
-    def __call__(self, f: SequenceMap, z0: Tensor) -> FixedPointSolution:
+    def __call__(self, f: SequenceMap, z0: Tensor, texts: Texts | None = None) -> FixedPointSolution:
         """Solve z = f(z) from `z0`.
 
         Args:
             f: maps a state `(batch, sequence, features)` to one of the same shape. It may not
                 change its argument in place.
             z0: the first iterate; left unchanged.
+            texts: the texts of packed rows, each of which is solved as if it were alone; `None` where
+                every row is one text.
 
         Raises:
             ValueError: `z0` is not a floating point tensor of three dimensions, or f changes its shape.
@@ -124,25 +124,26 @@ class FixedPointSolver:
                 "z0 must be a floating point state (batch, sequence, features), "
                 f"got shape {tuple(z0.shape)} of {z0.dtype}."
             )
-        tolerance = self.attainable_tolerance(z0)
-        record = _Record(z0, tolerance, self.scope)
-        propose = self._proposer(z0)
+        device, tolerance = z0.device.type, self.attainable_tolerance(z0)
+        positions = Positions(z0.shape[1], self.scope, texts)
+        record, iteration = _Record(z0, tolerance, positions), self._iteration(z0, positions)
+        # Rounded weights would not be optimal ones.
+        exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         z = z0
-        for evaluation in range(self.max_evaluations):
+        for evaluation in range(1, self.max_evaluations + 1):
             f_z = f(z)
             if f_z.shape != z.shape:
                 raise ValueError(
                     f"f maps a state of shape {tuple(z.shape)} to {tuple(f_z.shape)}; it must keep the shape."
                 )
-            residual = f_z - z
-            record.observe(z, f_z, residual)
-            last = evaluation + 1 == self.max_evaluations
-            if last or (self._may_look(evaluation, z) and record.finished()):
-                break
-            with torch.autocast(z.device.type, enabled=False):  # rounded weights would not be optimal ones
-                z = record.keep_stopped(propose(z, f_z, residual))
-        solution = record.solution(f, f_z)
-        if torch.is_autocast_enabled(z0.device.type):
+            with exact:
+                record.observe(z, f_z, iteration.observe(z, f_z))
+                if evaluation == self.max_evaluations or (_may_look(evaluation, z) and record.finished()):
+                    break
+                del z, f_z  # what the iteration needs of them, it has
+                z = record.keep_stopped(iteration.propose(record.own))
+        solution = record.solution(f, z, f_z)
+        if torch.is_autocast_enabled(device):
             # Some torch versions would reuse the casts cached here, without gradients, in the caller's graph.
             torch.clear_autocast_cache()
         self._warn_unless_converged(solution, tolerance)
@@ -154,15 +155,9 @@ class FixedPointSolver:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype
         return max(self.tolerance, torch.finfo(dtype).eps / 2)
 
-    def _proposer(self, z0: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """A function of (iterate, its image, their difference) that proposes the next iterate."""
+    def _iteration(self, z0: Tensor, positions: Positions) -> "_Iteration":
+        """What makes the next iterate of a solve that starts at z0."""
         raise TypeError("FixedPointSolver is abstract; use PicardSolver, AndersonSolver or BroydenSolver.")
-
-    @staticmethod
-    def _may_look(evaluation: int, z: Tensor) -> bool:
-        if torch.compiler.is_compiling():
-            return False
-        return z.device.type == "cpu" or (evaluation + 1) % EVALUATIONS_BETWEEN_SYNCHRONISATIONS == 0
 
     _warned: ClassVar[set] = set()
 
@@ -184,6 +179,13 @@ class FixedPointSolver:
         )
 
 
+def _may_look(evaluation: int, z: Tensor) -> bool:
+    """Whether to read back, after so many evaluations, if the solve has finished."""
+    if torch.compiler.is_compiling():
+        return False
+    return z.device.type == "cpu" or evaluation % EVALUATIONS_BETWEEN_SYNCHRONISATIONS == 0
+
+
 @dataclass(frozen=True)
 class PicardSolver(FixedPointSolver):
     """Damped fixed-point iteration z <- z + damping (f(z) - z). Causal whatever the scope.
@@ -191,8 +193,8 @@ class PicardSolver(FixedPointSolver):
     The scope only says which residuals decide when a position stops.
     """
 
-    def _proposer(self, z0):
-        return lambda z, f_z, residual: torch.add(z, residual, alpha=self.damping)
+    def _iteration(self, z0, positions):
+        return _PicardIteration(self.damping)
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class _RememberingSolver(FixedPointSolver):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.history < 1:
+        if not self.history >= 1:
             raise ValueError(f"history must be at least 1, got {self.history}.")
 
 
@@ -220,25 +222,10 @@ class AndersonSolver(_RememberingSolver):
     minimise ||sum_i a_i r_i|| under sum_i a_i = 1, for every position in its own inner product.
 
     `history` (default 5, at least 1) is the number of iterates mixed.
-
-    Args:
-        absolute_regularization: replaces the regularization of the weights, which is relative to the residuals'
-            size, by one that is not: the authors' lambda, 1e-4 in their code, with a history of 6. For repeating their
-            iterates in sequence scope; as residuals shrink it stops the acceleration.
     """
 
-    absolute_regularization: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.absolute_regularization < 0 or (self.absolute_regularization and self.scope != "sequence"):
-            raise ValueError(
-                f"absolute_regularization must not be negative, and is for scope='sequence' only; got "
-                f"{self.absolute_regularization} with scope={self.scope!r}."
-            )
-
-    def _proposer(self, z0):
-        return _AndersonMixing(z0, self)
+    def _iteration(self, z0, positions):
+        return _AndersonIteration(z0, positions, self.history, self.damping)
 
 
 @dataclass(frozen=True)
@@ -252,137 +239,203 @@ class BroydenSolver(_RememberingSolver):
     `history` (default 5, at least 1) is the number of steps the update remembers.
     """
 
-    def _proposer(self, z0):
-        return _BroydenUpdate(z0, self)
+    def _iteration(self, z0, positions):
+        return _BroydenIteration(z0, positions, self.history, self.damping)
 
 
 SOLVERS = {"anderson": AndersonSolver, "broyden": BroydenSolver, "picard": PicardSolver}
 
 
 class _Record:
-    """What a solve knows of every position: its best iterate and whether it is done.
+    """What a solve knows of every position: whether it still moves, and its best iterate.
 
-    A position is *frozen* once the relative residual over its scope is below the tolerance and all
-    positions it depends on are frozen; the frozen state stays in the iterate, so the measured
-    residual is the one of the returned state. It has *failed* once that residual is not finite.
+    `relative` is the largest relative residual over the positions that count for a position. A position moves until
+    that is at most the tolerance (solved) or not a number (failed). From then on it keeps its best iterate. For a
+    solved position this is the last one, so the residual that was measured is the one of the returned state.
+    All quantities have the shape `(batch, sequence, 1)`.
     """
 
-    def __init__(self, z0: Tensor, tolerance: float, scope: str):
-        rows_and_positions = z0.shape[:2]
-        self.tolerance, self.scope = tolerance, scope
-        self.best = z0
-        self.best_relative = bookkeeping(z0, rows_and_positions, float("inf"))
-        self.frozen = torch.zeros(rows_and_positions, dtype=torch.bool, device=z0.device)
-        self.stopped = self.at_best = self.frozen
-        self.num_evaluations = torch.zeros(z0.shape[0], dtype=torch.long, device=z0.device)
+    def __init__(self, z0: Tensor, tolerance: float, positions: Positions):
+        shape = (*z0.shape[:2], 1)
+        self.tolerance, self.positions = tolerance, positions
+        self.best = z0.clone()
+        self.best_relative = torch.full(shape, float("inf"), device=z0.device)
+        self.moving = torch.ones(shape, dtype=torch.bool, device=z0.device)
+        self.moved = []
 
-    def observe(self, z: Tensor, f_z: Tensor, residual: Tensor) -> None:
-        """Take note of an iterate, its image and their difference."""
-        active = ~self.stopped
-        self.num_evaluations += active.any(1)
-        residual_square = accumulate(square_norm(residual), self.scope)
-        relative = relative_residual(residual_square, accumulate(square_norm(f_z), self.scope))
-        frozen = all_in_scope(self.frozen | (relative <= self.tolerance), self.scope)
-        better = active & ((relative < self.best_relative) | frozen)
-        self.best = torch.where(better[..., None], z, self.best)
-        self.best_relative = torch.where(better, relative, self.best_relative)
-        self.at_best = better | self.stopped
-        self.frozen = frozen
-        self.stopped = self.stopped | frozen | ~residual_square.isfinite()
+    def observe(self, z: Tensor, f_z: Tensor, residual_norm: Tensor) -> None:
+        """Take note of an iterate, its image, and the norm of their difference."""
+        self.own = relative_residual(residual_norm, norm(f_z))
+        self.relative = self.positions.worst(self.own)
+        torch.where(self.relative <= self.best_relative, z, self.best, out=self.best)
+        self.best_relative = torch.fmin(self.relative, self.best_relative)
+        self.moved.append(self.moving)
+        self.moving = self.moving & (self.relative > self.tolerance)
 
     def keep_stopped(self, proposal: Tensor) -> Tensor:
-        """The proposal where positions still move, their best iterate where they have stopped."""
-        return torch.where(self.stopped[..., None], self.best, proposal)
+        """The proposal, overwritten by their best iterate where positions have stopped."""
+        return torch.where(self.moving, proposal, self.best, out=proposal)
 
     def finished(self) -> bool:
-        return bool(self.stopped.all())
+        return not bool(self.moving.any())
 
-    def solution(self, f: SequenceMap, last_image: Tensor) -> FixedPointSolution:
-        """The best state and f there, which is `last_image` in rows whose last iterate is their best."""
-        known = self.at_best.all(1)
-        image = last_image
-        if torch.compiler.is_compiling() or not bool(known.all()):
-            image = torch.where(known[:, None, None], last_image, f(self.best))
-            self.num_evaluations += ~known
-        squares = (square_norm(image - self.best).sum(1), square_norm(image).sum(1))
-        residual = relative_residual(*squares).nan_to_num(nan=float("inf"))
-        return FixedPointSolution(self.best, image, residual, self.num_evaluations, self.frozen.all(1))
+    def solution(self, f: SequenceMap, z: Tensor, f_z: Tensor) -> FixedPointSolution:
+        """The best state of all, f there, and the report. Where all is solved, that is the last state."""
+        own, num_evaluations = self.own, torch.stack(self.moved).sum(0)
+        if torch.compiler.is_compiling() or not bool((self.relative <= self.tolerance).all()):
+            at_best = (self.relative == self.best_relative) | ~self.moved[-1]
+            unknown = self.positions.worst((~at_best).float()) > 0
+            if torch.compiler.is_compiling() or bool(unknown.any()):
+                f_z = torch.where(unknown, f(self.best), f_z)
+                num_evaluations = num_evaluations + unknown
+            z, own = self.best, relative_residual(norm(f_z - self.best), norm(f_z))
+        residual, num_evaluations = self.positions.residuals(own), self.positions.at_ends(num_evaluations)
+        return FixedPointSolution(z, f_z, residual, num_evaluations, residual <= self.tolerance)
 
 
-class _AndersonMixing:
-    """Ring buffers of residuals and images `(batch * sequence, history, features)`, and their Gram matrices.
+class _Iteration:
+    """How the next iterate is made.
 
-    Slots not yet used hold zeros, which get the weight zero.
+    Attributes:
+        observe: takes note of an iterate and its image; returns the norm of their difference, `(batch, sequence, 1)`.
+        propose: returns the next iterate, given the relative residual that every position by itself has.
     """
 
-    def __init__(self, z0: Tensor, solver: AndersonSolver):
-        self.solver, self.shape, self.count = solver, z0.shape, 0
-        self.residuals, self.images = ring_buffer(z0, solver.history), ring_buffer(z0, solver.history)
-        self.gram = bookkeeping(z0, (solver.history, solver.history, *z0.shape[:2]), 0.0)
-
-    def __call__(self, z: Tensor, f_z: Tensor, residual: Tensor) -> Tensor:
-        slot, self.count = self.count % self.solver.history, self.count + 1
-        self.residuals[:, slot], self.images[:, slot] = residual.flatten(0, 1), f_z.flatten(0, 1)
-        self.gram[slot] = self.gram[:, slot] = inner_products(residual, self.residuals)
-        weights = self._weights(slot)
-        mixed = combine(weights, self.images)
-        if self.solver.damping < 1:
-            mixed -= (1 - self.solver.damping) * combine(weights, self.residuals)
-        return mixed.view(self.shape).to(z.dtype)
-
-    def _weights(self, newest: int) -> Tensor:
-        """Weights `(history, batch, sequence)` that sum to one."""
-        (gram,) = blend(self.gram, (self.gram,), self.solver.scope)
-        scale = inverse_or_zero(diagonal(gram).sqrt())
-        gram = gram * scale[:, None] * scale
-        absolute = self.solver.absolute_regularization
-        diagonal(gram).add_(absolute * scale.square() if absolute else GRAM_REGULARIZATION)
-        weights = eliminate(gram, scale) * scale
-        total = weights.sum(0)
-        weights *= inverse_or_zero(total)
-        weights[newest] += total == 0  # no residual left to weigh (padding): any mixture is the same
-        return weights
+    observe: Callable[[Tensor, Tensor], Tensor]
+    propose: Callable[[Tensor], Tensor]
 
 
-class _BroydenUpdate:
-    """Ring buffers of steps s and of the changes d of f along them, and their inner products.
+class _PicardIteration(_Iteration):
+    def __init__(self, damping: float):
+        self.damping = damping
 
-    With K = triu(S'S) - S'D (steps in order of time) the proposal is z + r + D K^-1 S'r, which is
-    the compact inverse update for an initial inverse Jacobian of -1, since the change of
-    f(z) - z along s is d - s. Slots not yet used hold zeros, which elimination skips.
+    def observe(self, z, f_z):
+        self.z, self.residual = z, f_z - z
+        return norm(self.residual)
+
+    def propose(self, own):
+        return torch.add(self.z, self.residual, alpha=self.damping)
+
+
+class _SafeguardedIteration(_Iteration):
+    """Weighs past iterates, but takes the plain step where that does not help.
+
+    Anderson takes it from the second evaluation on that brings a position no new low; Broyden, whose residuals rise
+    and fall, in every third such evaluation or so.
+
+    Attributes:
+        shares: matrices of inner products, one for each of `Positions.shares`.
+        slot: where the rings hold the newest iterate (or step); `remembered` is the number of them.
+        used, unused: for each number of slots in use, 1 for a slot in use; a diagonal matrix with 1 for one that is not.
     """
 
-    def __init__(self, z0: Tensor, solver: BroydenSolver):
-        self.solver, self.count = solver, 0
-        self.steps, self.changes = ring_buffer(z0, solver.history), ring_buffer(z0, solver.history)
-        self.step_step = bookkeeping(z0, (solver.history, solver.history, *z0.shape[:2]), 0.0)
-        self.step_change = torch.zeros_like(self.step_step)
+    def __init__(self, z0: Tensor, positions: Positions, history: int, damping: float):
+        self.positions, self.history, self.damping, self.dtype = positions, history, damping, z0.dtype
+        self.slot, self.remembered = -1, 0
+        self.shares = [ProductMatrix(z0, history) for _ in positions.shares(z0[:, :, :1])]
+        self.identity = torch.eye(history, dtype=self.shares[0].matrix.dtype, device=z0.device)
+        used = torch.ones_like(self.identity).tril()
+        self.used, self.unused = used.unbind(), torch.diag_embed(1 - used).unbind()
+        self.lowest = torch.full((*z0.shape[:2], 1), float("inf"), device=z0.device)
+        self.since_lowest = torch.zeros_like(self.lowest)
+
+    def next_slot(self) -> int:
+        self.slot, self.remembered = (self.slot + 1) % self.history, min(self.remembered + 1, self.history)
+        return self.slot
+
+    def evaluations_since_lowest(self, own: Tensor) -> Tensor:
+        """Evaluations since the residual of each position was at its lowest, counting that one."""
+        self.since_lowest = torch.where(own < self.lowest, 1, self.since_lowest + 1)
+        self.lowest = torch.fmin(own, self.lowest)
+        return self.since_lowest
+
+    def rounded(self, state: Tensor) -> Tensor:
+        """A state in the dtype of f. What is too large for a half precision is clamped, and stays finite."""
+        if state.dtype == self.dtype:
+            return state
+        largest = torch.finfo(self.dtype).max
+        return state.clamp(-largest, largest).to(self.dtype)
+
+
+class _AndersonIteration(_SafeguardedIteration):
+    """Rings of residuals and images, and the Gram matrices of the residuals."""
+
+    def __init__(self, z0, positions, history, damping):
+        super().__init__(z0, positions, history, damping)
+        self.residuals, self.images = Ring(z0, history), Ring(z0, history)
+
+    def observe(self, z, f_z):
+        slot = self.next_slot()
+        image = self.images.slots[slot].copy_(f_z)
+        residual = torch.sub(image, z, out=self.residuals.slots[slot])
+        products = self.residuals.products(residual)
+        for share, values in zip(self.shares, self.positions.shares(products), strict=True):
+            share.rows[slot].copy_(values)
+            share.columns[slot].copy_(values)
+        return products[..., slot : slot + 1].sqrt()
+
+    def propose(self, own):
+        gram = self.regularized(blend([share.matrix for share in self.shares], self.shares))
+        used, unused = self.used[self.remembered - 1], self.unused[self.remembered - 1]
+        weights, _ = torch.linalg.solve_ex(gram + unused, used.expand(gram.shape[:-1]))
+        total = weights.sum(-1, keepdim=True)
+        helps = self.evaluations_since_lowest(own) < 3
+        weights = torch.where(helps & (total > 0), weights / total, self.identity[self.slot])
+        mixed = self.images.combine(weights)
+        if self.damping < 1:
+            mixed -= (1 - self.damping) * self.residuals.combine(weights)
+        return self.rounded(mixed)
+
+    def regularized(self, gram: Tensor) -> Tensor:
+        """The Gram matrix `(batch, sequence, history, history)` with a larger diagonal, relative to what it is."""
+        return gram.addcmul(gram, self.identity, value=GRAM_REGULARIZATION)
+
+
+class _BroydenIteration(_SafeguardedIteration):
+    """Rings of steps s and of the changes d of f along them, and a matrix of their inner products.
+
+    With y = d - s and K = S'Y + the strictly lower triangle of S'S (steps in order of time), the proposal is
+    z + r - D K^-1 S'r. This is the compact inverse update for an initial inverse Jacobian of -1. The newest step i
+    has the products s_i'd_j in its row, since s_i's_j + s_i'y_j = s_i'd_j, and s_j'y_i in its column.
+    """
+
+    def __init__(self, z0, positions, history, damping):
+        super().__init__(z0, positions, history, damping)
+        self.steps, self.changes = Ring(z0, history), Ring(z0, history)
+        for share in self.shares:
+            share.sizes = torch.zeros_like(share.sizes)  # of the steps: the diagonal of K may have any sign
         self.previous = None
 
-    def __call__(self, z: Tensor, f_z: Tensor, residual: Tensor) -> Tensor:
-        direction = residual
+    def observe(self, z, f_z):
         if self.previous is not None:
-            self._remember(z - self.previous[0], f_z - self.previous[1])
-            direction = residual + combine(self._weights(residual), self.changes).view(z.shape).to(z.dtype)
-        self.previous = z, f_z
-        return torch.add(z, direction, alpha=self.solver.damping)
+            self._remember(z, f_z, *self.previous)
+        self.previous, self.residual = (z, f_z), f_z - z
+        return norm(self.residual)
 
-    def _remember(self, step: Tensor, change: Tensor) -> None:
-        slot, self.count = self.count % self.solver.history, self.count + 1
-        self.steps[:, slot], self.changes[:, slot] = step.flatten(0, 1), change.flatten(0, 1)
-        self.step_step[slot] = self.step_step[:, slot] = inner_products(step, self.steps)
-        self.step_change[slot] = inner_products(step, self.changes)
-        self.step_change[:, slot] = inner_products(change, self.steps)
+    def _remember(self, z, f_z, z_before, f_z_before):
+        slot = self.next_slot()
+        step = torch.sub(z, z_before, out=self.steps.slots[slot])
+        change = torch.sub(f_z, f_z_before, out=self.changes.slots[slot])
+        row, column = self.changes.products(step), self.steps.products(change - step)
+        products = torch.cat([row, column, norm(step).square()], -1)
+        for share, values in zip(self.shares, self.positions.shares(products), strict=True):
+            row, column, size = values.split([self.history, self.history, 1], -1)
+            share.rows[slot].copy_(row)
+            share.columns[slot].copy_(column)
+            share.sizes[..., slot : slot + 1] = size
 
-    def _weights(self, residual: Tensor) -> Tensor:
-        """Weights `(history, batch, sequence)` of the changes."""
-        quantities = (self.step_step, self.step_change, inner_products(residual, self.steps))
-        step_step, step_change, step_residual = blend(self.step_step, quantities, self.solver.scope)
-        scale = inverse_or_zero(diagonal(step_step).sqrt())
-        age = (self.count - 1 - torch.arange(self.solver.history, device=scale.device)) % self.solver.history
-        not_newer = age[:, None] >= age
-        kernel = (step_step * not_newer[..., None, None] - step_change) * scale[:, None] * scale
-        oldest_first = age.argsort(descending=True)
-        weights = torch.empty_like(scale)
-        weights[oldest_first] = eliminate(kernel[oldest_first][:, oldest_first], (step_residual * scale)[oldest_first])
-        return weights * scale
+    def propose(self, own):
+        helps, direction = self.evaluations_since_lowest(own) % 4 > 0, self.residual
+        if self.remembered:
+            weights = self._weights()
+            is_finite = weights.sum(-1, keepdim=True).abs() < float("inf")
+            weights = torch.where(helps & is_finite, weights, 0)
+            direction = direction - self.changes.combine(weights)
+        return self.rounded(self.previous[0] + self.damping * direction)
+
+    def _weights(self) -> Tensor:
+        """Weights `(batch, sequence, history)` of the changes."""
+        residual = self.residual.to(self.steps.slots[0].dtype)
+        kernel = blend([share.matrix for share in self.shares], self.shares)
+        projections = blend(self.positions.shares(self.steps.products(residual).to(kernel.dtype)), self.shares)
+        return torch.linalg.solve_ex(kernel + self.unused[self.remembered - 1], projections)[0]

@@ -1,8 +1,8 @@
 """The container of an equilibrium: the one module that solves, whatever f it holds.
 
 class MyLayer(DEQLayer):
-    def forward(self, hidden_states, dial, cache, memory, tokens, **context):
-        solution, jacobian_loss = self.solve(lambda z: ..., torch.zeros_like(hidden_states), dial)
+    def forward(self, hidden_states, dial, rows, cache, memory, **context):
+        solution, jacobian_loss = self.solve(lambda z: ..., torch.zeros_like(hidden_states), dial, rows.texts)
         return DEQLayerOutput(solution.value, None, solution, jacobian_loss, None)
 """
 
@@ -25,6 +25,7 @@ from .equilibrium import (
 )
 from .fixed_point import SOLVERS, FixedPointSolution, FixedPointSolver, SequenceMap
 from .jacobian import jacobian_regularization
+from .packed_texts import Texts
 from .weight_tying import keeping_weights
 
 
@@ -41,6 +42,19 @@ class Dial:
     solver_tolerance: float | None = None
     solver_max_evaluations: int | None = None
     unroll_steps: int | None = None
+
+    def __post_init__(self):
+        """Refuse values out of range.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        if self.solver_tolerance is not None and not 0 <= self.solver_tolerance < float("inf"):
+            raise ValueError(f"solver_tolerance must be zero or positive, and finite; got {self.solver_tolerance}.")
+        for name in ("solver_max_evaluations", "unroll_steps"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def make_solver(
@@ -75,7 +89,7 @@ class DEQLayer(nn.Module):
     """The container of one equilibrium: holds the modules of f and knows how to solve.
 
     It, not f, is called as a module: f runs many times and carries no hooks. Subclasses define
-    `forward(hidden_states, dial, cache, memory, tokens, **context) -> DEQLayerOutput`.
+    `forward(hidden_states, dial, rows, cache, memory, **context) -> DEQLayerOutput`.
 
     Attributes:
         backward_evaluations: vector-Jacobian products per sequence of the most recent implicit backward
@@ -95,13 +109,15 @@ class DEQLayer(nn.Module):
         self.config = config
         self.backward_evaluations: Tensor | None = None
 
-    def solve(self, f: SequenceMap, z0: Tensor, dial: Dial) -> tuple[FixedPointSolution, Tensor | None]:
+    def solve(
+        self, f: SequenceMap, z0: Tensor, dial: Dial, texts: Texts | None = None
+    ) -> tuple[FixedPointSolution, Tensor | None]:
         """The differentiable equilibrium of f, and its Jacobian regularization if this step has one."""
         estimator = self.gradient_estimator(dial)
         # What is recomputed in backward finds no kept weights, so it must not have found them before.
         recomputed = isinstance(estimator, UnrolledGradient) and estimator.activation_checkpointing
         with nullcontext() if recomputed else keeping_weights(self):
-            solution = equilibrium(f, z0, self.forward_solver(dial), estimator)
+            solution = equilibrium(f, z0, self.forward_solver(dial), estimator, texts)
             return solution, self._jacobian_loss(f, solution.value, dial)
 
     def forward_solver(self, dial: Dial) -> FixedPointSolver:
@@ -130,12 +146,8 @@ class DEQLayer(nn.Module):
         return ImplicitGradient(solver, self._record_backward)
 
     def _budget(self, dial: Dial) -> int:
-        budget = (
-            self.config.solver_max_evaluations if dial.solver_max_evaluations is None else dial.solver_max_evaluations
-        )
-        if budget < 1:
-            raise ValueError(f"solver_max_evaluations must be at least 1, got {budget}.")
-        return budget
+        budget = dial.solver_max_evaluations
+        return self.config.solver_max_evaluations if budget is None else budget
 
     def _record_backward(self, solution: FixedPointSolution) -> None:
         self.backward_evaluations = solution.num_evaluations

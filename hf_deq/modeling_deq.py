@@ -20,6 +20,7 @@ from .cache_deq import check_cacheable
 from .configuration_deq import DEQConfig
 from .generation_deq import DEQGenerationMixin
 from .layer_deq import DEQLayer, Dial
+from .masking_deq import Rows, check_mask, positions_of_texts, read_rows
 from .softmax_heads import LogProbabilityHead, check_ids
 
 # What Transformers called the cache before 5.24, for callers written then.
@@ -115,9 +116,19 @@ class DEQModel(DEQPreTrainedModel):
         """What is injected, `(batch, sequence, embedding_size)`, from the token embeddings."""
         raise TypeError(f"{type(self).__name__} must define _embed.")
 
-    def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, **kwargs) -> dict:
-        """What the layer's forward needs besides its input, computed once per call; `tokens` among it."""
+    def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, rows: Rows, **kwargs) -> dict:
+        """What the layer's forward needs besides its input and the structure of the rows, computed once per call."""
         raise TypeError(f"{type(self).__name__} must define _context.")
+
+    def _read_rows(self, attention_mask, position_ids, cache: Cache | None, memory, inputs_embeds: Tensor) -> Rows:
+        """The structure of the new positions, see `read_rows`."""
+        length, first_query = inputs_embeds.shape[1], 0
+        if cache is not None and attention_mask is not None and attention_mask.dim() == 4:
+            first_query = cache.get_seq_length() - cache.get_mask_sizes(length, 0)[1]
+        if position_ids is not None:
+            position_ids = position_ids.expand(len(inputs_embeds), -1)
+        has_past, window = cache is not None or memory is not None, getattr(self.config, "sliding_window", None)
+        return read_rows(attention_mask, position_ids, has_past, first_query, length, window)
 
     @deprecate_kwarg(**FORMER_CACHE_NAME)
     @merge_with_config_defaults
@@ -141,8 +152,11 @@ class DEQModel(DEQPreTrainedModel):
         Args:
             input_ids: `(batch, sequence)`; or `inputs_embeds`, what `embed_tokens` makes of them.
             attention_mask: `(batch, past + sequence)`, 0 on padding (left or right), or a prepared 4D
-                mask; padded positions get the zero state and influence nothing.
-            position_ids: `(batch, sequence)`; default: counted from the start of the cache.
+                mask, boolean or additive; padded positions get the zero state and influence nothing. A block-diagonal
+                4D mask packs several texts into a row.
+            position_ids: `(batch, sequence)`; default: counted from the start of the cache. Where they start again,
+                without attention_mask, cache and memory, several texts are packed into a row. Each is solved as if it
+                were alone, and reported on its own: reports are then `(texts,)`. Nothing is cached or remembered.
             cache: what earlier calls returned; only the new positions are solved.
             use_cache: return the cache, default `config.use_cache`.
             memory: the `memory` of the segment before this one: states carried over contiguous segments,
@@ -159,25 +173,32 @@ class DEQModel(DEQPreTrainedModel):
 
         Raises:
             ValueError: no input or both kinds, an empty sequence, ids out of range, a cache with a
-                model that has no equilibrium to cache, a memory next to a cache or padding, or of another model.
+                model that has no equilibrium to cache, a memory next to a cache or padding, or of another model; a
+                mask of another shape, or whose structure cannot be honoured; packed texts after a cache or memory;
+                a dial out of its range.
             TypeError: an argument that looks like one of ours and is not.
         """
         _refuse_misspelt(kwargs)
         _check_inputs(self.config, self.layers[0].input_size, input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = positions_of_texts(kwargs["cu_seq_lens_q"])
+        past_length = 0 if cache is None else cache.get_seq_length()
+        attention_mask = check_mask(attention_mask, *inputs_embeds.shape[:2], past_length)
+        rows = self._read_rows(attention_mask, position_ids, cache, memory, inputs_embeds)
         if memory is not None:
-            _check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), attention_mask, cache)
+            _check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), rows, cache)
             attention_mask = None
-        use_cache = use_cache and unroll_steps is None and memory is None
+        use_cache = use_cache and unroll_steps is None and memory is None and rows.texts is None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if cache is not None:
             check_cacheable(self.config, unroll_steps)
-        context = self._context(inputs_embeds, attention_mask, position_ids, cache, memory, **kwargs)
-        dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
+        context = self._context(inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs)
         hidden_states = self._embed(inputs_embeds, input_ids)
-        output = self.layers[0](hidden_states, dial, cache=cache, memory=memory, **context)
+        output = self.layers[0](hidden_states, dial, rows, cache=cache, memory=memory, **context)
         return DEQModelOutputWithPast(
             last_hidden_state=self.output_dropout(self.norm(output.hidden_states)),
             cache=cache if use_cache else None,
@@ -185,7 +206,7 @@ class DEQModel(DEQPreTrainedModel):
             num_evaluations=output.solution.num_evaluations,
             converged=output.solution.converged,
             jacobian_loss=output.jacobian_loss,
-            memory=output.memory if output.memory is None or not _is_padded(attention_mask) else None,
+            memory=output.memory if rows == Rows(None, None) else None,
         )
 
 
@@ -278,28 +299,6 @@ class DEQForCausalLM(DEQPreTrainedModel, DEQGenerationMixin):
         return self.config.jacobian_loss_weight * (targets != -100).sum() / num_items_in_batch
 
 
-def token_mask(attention_mask: Tensor | None, first_query: int, length: int) -> Tensor | None:
-    """Which of the `length` newest positions are tokens, bool `(batch, length, 1)`; `None` if all are.
-
-    A prepared 4D mask says it on its diagonal: padding does not attend to itself. `first_query` is
-    the index among the mask's keys of the first of these positions.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() == 4:
-        diagonal = attention_mask[:, 0].diagonal(first_query, -2, -1)[:, :length]
-        tokens = diagonal if diagonal.dtype == torch.bool else diagonal == 0
-    else:
-        tokens = attention_mask[:, -length:].bool()
-    if not torch.compiler.is_compiling() and bool(tokens.all()):
-        return None
-    return tokens[..., None]
-
-
-def _is_padded(attention_mask: Tensor | None) -> bool:
-    return attention_mask is not None and not bool(attention_mask.bool().all())
-
-
 def _refuse_misspelt(arguments: dict) -> None:
     """What is not ours goes to the attention function, which would swallow a misspelt dial."""
     for name in arguments:
@@ -319,7 +318,7 @@ def _check_inputs(config: DEQConfig, input_size: int, input_ids: Tensor | None, 
         check_ids("input_ids", input_ids, config.vocab_size)
 
 
-def _check_memory(memory, sizes: tuple[int, ...], rows: int, attention_mask, cache) -> None:
+def _check_memory(memory, sizes: tuple[int, ...], batch: int, rows: Rows, cache) -> None:
     """A memory must be of this model and these rows, and is for texts that are not padded."""
     if cache is not None:
         raise ValueError(
@@ -328,12 +327,12 @@ def _check_memory(memory, sizes: tuple[int, ...], rows: int, attention_mask, cac
         )
     if not sizes:
         raise ValueError("memory was given to a model that remembers nothing: set memory_length in its configuration.")
-    if tuple(state.shape[-1] for state in memory) != sizes or any(len(state) != rows for state in memory):
+    if tuple(state.shape[-1] for state in memory) != sizes or any(len(state) != batch for state in memory):
         raise ValueError(
-            f"memory must be the output of this model for the same {rows} rows, with states of sizes {sizes}; "
+            f"memory must be the output of this model for the same {batch} rows, with states of sizes {sizes}; "
             f"got shapes {[tuple(state.shape) for state in memory]}."
         )
-    if _is_padded(attention_mask):
+    if rows.tokens is not None:
         raise ValueError(
             "memory goes on where a text stopped, so there can be no padding: pass segments of one length, without "
             "zeros in attention_mask."

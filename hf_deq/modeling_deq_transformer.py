@@ -24,7 +24,8 @@ from .cache_deq import EquilibriumCacheView
 from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_transformer import DEQTransformerConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
-from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel, token_mask
+from .masking_deq import Rows
+from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel
 from .softmax_heads import LogProbabilityHead
 from .weight_tying import VariationalDropout, WeightNormLinear, apply_mask, draw_dropout_mask
 
@@ -191,11 +192,11 @@ class DEQTransformerLayer(DEQLayer):
         self,
         hidden_states: Tensor,
         dial: Dial,
+        rows: Rows,
         positions: tuple,
         cache: Cache | None = None,
         memory: tuple[Tensor, Tensor] | None = None,
         memory_positions: tuple | None = None,
-        tokens: Tensor | None = None,
         **context,
     ) -> DEQLayerOutput:
         """Embedded input `(batch, sequence, hidden)` to its equilibrium."""
@@ -216,9 +217,9 @@ class DEQTransformerLayer(DEQLayer):
             for block, *fixed in zip(self.blocks, masks, projected, strict=True):
                 z, weights = block(z, injection, *fixed, view=view, **context)
             z = self.closing_norm(z)
-            return z if tokens is None else z.masked_fill(~tokens, 0)
+            return z if rows.tokens is None else z.masked_fill(~rows.tokens, 0)
 
-        solution, jacobian_loss = self.solve(f, torch.zeros_like(hidden_states), dial)
+        solution, jacobian_loss = self.solve(f, torch.zeros_like(hidden_states), dial, rows.texts)
         if view is not None:
             view.commit()  # f was last called at the solution
         # After a cache, which holds keys and not states, only the latest states would be known.
@@ -245,10 +246,14 @@ class DEQTransformerLayer(DEQLayer):
 
     def _inject(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """What goes into queries, keys and values, and what into the residual stream, of every application."""
-        into_attention, into_residual = self.injection(hidden_states).split(
-            [self.into_attention, self.into_residual], dim=-1
+        width = self.into_attention // 3
+        queries, others, into_residual = self.injection(hidden_states).split(
+            [width, 2 * width, self.into_residual], dim=-1
         )
-        return into_attention, into_residual if self.into_residual else None
+        # Masked or not, a key or value that is not a number would reach every position. Its query still is none, and
+        # so is what comes of it.
+        others = others.nan_to_num(0.0, 0.0, 0.0)
+        return torch.cat([queries, others], -1), into_residual if self.into_residual else None
 
     def _dropout_masks(self, like: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """For the outputs of both sub-layers, and for the attention weights `(batch, heads, sequence, keys)`."""
@@ -314,7 +319,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         # To unit size, which states have; the tied output layer wants the embeddings small.
         return self.embedding_dropout(inputs_embeds * self.config.hidden_size**0.5)
 
-    def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, **kwargs) -> dict:
+    def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs) -> dict:
         length = inputs_embeds.shape[1]
         if memory is not None:
             cache = _cache_as_long_as(memory, self.config)
@@ -344,8 +349,10 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             positions = rotary_positions(self.config, position_ids, inputs_embeds.dtype)
             before = position_ids[:, :1] - past_length + torch.arange(past_length, device=inputs_embeds.device)
             memory_positions = None if memory is None else rotary_positions(self.config, before, inputs_embeds.dtype)
+        if rows.texts is not None:
+            kwargs["position_ids"] = position_ids  # by which flash attention tells packed texts apart
         context = {"positions": positions, "memory_positions": memory_positions, "attention_mask": mask}
-        return context | {"tokens": token_mask(attention_mask, past_length - first_key, length)} | kwargs
+        return context | kwargs
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, DEQForCausalLM):

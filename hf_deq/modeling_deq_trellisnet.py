@@ -27,7 +27,9 @@ from .cache_deq import TrellisStateLayer, refuse_offloaded
 from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_trellisnet import DEQTrellisNetConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
-from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel, token_mask
+from .masking_deq import Rows, refuse_inner_padding
+from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel
+from .packed_texts import Texts, within_text
 from .softmax_heads import LogProbabilityHead, MixtureOfSoftmaxes
 from .weight_tying import CausalConvolution, VariationalDropout, apply_mask, draw_dropout_mask
 
@@ -64,21 +66,21 @@ class DEQTrellisNetLayer(DEQLayer):
         self,
         hidden_states: Tensor,
         dial: Dial,
+        rows: Rows,
         cache: Cache | None = None,
         memory: tuple[Tensor, Tensor] | None = None,
-        tokens: Tensor | None = None,
     ) -> DEQLayerOutput:
         """Embedded input `(batch, sequence, embedding size)` to its equilibrium."""
-        if tokens is not None:
-            hidden_states = hidden_states.masked_fill(~tokens, 0)
+        if rows.tokens is not None:
+            hidden_states = hidden_states.masked_fill(~rows.tokens, 0)
         state_layer = None if cache is None else _state_layer(cache)
         past = self._start_of_text(hidden_states) if memory is None else memory
         if state_layer is not None and state_layer.past is not None:
             past = state_layer.past
         past_states, past_inputs = past
-        f = self._map(self.injection()(hidden_states, past_inputs), past_states, tokens)
+        f = self._map(self.injection()(hidden_states, past_inputs, rows.texts), past_states, rows)
         start = hidden_states.new_zeros(*hidden_states.shape[:2], 2 * self.channels)
-        solution, jacobian_loss = self.solve(f, start, dial)
+        solution, jacobian_loss = self.solve(f, start, dial, rows.texts)
         states, inputs = solution.value.detach(), hidden_states.detach()
         if state_layer is not None:
             cache.update(states, inputs, 0, past=past)
@@ -88,8 +90,9 @@ class DEQTrellisNetLayer(DEQLayer):
         output = solution.value[..., self.config.intermediate_size : self.channels]
         return DEQLayerOutput(output, None, solution, jacobian_loss, memory)
 
-    def _map(self, injection: Tensor, past_states: Tensor, tokens: Tensor | None):
+    def _map(self, injection: Tensor, past_states: Tensor, rows: Rows):
         """f of this input and past."""
+        tokens, texts = rows
         config, convolve = self.config, self.recurrence(self.config.weight_dropout)
         past_hidden, past_cell = past_states.chunk(2, -1)
         mask = draw_dropout_mask(injection[:, :1, : self.channels], config.hidden_dropout, self.training)
@@ -97,15 +100,15 @@ class DEQTrellisNetLayer(DEQLayer):
 
         def f(z: Tensor) -> Tensor:
             hidden, cell = z.chunk(2, -1)
-            gates = injection + convolve(apply_mask(hidden, mask), past_hidden)
+            gates = injection + convolve(apply_mask(hidden, mask), past_hidden, texts)
             input_gate, output_gate, candidate, forget_gate = gates.chunk(4, -1)
             new, keep = input_gate.sigmoid() * candidate.tanh(), forget_gate.sigmoid()
             if tokens is not None:  # a cell is empty on padding
                 new, keep = new.masked_fill(~tokens, 0), keep.masked_fill(~tokens, 0)
             if config.cell_scan:
-                cell = linear_recurrence(keep, new, last_cell)
+                cell = linear_recurrence(keep, new, last_cell, texts)
             else:
-                cell = keep * torch.cat([last_cell, cell[:, :-1]], 1) + new
+                cell = keep * torch.cat([last_cell, within_text(cell[:, :-1], 1, texts)], 1) + new
             return torch.cat([output_gate.sigmoid() * cell.tanh(), cell], -1)
 
         return f
@@ -153,10 +156,9 @@ class DEQTrellisNetModel(DEQTrellisNetPreTrainedModel, DEQModel):
             inputs_embeds = inputs_embeds if kept_types is None else inputs_embeds * kept_types[input_ids]
         return self.input_dropout(inputs_embeds)
 
-    def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, **kwargs) -> dict:
-        _refuse_inner_padding(attention_mask)
-        past_length = 0 if cache is None else cache.get_seq_length()
-        return {"tokens": token_mask(attention_mask, past_length, inputs_embeds.shape[1])}
+    def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs) -> dict:
+        refuse_inner_padding(rows)
+        return {}
 
 
 class DEQTrellisNetForCausalLM(DEQTrellisNetPreTrainedModel, DEQForCausalLM):
@@ -180,38 +182,23 @@ class DEQTrellisNetForSequenceClassification(DEQTrellisNetPreTrainedModel, DEQFo
     model_class = DEQTrellisNetModel
 
 
-def linear_recurrence(keep: Tensor, new: Tensor, start: Tensor) -> Tensor:
+def linear_recurrence(keep: Tensor, new: Tensor, start: Tensor, texts: Texts | None = None) -> Tensor:
     """c_t = keep_t c_{t-1} + new_t for all t, by a scan of log2(sequence) steps (Hillis & Steele 1986).
 
     Args:
         keep, new: `(batch, sequence, channels)`.
         start: what comes before the first position, `(batch, 1, channels)`.
+        texts: the texts of packed rows; the recurrence of each but the first starts at zero.
     """
     values = torch.cat([new[:, :1] + keep[:, :1] * start, new[:, 1:]], 1)
     reach = 1
     while reach < new.shape[1]:
         # From here on every position knows what the `reach` positions up to it have added and kept.
-        values = torch.cat([values[:, :reach], values[:, reach:] + keep[:, reach:] * values[:, :-reach]], 1)
-        keep = torch.cat([keep[:, :reach], keep[:, reach:] * keep[:, :-reach]], 1)
+        added, kept = (within_text(before[:, :-reach], reach, texts) for before in (values, keep))
+        values = torch.cat([values[:, :reach], values[:, reach:] + keep[:, reach:] * added], 1)
+        keep = torch.cat([keep[:, :reach], keep[:, reach:] * kept], 1)
         reach *= 2
     return values
-
-
-def _refuse_inner_padding(attention_mask: Tensor | None) -> None:
-    """Padding between tokens would empty the cell: whoever follows would have forgotten what came before.
-
-    Raises:
-        ValueError: a row has such padding.
-    """
-    if attention_mask is None or attention_mask.dim() != 2:
-        return
-    tokens = attention_mask.bool().int()
-    beginnings = (tokens.diff(dim=1) == 1).sum(1) + tokens[:, 0]
-    if bool((beginnings > 1).any()):
-        raise ValueError(
-            "attention_mask has padding between tokens, which a DEQ-TrellisNet cannot skip: pad on the left or on the "
-            "right only."
-        )
 
 
 def _state_layer(cache: Cache) -> TrellisStateLayer:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .packed_texts import Texts, within_text
+
 
 def draw_dropout_mask(like: Tensor, probability: float, training: bool) -> Tensor | None:
     """One dropout mask for a whole solve, shape of `like`, scaled to keep expectations; `None` when it does nothing.
@@ -146,8 +148,8 @@ class CausalConvolution(nn.Module):
             init.copy_(self.magnitude, _lengths(weight))
         init.zeros_(self.bias)
 
-    def forward(self, dropout: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
-        """The convolution of `(batch, sequence, in)`, with `(batch, reach, in)` before it.
+    def forward(self, dropout: float = 0.0) -> Callable[..., Tensor]:
+        """The convolution of `(batch, sequence, in)`, with `(batch, reach, in)` before it and the texts of packed rows.
 
         Args:
             dropout: share of the weights that are dropped, in training.
@@ -156,9 +158,18 @@ class CausalConvolution(nn.Module):
         weight = apply_mask(weight, draw_dropout_mask(weight, dropout, self.training))
         matrix, bias = weight.transpose(1, 2).flatten(1), self.bias
 
-        def convolve(x: Tensor, past: Tensor) -> Tensor:
-            padded, length = torch.cat([past, x], 1), x.shape[1]
-            taps = [padded[:, tap * self.dilation :][:, :length] for tap in range(self.kernel_size)]
+        def convolve(x: Tensor, past: Tensor, texts: Texts | None = None) -> Tensor:
+            distances = [tap * self.dilation for tap in reversed(range(self.kernel_size))]
+            taps = [_shifted(x, past, distance, texts) for distance in distances]
             return F.linear(torch.cat(taps, -1), matrix, bias)
 
         return convolve
+
+
+def _shifted(x: Tensor, past: Tensor, distance: int, texts: Texts | None) -> Tensor:
+    """What lies `distance` before each position, `(batch, sequence, in)`; zero where that is another text."""
+    if distance == 0:
+        return x
+    length = x.shape[1]
+    before = torch.cat([past[:, past.shape[1] - distance :], within_text(x[:, : max(length - distance, 0)], distance, texts)], 1)
+    return before[:, :length]

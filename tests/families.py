@@ -146,7 +146,7 @@ def application_of_f(model, ids: torch.Tensor, z: torch.Tensor, **arguments) -> 
     """f(z) for these ids, and the model's output."""
     layer, images = model.model.layers[0], []
     solve = layer.solve
-    layer.solve = lambda f, z0, dial: images.append(f(z)) or solve(f, z0, dial)
+    layer.solve = lambda f, *others: images.append(f(z)) or solve(f, *others)
     output = model(ids, **arguments)
     del layer.solve
     return images[0], output

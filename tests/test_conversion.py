@@ -157,7 +157,7 @@ def test_iterates_of_the_reference_solvers(solver, evaluations):
         first, small = 1, 1e-9
     traces, results = {"abs": [], "rel": []}, []
 
-    def solve(f, z0, dial):
+    def solve(f, z0, dial, texts):
         def noting(z):
             image = f(z)
             residual = (image - z).norm()
@@ -166,7 +166,7 @@ def test_iterates_of_the_reference_solvers(solver, evaluations):
             return image
 
         results.append(ours(noting, z0).value)
-        return type(model.model.layers[0]).solve(model.model.layers[0], f, z0, dial)
+        return type(model.model.layers[0]).solve(model.model.layers[0], f, z0, dial, texts)
 
     model.model.layers[0].solve = solve
     model(segment["data"])

@@ -1,0 +1,160 @@
+"""What attention masks and positions say of the rows: where their tokens are, and which texts are packed into them.
+
+Transformers reads the same arguments to make attention masks. A deep equilibrium model needs more of them, because the
+solver has to know as well which positions belong together. What it cannot honour is refused.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.masking_utils import find_packed_sequence_indices
+
+from .packed_texts import Texts
+
+
+class Rows(NamedTuple):
+    """The structure of the new positions of a call.
+
+    Attributes:
+        tokens: which of them are tokens, bool `(batch, sequence, 1)`; `None` if all are.
+        texts: which of them belong to one text; `None` if every row is one text.
+    """
+
+    tokens: Tensor | None
+    texts: Texts | None
+
+
+def positions_of_texts(cumulative_lengths: Tensor) -> Tensor:
+    """`position_ids` `(1, sequence)` of texts packed into one row, from `cu_seq_lens_q` `(texts + 1,)`."""
+    starts, lengths = cumulative_lengths[:-1], cumulative_lengths.diff()
+    positions = torch.arange(int(cumulative_lengths[-1]), device=cumulative_lengths.device)
+    return (positions - starts.repeat_interleave(lengths))[None]
+
+
+def check_mask(attention_mask: Tensor | None, batch: int, length: int, past_length: int | Tensor) -> Tensor | None:
+    """The mask, of as many columns as there are tokens. As in Llama, columns after the last token do not count.
+
+    Raises:
+        ValueError: the mask is of another shape, or a 4D mask of integers.
+    """
+    if attention_mask is None or torch.compiler.is_compiling():
+        return attention_mask
+    shape, columns = tuple(attention_mask.shape), int(past_length) + length
+    if attention_mask.dim() == 4:
+        if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            raise ValueError(
+                f"a 4D attention_mask must be boolean (True attends) or additive floats, got {attention_mask.dtype}: "
+                "as numbers to be added, 0 and 1 would mean something else. Pass attention_mask.bool()."
+            )
+        if shape[0] not in (1, batch) or shape[2] != length:
+            raise ValueError(f"a 4D attention_mask must be ({batch}, heads, {length}, keys), got {shape}.")
+        return attention_mask
+    if attention_mask.dim() != 2 or shape[0] != batch or shape[1] < columns:
+        raise ValueError(
+            f"attention_mask must be (batch, past + sequence) = ({batch}, {columns}), or 4D for each query and key; "
+            f"got {shape}."
+        )
+    return attention_mask[:, :columns]
+
+
+def read_rows(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    has_past: bool,
+    first_query: int,
+    length: int,
+    sliding_window: int | None = None,
+) -> Rows:
+    """The structure that a checked mask and positions describe.
+
+    Texts are packed where a 4D mask is block-diagonal; or, without mask and past, where `position_ids` start again,
+    as Transformers has it.
+
+    Args:
+        attention_mask: `(batch, past + sequence)`, or 4D.
+        position_ids: `(batch, sequence)`, as the caller gave them.
+        has_past: whether a cache or a memory comes before.
+        first_query: index among the keys of a 4D mask of the first new position.
+        length: new positions.
+        sliding_window: positions that a 4D mask lets each position attend to.
+
+    Raises:
+        ValueError: a packed row after a cache or memory, or a 4D mask of another structure.
+    """
+    tokens = texts = None
+    if attention_mask is None:
+        texts = _restarts(position_ids, length)
+    elif attention_mask.dim() == 2:
+        tokens = attention_mask[:, -length:].bool()
+    else:
+        allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+        tokens = allowed[:, 0].diagonal(first_query, -2, -1)[:, :length]  # padding does not attend to itself
+        if length > 1 and not torch.compiler.is_compiling():
+            texts = _blocks(allowed[..., first_query : first_query + length], tokens, sliding_window)
+    if texts is not None and has_past:
+        raise ValueError(
+            "position_ids start again, or attention_mask has blocks: several texts are packed into a row. Such a row "
+            "can have neither a cache nor a memory. Leave both out, or pass one text a row."
+        )
+    if tokens is not None and not torch.compiler.is_compiling() and bool(tokens.all()):
+        tokens = None
+    return Rows(None if tokens is None else tokens[..., None], texts)
+
+
+def refuse_inner_padding(rows: Rows) -> None:
+    """Refuse padding between tokens of one text, for models whose state passes through every position.
+
+    Raises:
+        ValueError: there is such padding.
+    """
+    if rows.tokens is None or torch.compiler.is_compiling():
+        return
+    tokens = rows.tokens[..., 0]
+    previous = _previous_token(tokens)
+    same_text = previous >= 0
+    if rows.texts is not None:
+        same_text &= rows.texts.numbers.gather(1, previous.clamp_min(0)) == rows.texts.numbers
+    before = torch.arange(tokens.shape[1], device=tokens.device) - 1
+    if bool((tokens & same_text & (previous != before)).any()):
+        raise ValueError(
+            "attention_mask has padding between tokens, which this model cannot skip: pad on the left or on the "
+            "right only."
+        )
+
+
+def _restarts(position_ids: Tensor | None, length: int) -> Texts | None:
+    """The texts of rows without mask, by Transformers' own rule."""
+    if position_ids is None or length == 1 or torch.compiler.is_compiling():
+        return None
+    numbers = find_packed_sequence_indices(position_ids)
+    return None if numbers is None else Texts(numbers)
+
+
+def _blocks(allowed: Tensor, tokens: Tensor, sliding_window: int | None) -> Texts | None:
+    """The texts of a 4D mask `(batch, heads, sequence, sequence)`.
+
+    Raises:
+        ValueError: a token attends to anything but all tokens of its text up to itself.
+    """
+    previous, length = _previous_token(tokens), tokens.shape[1]
+    attends_previous = allowed[:, 0].gather(2, previous.clamp_min(0)[..., None])[..., 0]
+    numbers = (tokens & (previous >= 0) & ~attends_previous).cumsum(1)
+    distance = torch.arange(length, device=tokens.device)[:, None] - torch.arange(length, device=tokens.device)
+    expected = (distance >= 0) & (numbers[:, :, None] == numbers[:, None]) & tokens[:, None]
+    if sliding_window is not None:
+        expected &= distance < sliding_window
+    if bool(((allowed != expected[:, None]) & tokens[:, None, :, None]).any()):
+        raise ValueError(
+            "a 4D attention_mask must let every token attend to all tokens of its text up to itself, in every head. "
+            "Other patterns cannot be honoured, because the solver weighs the positions of a text together."
+        )
+    return Texts(numbers) if bool(numbers.any()) else None
+
+
+def _previous_token(tokens: Tensor) -> Tensor:
+    """Index of the last token before each position, -1 where there is none, `(batch, sequence)`."""
+    indices = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    latest = indices.where(tokens, -1).cummax(1).values
+    return torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)

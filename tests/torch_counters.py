@@ -1,0 +1,67 @@
+"""Dispatch modes that count what a piece of code does to tensors: operations, and bytes that are alive at once."""
+
+import weakref
+from collections import Counter
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+
+class CountingMode(TorchDispatchMode):
+    """A dispatch mode that leaves out what is called through `uncounted`."""
+
+    def __init__(self):
+        super().__init__()
+        self._paused = False
+
+    def uncounted(self, f):
+        """f, whose operations do not count."""
+
+        def called(*arguments):
+            self._paused, before = True, self._paused
+            try:
+                return f(*arguments)
+            finally:
+                self._paused = before
+
+        return called
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        outputs = operation(*args, **(kwargs or {}))
+        if not self._paused:
+            self.note(operation, outputs)
+        return outputs
+
+    def note(self, operation, outputs) -> None:
+        raise NotImplementedError
+
+
+class CountOperations(CountingMode):
+    """Counts operations, views among them, by name in `names`."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    @property
+    def total(self) -> int:
+        return self.names.total()
+
+    def note(self, operation, outputs):
+        self.names[str(operation)] += 1
+
+
+class LiveBytes(CountingMode):
+    """Follows the storages of all tensors that operations make; `most` is the largest sum of those alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self._made = []
+        self.most = 0
+
+    def note(self, operation, outputs):
+        self._made = [reference for reference in self._made if reference() is not None]
+        self._made += [weakref.ref(output) for output in tree_flatten(outputs)[0] if isinstance(output, torch.Tensor)]
+        storages = [tensor.untyped_storage() for reference in self._made if (tensor := reference()) is not None]
+        self.most = max(self.most, sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
