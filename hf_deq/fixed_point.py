@@ -345,6 +345,8 @@ class _SafeguardedIteration(_Iteration):
 
     def evaluations_since_lowest(self, own: Tensor) -> Tensor:
         """Evaluations since the residual of each position was at its lowest, counting that one."""
+        if self.positions.scope == "sequence":  # the literature's iterates, as they are
+            return torch.ones_like(own)
         self.since_lowest = torch.where(own < self.lowest, 1, self.since_lowest + 1)
         self.lowest = torch.fmin(own, self.lowest)
         return self.since_lowest

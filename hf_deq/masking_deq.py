@@ -50,7 +50,7 @@ def check_mask(attention_mask: Tensor | None, batch: int, length: int, past_leng
             )
         if shape[0] not in (1, batch) or shape[2] != length:
             raise ValueError(f"a 4D attention_mask must be ({batch}, heads, {length}, keys), got {shape}.")
-        return attention_mask
+        return attention_mask.expand(batch, -1, -1, -1)
     if attention_mask.dim() != 2 or shape[0] != batch or shape[1] < columns:
         raise ValueError(
             f"attention_mask must be (batch, past + sequence) = ({batch}, {columns}), or 4D for each query and key; "

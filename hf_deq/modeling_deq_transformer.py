@@ -200,7 +200,7 @@ class DEQTransformerLayer(DEQLayer):
         **context,
     ) -> DEQLayerOutput:
         """Embedded input `(batch, sequence, hidden)` to its equilibrium."""
-        injection = self._inject(hidden_states)
+        injections = self._inject(hidden_states)
         projected = [block.self_attn.project_positions(positions) for block in self.blocks]
         follows_cache = cache is not None and cache.get_seq_length() > 0
         if memory is not None:
@@ -214,8 +214,8 @@ class DEQTransformerLayer(DEQLayer):
 
         def f(z: Tensor) -> Tensor:
             nonlocal weights
-            for block, *fixed in zip(self.blocks, masks, projected, strict=True):
-                z, weights = block(z, injection, *fixed, view=view, **context)
+            for block, *fixed in zip(self.blocks, injections, masks, projected, strict=True):
+                z, weights = block(z, *fixed, view=view, **context)
             z = self.closing_norm(z)
             return z if rows.tokens is None else z.masked_fill(~rows.tokens, 0)
 
@@ -223,7 +223,7 @@ class DEQTransformerLayer(DEQLayer):
         if view is not None:
             view.commit()  # f was last called at the solution
         # After a cache, which holds keys and not states, only the latest states would be known.
-        memory = None if follows_cache else self._memory(memory, solution.value, injection[0])
+        memory = None if follows_cache else self._memory(memory, solution.value, injections[-1][0])
         return DEQLayerOutput(solution.value, weights, solution, jacobian_loss, memory)
 
     def _remembered_keys(self, memory: tuple[Tensor, Tensor], positions: tuple) -> DynamicCache:
@@ -244,16 +244,21 @@ class DEQTransformerLayer(DEQLayer):
         past = past or [state[:, :0] for state in new]
         return tuple(latest(old, state, length) for old, state in zip(past, new, strict=True))
 
-    def _inject(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What goes into queries, keys and values, and what into the residual stream, of every application."""
-        width = self.into_attention // 3
-        queries, others, into_residual = self.injection(hidden_states).split(
-            [width, 2 * width, self.into_residual], dim=-1
-        )
-        # Masked or not, a key or value that is not a number would reach every position. Its query still is none, and
-        # so is what comes of it.
-        others = others.nan_to_num(0.0, 0.0, 0.0)
-        return torch.cat([queries, others], -1), into_residual if self.into_residual else None
+    def _inject(self, hidden_states: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """What goes into queries, keys and values, and what into the residual stream, of every block.
+
+        A key or value that is not a number would reach every position, masked or not. So what is not finite is
+        injected as zero, except into the query and the residual stream of the last block: nothing attends to those,
+        and they make the image of that position, and of no earlier one, not a number.
+        """
+        injection = self.injection(hidden_states)
+        finite = injection.nan_to_num(0.0, 0.0, 0.0)
+        queries = self.into_attention // 3
+        last = torch.cat([injection[..., :queries], finite[..., queries : self.into_attention]], -1)
+        last = last, injection[..., self.into_attention :]
+        others = finite.split([self.into_attention, self.into_residual], -1)
+        injections = [others] * (len(self.blocks) - 1) + [last]
+        return [(attention, residual if self.into_residual else None) for attention, residual in injections]
 
     def _dropout_masks(self, like: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """For the outputs of both sub-layers, and for the attention weights `(batch, heads, sequence, keys)`."""
@@ -342,6 +347,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         )
         if additive:
             require_attention_weights(self.config)
+        written_out = self.config._attn_implementation == "eager" and mask is not None
+        if additive or written_out:
             mask = additive_mask(mask, inputs_embeds.dtype)
         if relative:
             positions = memory_positions = relative_positions(inputs_embeds, past_length - first_key, mask.shape[-1])

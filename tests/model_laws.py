@@ -72,6 +72,132 @@ class ModelLaws:
         padded = model(ids, attention_mask=mask, position_ids=position_ids, **dial).logits[:, 4:]
         assert (padded - model(row, **dial).logits).abs().max() < 1e-12
 
+    # Packed rows
+
+    LENGTHS = (5, 1, 8, 3)
+
+    def packed(self, **dial):
+        """Two rows of texts, and the same texts alone; arguments that pack them."""
+        ids = random_ids(2, sum(self.LENGTHS))
+        positions = torch.cat([torch.arange(length) for length in self.LENGTHS])[None]
+        numbers = torch.repeat_interleave(torch.arange(len(self.LENGTHS)), torch.tensor(self.LENGTHS))
+        blocks = (numbers[:, None] == numbers) & torch.ones(len(numbers), len(numbers)).tril().bool()
+        window = getattr(self.family.config(**dial), "sliding_window", None) or len(numbers)
+        blocks &= torch.ones(len(numbers), len(numbers)).triu(1 - window).bool()
+        alone = [text[None] for row in ids for text in row.split(self.LENGTHS)]
+        additive = torch.zeros(2, 1, *blocks.shape, dtype=torch.float64).masked_fill_(~blocks, torch.finfo(torch.float64).min)
+        mask = dict(position_ids=positions.expand(2, -1))
+        return ids, alone, (mask, mask | dict(attention_mask=blocks[None, None]), mask | dict(attention_mask=additive))
+
+    def test_packed_texts_are_texts_alone(self, fields):
+        """At any budget, by positions or by a block-diagonal mask; each is reported on its own."""
+        model = self.family.model(**fields)
+        ids, alone, ways = self.packed(**fields)
+        for budget in (2, 5, 200):
+            dial = dict(solver_max_evaluations=budget, solver_tolerance=1e-9)
+            expected = [model(text, use_cache=False, **dial) for text in alone]
+            for way in ways:
+                output = model(ids, **way, **dial)
+                pieces = [piece[None] for row in output.logits for piece in row.split(self.LENGTHS)]
+                for piece, text in zip(pieces, expected, strict=True):
+                    assert (piece - text.logits).abs().max() <= 1e-10
+                assert output.num_evaluations.tolist() == [text.num_evaluations.item() for text in expected]
+                assert output.converged.tolist() == [text.converged.item() for text in expected]
+                assert output.cache is None and output.memory is None
+
+    @pytest.mark.parametrize("gradient", ["implicit", "phantom", "unrolled"])
+    def test_packed_texts_are_trained_as_texts_alone(self, gradient):
+        """At a tight tolerance and at a loose one, where the solves are cut short in both directions."""
+        for tolerance in (1e-2, 1e-10):
+            fields = dict(gradient=gradient, solver_max_evaluations=40, solver_tolerance=tolerance)
+            model = self.family.model(**fields, backward_tolerance=tolerance).train()
+            ids, alone, ways = self.packed()
+            labels = ids.clone()
+            labels[:, [0, 5, 6, 14]] = -100  # no text predicts the next one
+            for way in ways:
+                packed = self._parameter_gradients(model, [(ids, dict(labels=labels, num_items_in_batch=1, **way))])
+                # The text of one token has nothing to predict.
+                texts = [(text, dict(labels=text, num_items_in_batch=1)) for text in alone if text.shape[1] > 1]
+                apart = self._parameter_gradients(model, texts)
+                assert (packed - apart).abs().max() <= 1e-10 * apart.abs().max()
+
+    def _parameter_gradients(self, model, batches) -> torch.Tensor:
+        model.zero_grad()
+        for ids, arguments in batches:
+            model(ids, use_cache=False, **arguments).loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e200])
+    @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
+    def test_a_poisoned_text_harms_no_other(self, solver, poison):
+        model = self.family.model(solver=solver)
+        ids, _, ways = self.packed()
+        embeds = model.get_input_embeddings()(ids).detach()
+        poisoned = embeds.clone()
+        poisoned[:, 7] = poison  # in the third text
+        for way in ways:
+            dial = dict(way, solver_max_evaluations=6, solver_tolerance=1e-3)
+            before, after = model(inputs_embeds=embeds, **dial), model(inputs_embeds=poisoned, **dial)
+            difference = (before.logits - after.logits).abs()
+            assert difference[:, :7].max() <= 1e-12 and difference[:, 14:].max() <= 1e-12
+            others = [0, 1, 3, 4, 5, 7]
+            torch.testing.assert_close(before.residual[others], after.residual[others], rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
+    def test_what_is_no_number_reaches_no_earlier_position(self, fields, solver, poison):
+        model = self.family.model(**{**fields, "solver": solver})
+        embeds = model.get_input_embeddings()(random_ids(2, 8)).detach()
+        poisoned = embeds.clone()
+        poisoned[0, -1] = poison
+        for budget in (2, 30):
+            dial = dict(solver_max_evaluations=budget, use_cache=False)
+            before, after = model(inputs_embeds=embeds, **dial), model(inputs_embeds=poisoned, **dial)
+            assert torch.equal(before.logits[:, :-1], after.logits[:, :-1])
+            assert torch.equal(before.logits[1], after.logits[1])
+            assert after.residual[0] == float("inf") and not after.converged[0]
+
+    def test_cu_seq_lens_pack_a_row(self):
+        model = self.family.model()
+        ids, alone, (way, *_) = self.packed()
+        lengths = torch.tensor([0, *self.LENGTHS]).cumsum(0).int()
+        by_lengths = model(ids[:1], cu_seq_lens_q=lengths, use_cache=False).logits
+        by_positions = model(ids[:1], position_ids=way["position_ids"][:1], use_cache=False).logits
+        assert torch.equal(by_lengths, by_positions)
+
+    def test_structure_that_cannot_be_honoured_is_refused(self):
+        model = self.family.model()
+        ids, _, (way, *_) = self.packed()
+        cache = model(ids[:, :3]).cache
+        causal = torch.ones(2, 1, 6, 6).tril().bool()
+        holes, padded, short = causal.clone(), causal.clone(), torch.ones(2, 5)
+        holes[:, :, 4, 1] = False
+        padded[:, :, :, 2] = False
+        for arguments, message in (
+            (dict(way, cache=cache), "position_ids start again.*neither a cache nor a memory"),
+            (dict(attention_mask=holes), "4D attention_mask must let every token attend to all tokens of its text"),
+            (dict(attention_mask=causal.long()), "4D attention_mask must be boolean.*got torch.int64"),
+            (dict(attention_mask=causal[:, :, :5]), r"4D attention_mask must be \(2, heads, 6, keys\)"),
+            (dict(attention_mask=short), r"attention_mask must be \(batch, past \+ sequence\) = \(2, 6\)"),
+            (dict(attention_mask=torch.ones(3, 6)), r"attention_mask must be.*got \(3, 6\)"),
+            (dict(solver_tolerance=float("nan")), "solver_tolerance must be zero or positive, and finite; got nan"),
+            (dict(unroll_steps=0), "unroll_steps must be at least 1, got 0"),
+        ):
+            inputs = ids if "cache" in arguments else ids[:, :6]
+            with pytest.raises(ValueError, match=message):
+                model(inputs, **arguments)
+
+    def test_masks_are_read_as_llama_reads_them(self):
+        """Columns after the last token do not count; a batch of one 4D mask is for all rows."""
+        model, ids = self.family.model(), random_ids(2, 6)
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+        longer = torch.cat([mask, torch.zeros(2, 3, dtype=torch.long)], 1)
+        expected = model(ids, attention_mask=mask, use_cache=False)
+        assert torch.equal(model(ids, attention_mask=longer, use_cache=False).logits, expected.logits)
+        causal = torch.ones(1, 1, 6, 6).tril().bool()
+        plain = model(ids, use_cache=False).logits
+        torch.testing.assert_close(model(ids, attention_mask=causal, use_cache=False).logits, plain, rtol=0, atol=1e-12)
+
     # Gradients
 
     def test_implicit_gradient_equals_200_unrolled_steps(self, fields):

@@ -4,8 +4,10 @@ import warnings
 
 import pytest
 import torch
+from torch_counters import CountOperations, LiveBytes
 
 from hf_deq import AndersonSolver, BroydenSolver, ConvergenceWarning, PicardSolver
+from hf_deq.packed_texts import Texts
 
 SOLVERS = [PicardSolver, AndersonSolver, BroydenSolver]
 SCOPES = ["causal", "sequence"]
@@ -181,21 +183,6 @@ def test_a_row_that_turns_non_finite_keeps_its_best_and_leaves_others_alone(
         torch.testing.assert_close(solution.value[1, :4], reference.value[1, :4], rtol=0, atol=1e-7)
 
 
-def test_history_is_bounded(causal_map):
-    f, _, z0 = problem(causal_map)
-    calls = 0
-
-    def slow(z):
-        nonlocal calls
-        calls += 1
-        return 0.99 * f(z)
-
-    with LiveStates(z0.nbytes) as live:
-        AndersonSolver(tolerance=0.0, max_evaluations=40, history=3)(slow, z0)
-    assert calls >= 40
-    assert live.most_states <= 2 * 3 + 4
-
-
 @pytest.mark.parametrize("solver_class", [AndersonSolver, BroydenSolver])
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_scale_of_the_state_does_not_matter(causal_map, solver_class, scale):
@@ -269,6 +256,9 @@ def test_non_convergence_warns_once_and_says_what_to_do():
     [
         ({"tolerance": -1e-3}, "tolerance must be zero or positive"),
         ({"tolerance": float("nan")}, "tolerance must be zero or positive"),
+        ({"tolerance": float("inf")}, "and finite; got inf"),
+        ({"max_evaluations": float("nan")}, "max_evaluations must be at least 1"),
+        ({"history": float("nan")}, "history must be at least 1"),
         ({"max_evaluations": 0}, "max_evaluations must be at least 1"),
         ({"damping": 0.0}, r"damping must lie in \(0, 1\]"),
         ({"damping": 1.5}, r"damping must lie in \(0, 1\]"),
@@ -288,3 +278,144 @@ def test_bad_states_are_refused():
         PicardSolver()(lambda z: z, torch.zeros(2, 3, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="must keep the shape"):
         PicardSolver()(lambda z: z[:, :1], torch.zeros(2, 3, 4))
+
+
+# Converged means converged, at every position.
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+@pytest.mark.parametrize("scope", [*SCOPES, "anticausal"])
+@pytest.mark.parametrize("tolerance", [3e-1, 1e-2, 1e-5])
+def test_converged_means_that_the_worst_position_is_at_the_tolerance(causal_map, solver_class, scope, tolerance):
+    """Also where later positions carry far smaller states, and far larger ones, than their prefix."""
+    x = torch.randn(3, 40, 6, dtype=torch.float64) * torch.logspace(-4, 4, 40, dtype=torch.float64)[:, None]
+    solution = solver_class(tolerance=tolerance, max_evaluations=300, scope=scope)(
+        lambda z: causal_map(z, 0) + x, torch.zeros_like(x)
+    )
+    residual = torch.linalg.vector_norm(solution.image - solution.value, dim=-1)
+    own = residual / torch.linalg.vector_norm(solution.image, dim=-1)
+    assert solution.converged.all() and own.max() <= tolerance
+    torch.testing.assert_close(solution.residual, own.amax(1), rtol=1e-9, atol=1e-18)
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_never_flagged_converged_above_its_tolerance(solver_class, dtype):
+    own = torch.randn(16, 16) / 6
+    for scale in (1.0, 30.0, 1e4):
+        x = (scale * torch.randn(64, 12, 16)).to(dtype)
+        solver = solver_class(tolerance=1e-3, max_evaluations=20)
+        solution = solver(lambda z, x=x: (z.float() @ own).to(dtype) + x, torch.zeros_like(x))
+        reached = solution.residual <= solver.attainable_tolerance(x)
+        assert torch.equal(solution.converged, reached)
+        residual = (solution.image.double() - solution.value.double()).norm(dim=-1) / solution.image.double().norm(dim=-1)
+        assert (residual.amax(1)[reached] <= 1.01 * solver.attainable_tolerance(x)).all()
+
+
+def test_what_float16_cannot_hold_is_flagged():
+    x = torch.full((2, 3, 4), 1e4, dtype=torch.float16)
+    x[1] = 1.0
+    for solver_class in SOLVERS:
+        solution = solver_class(tolerance=1e-2, max_evaluations=60)(lambda z: 0.9 * z + x, torch.zeros_like(x))
+        assert solution.converged.tolist() == [False, True], solver_class  # the first row's fixed point is 1e5
+        assert solution.value.isfinite().all()
+
+
+# Packed rows: several texts in one.
+
+
+def packed(lengths, features=6, batch=2):
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(batch, -1)
+    return Texts(numbers), torch.randn(batch, sum(lengths), features, dtype=torch.float64)
+
+
+def apart(tensor, lengths):
+    """The texts of `(batch, sequence, ...)`, row after row."""
+    return [piece[None] for row in tensor for piece in row.split(lengths)]
+
+
+def map_of_texts(causal_map, x, lengths):
+    """f of packed rows whose texts know nothing of each other."""
+    return lambda z: torch.cat(
+        [causal_map(part, of) for part, of in zip(z.split(lengths, 1), x.split(lengths, 1), strict=True)], 1
+    )
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+@pytest.mark.parametrize("scope", [*SCOPES, "anticausal"])
+@pytest.mark.parametrize("budget", [1, 2, 5, 80])
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-9])
+def test_each_packed_text_is_solved_as_if_alone(causal_map, solver_class, scope, budget, tolerance):
+    lengths = [3, 1, 9, 4]
+    texts, x = packed(lengths)
+    x[:, 4:13] *= 10  # saturated, hence quickly solved
+    solver = solver_class(tolerance=tolerance, max_evaluations=budget, scope=scope)
+    together = solver(map_of_texts(causal_map, x, lengths), torch.zeros_like(x), texts)
+    alone = [solver(lambda z, y=y: causal_map(z, y), torch.zeros_like(y)) for y in apart(x, lengths)]
+    for ours, theirs in zip(apart(together.value, lengths), alone, strict=True):
+        torch.testing.assert_close(ours, theirs.value, rtol=0, atol=1e-10)
+    for ours, theirs in zip(apart(together.image, lengths), alone, strict=True):
+        torch.testing.assert_close(ours, theirs.image, rtol=0, atol=1e-10)
+    assert together.num_evaluations.tolist() == [one.num_evaluations.item() for one in alone]
+    assert together.converged.tolist() == [one.converged.item() for one in alone]
+    residuals = torch.cat([one.residual for one in alone])
+    torch.testing.assert_close(together.residual, residuals, rtol=1e-6, atol=1e-13)
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+@pytest.mark.parametrize("scope", [*SCOPES, "anticausal"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e300])
+def test_no_packed_text_is_touched_by_another(causal_map, solver_class, scope, poison):
+    lengths = [5, 4, 6]
+    texts, x = packed(lengths)
+    changed = x.clone()
+    changed[:, 5:9] = poison
+    solver = solver_class(tolerance=1e-3, max_evaluations=6, scope=scope)
+    before = solver(map_of_texts(causal_map, x, lengths), torch.zeros_like(x), texts)
+    after = solver(lambda z: map_of_texts(causal_map, x, lengths)(z) + (changed - x), torch.zeros_like(x), texts)
+    for first, second in ((before.value, after.value), (before.image, after.image)):
+        for text in (slice(0, 5), slice(9, 15)):
+            assert (first - second)[:, text].abs().max() <= 1e-12
+    assert not after.converged[[1, 4]].any()
+
+
+def test_texts_of_one_position_each_are_so_many_rows(causal_map):
+    x = torch.randn(7, 1, 6, dtype=torch.float64)
+    rows = AndersonSolver(1e-9)(lambda z: causal_map(z, x), torch.zeros_like(x))
+    f = map_of_texts(causal_map, x.view(1, 7, 6), [1] * 7)
+    row = AndersonSolver(1e-9)(f, torch.zeros(1, 7, 6, dtype=torch.float64), Texts(torch.arange(7)[None]))
+    torch.testing.assert_close(row.value[0], rows.value[:, 0], rtol=0, atol=1e-10)
+    assert torch.equal(row.num_evaluations, rows.num_evaluations)
+
+
+# What a solve costs, counted: without noise.
+
+# Operations outside of f per evaluation, views counted: at one position, and at several.
+OPERATIONS = {AndersonSolver: (60, 75), BroydenSolver: (75, 90), PicardSolver: (25, 25)}
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+@pytest.mark.parametrize("scope", ["causal", "anticausal"])
+@pytest.mark.parametrize("length", [1, 16])
+def test_few_operations(solver_class, scope, length):
+    own, x = torch.randn(64, 64) / 13, torch.randn(1, length, 64)
+    with CountOperations() as count:
+        solution = solver_class(tolerance=1e-4, scope=scope)(
+            count.uncounted(lambda z: torch.tanh(z @ own + x)), torch.zeros_like(x)
+        )
+    evaluations = solution.num_evaluations.item()
+    assert 6 <= evaluations <= 20 and solution.converged.all()
+    assert count.total / evaluations <= OPERATIONS[solver_class][length > 1]
+
+
+@pytest.mark.parametrize("solver_class, states", [(PicardSolver, 5), (AndersonSolver, 12), (BroydenSolver, 16)])
+@pytest.mark.parametrize("budget", [12, 40])
+def test_memory_of_a_solve_is_bounded(solver_class, states, budget):
+    """In states, at a history of 5, beside what f takes; what is kept of each position is less than one more."""
+    own, x = torch.randn(256, 256) / 18, torch.randn(4, 16, 256)
+    z0, tolerance = torch.zeros_like(x), 1e-4 if budget == 40 else 2e-2
+    with LiveBytes() as live:
+        f = live.uncounted(lambda z: torch.tanh(z @ own + x))
+        solution = solver_class(tolerance=tolerance, max_evaluations=budget)(f, z0)
+    assert solution.converged.all()
+    assert live.most <= (states + 1) * x.nbytes
