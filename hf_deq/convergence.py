@@ -67,8 +67,8 @@ def residual_trajectories(
 
     Returns:
         For each solver, float64 `(batch, budget)`: `||f(z) - z|| / ||f(z)||` of every row's worst position at its
-        1st, 2nd, ... evaluation. These are residuals of iterates, not the best so far, so they may rise. A solve that rounding ends
-        before its budget stays where it is.
+        1st, 2nd, ... evaluation. These are residuals of iterates, not the best so far, so they may rise. A solve that
+        rounding ends before its budget stays where it is.
 
     Raises:
         ValueError: a solver has no such name, or the budget is not positive.

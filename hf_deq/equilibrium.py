@@ -187,22 +187,22 @@ class _ImplicitFunction(torch.autograd.Function):
             ctx.on_backward(solution)
         w = solution.value
         if torch.is_grad_enabled():  # create_graph=True
-            w = _NoSecondDerivative.apply(w.detach().requires_grad_())
+            w = _NoSecondDerivative.apply(w, grad, ctx.f_z)
         return w, None, None, None, None
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Identity whose derivative is refused: the solve for w is not part of any graph."""
+    """The w that was solved for. It depends on the gradient and on all that f depends on, but no graph says how."""
 
     @staticmethod
-    def forward(ctx, w):
+    def forward(ctx, w, gradient, f_z):
         return w.clone()
 
     @staticmethod
     def backward(ctx, grad):
         raise NotImplementedError(
-            "An implicit gradient cannot be differentiated again: the solve for it is not part of the graph. For second "
-            'derivatives use UnrolledGradient(steps) (gradient="unrolled" in a configuration) or PhantomGradient.'
+            "An implicit gradient cannot be differentiated again: the solve for it is not part of the graph. For "
+            'second derivatives use UnrolledGradient(steps), or gradient="unrolled" in a configuration.'
         )
 
 

@@ -129,19 +129,15 @@ class FixedPointSolver:
         record, iteration = _Record(z0, tolerance, positions), self._iteration(z0, positions)
         # Rounded weights would not be optimal ones.
         exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        z = z0
+        z, f_z = z0, _image(f, z0)
         for evaluation in range(1, self.max_evaluations + 1):
-            f_z = f(z)
-            if f_z.shape != z.shape:
-                raise ValueError(
-                    f"f maps a state of shape {tuple(z.shape)} to {tuple(f_z.shape)}; it must keep the shape."
-                )
             with exact:
                 record.observe(z, f_z, iteration.observe(z, f_z))
                 if evaluation == self.max_evaluations or (_may_look(evaluation, z) and record.finished()):
                     break
-                del z, f_z  # what the iteration needs of them, it has
+                del z, f_z  # the iteration has what it needs of them
                 z = record.keep_stopped(iteration.propose(record.own))
+            f_z = _image(f, z)
         solution = record.solution(f, z, f_z)
         if torch.is_autocast_enabled(device):
             # Some torch versions would reuse the casts cached here, without gradients, in the caller's graph.
@@ -177,6 +173,14 @@ class FixedPointSolver:
             ConvergenceWarning,
             stacklevel=4,
         )
+
+
+def _image(f: SequenceMap, z: Tensor) -> Tensor:
+    """f(z), whose shape is that of z."""
+    f_z = f(z)
+    if f_z.shape != z.shape:
+        raise ValueError(f"f maps a state of shape {tuple(z.shape)} to {tuple(f_z.shape)}; it must keep the shape.")
+    return f_z
 
 
 def _may_look(evaluation: int, z: Tensor) -> bool:
@@ -326,7 +330,7 @@ class _SafeguardedIteration(_Iteration):
     Attributes:
         shares: matrices of inner products, one for each of `Positions.shares`.
         slot: where the rings hold the newest iterate (or step); `remembered` is the number of them.
-        used, unused: for each number of slots in use, 1 for a slot in use; a diagonal matrix with 1 for one that is not.
+        used, unused: for each number of slots in use, 1 where a slot is; a diagonal matrix with 1 where none is.
     """
 
     def __init__(self, z0: Tensor, positions: Positions, history: int, damping: float):

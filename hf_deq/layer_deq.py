@@ -116,7 +116,7 @@ class DEQLayer(nn.Module):
         estimator = self.gradient_estimator(dial)
         # What is recomputed in backward finds no kept weights, so it must not have found them before.
         recomputed = isinstance(estimator, UnrolledGradient) and estimator.activation_checkpointing
-        with nullcontext() if recomputed else keeping_weights(self):
+        with nullcontext() if recomputed else keeping_weights():
             solution = equilibrium(f, z0, self.forward_solver(dial), estimator, texts)
             return solution, self._jacobian_loss(f, solution.value, dial)
 

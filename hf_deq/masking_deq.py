@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from .packed_texts import Texts

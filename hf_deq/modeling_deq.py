@@ -6,7 +6,6 @@ its f (a `DEQLayer`, see `layer_deq`) and names what f needs per call.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel

@@ -30,9 +30,7 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 
 def norm(state: Tensor) -> Tensor:
     """Norm over features, `(batch, sequence, 1)`, in single precision at least."""
-    return torch.linalg.vector_norm(
-        state, dim=-1, keepdim=True, dtype=torch.promote_types(state.dtype, torch.float32)
-    )
+    return torch.linalg.vector_norm(state, dim=-1, keepdim=True, dtype=torch.promote_types(state.dtype, torch.float32))
 
 
 def relative_residual(residual_norm: Tensor, image_norm: Tensor) -> Tensor:
@@ -63,7 +61,7 @@ class Positions:
         return self._over_scope(values, lambda values, dim: values.cummax(dim).values, torch.maximum)
 
     def at_ends(self, values: Tensor) -> Tensor:
-        """The value at the position that all others of its text count for, `(texts,)`; values `(batch, sequence, 1)`."""
+        """The value at the position that all others of its text count for, `(texts,)`, of `(batch, sequence, 1)`."""
         backwards = self.scope == "anticausal"
         if self.texts is None:
             return values[:, 0 if backwards else -1, 0]

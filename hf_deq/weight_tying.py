@@ -5,6 +5,7 @@ Dropout masks are drawn, and normalised weights computed, once for all evaluatio
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,6 @@ class WeightNormLinear(nn.Module):
         self.magnitude = nn.Parameter(torch.empty(out_features, 1))
         self.direction = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self._kept: dict[bool, Tensor] | None = None
 
     def initialize(self, std: float) -> None:
         """Fill in whatever parameter was not loaded, so that W has that standard deviation."""
@@ -73,26 +73,27 @@ class WeightNormLinear(nn.Module):
         return F.linear(x, self._weight(), self.bias)
 
     def _weight(self) -> Tensor:
-        kept = self._kept  # read once: another thread's solve may end meanwhile
+        kept = _kept_weights.get()
         if kept is None:
             return normalised_weight(self.magnitude, self.direction)
-        graph = torch.is_grad_enabled()  # the solver's weight has none, the gradient needs one that has
-        if graph not in kept:
-            kept[graph] = normalised_weight(self.magnitude, self.direction)
-        return kept[graph]
+        key = self, torch.is_grad_enabled()  # the solver's weight has no graph, the gradient needs one that has
+        if key not in kept:
+            kept[key] = normalised_weight(self.magnitude, self.direction)
+        return kept[key]
+
+
+# The weights of the solve that is running. Solves may run in several threads, so they are not the module's.
+_kept_weights: ContextVar[dict | None] = ContextVar("_kept_weights", default=None)
 
 
 @contextmanager
-def keeping_weights(module: nn.Module) -> Iterator[None]:
-    """Within this context, a solve, the normalised weights below a module are computed once (and once with a graph)."""
-    normalised = [part for part in module.modules() if isinstance(part, WeightNormLinear)]
+def keeping_weights() -> Iterator[None]:
+    """Within this context, a solve, normalised weights are computed once (and once with a graph)."""
+    before = _kept_weights.set({})
     try:
-        for part in normalised:
-            part._kept = {}
         yield
     finally:
-        for part in normalised:
-            part._kept = None
+        _kept_weights.reset(before)
 
 
 def normalised_weight(magnitude: Tensor, direction: Tensor) -> Tensor:
@@ -171,5 +172,7 @@ def _shifted(x: Tensor, past: Tensor, distance: int, texts: Texts | None) -> Ten
     if distance == 0:
         return x
     length = x.shape[1]
-    before = torch.cat([past[:, past.shape[1] - distance :], within_text(x[:, : max(length - distance, 0)], distance, texts)], 1)
+    before = torch.cat(
+        [past[:, past.shape[1] - distance :], within_text(x[:, : max(length - distance, 0)], distance, texts)], 1
+    )
     return before[:, :length]

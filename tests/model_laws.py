@@ -85,7 +85,9 @@ class ModelLaws:
         window = getattr(self.family.config(**dial), "sliding_window", None) or len(numbers)
         blocks &= torch.ones(len(numbers), len(numbers)).triu(1 - window).bool()
         alone = [text[None] for row in ids for text in row.split(self.LENGTHS)]
-        additive = torch.zeros(2, 1, *blocks.shape, dtype=torch.float64).masked_fill_(~blocks, torch.finfo(torch.float64).min)
+        additive = torch.zeros(2, 1, *blocks.shape, dtype=torch.float64).masked_fill_(
+            ~blocks, torch.finfo(torch.float64).min
+        )
         mask = dict(position_ids=positions.expand(2, -1))
         return ids, alone, (mask, mask | dict(attention_mask=blocks[None, None]), mask | dict(attention_mask=additive))
 
@@ -159,7 +161,7 @@ class ModelLaws:
 
     def test_cu_seq_lens_pack_a_row(self):
         model = self.family.model()
-        ids, alone, (way, *_) = self.packed()
+        ids, _, (way, *_) = self.packed()
         lengths = torch.tensor([0, *self.LENGTHS]).cumsum(0).int()
         by_lengths = model(ids[:1], cu_seq_lens_q=lengths, use_cache=False).logits
         by_positions = model(ids[:1], position_ids=way["position_ids"][:1], use_cache=False).logits

@@ -223,6 +223,34 @@ def test_backward_works_when_only_the_input_needs_gradients():
     torch.testing.assert_close(grad[0], expected)
 
 
+def test_a_second_derivative_is_refused_or_right(causal_map, x):
+    """Of the implicit gradient it would be wrong, since the solve for it has no graph; unrolling has it."""
+    solver = AndersonSolver(**TIGHT)
+
+    def gradient(estimator, input):
+        value = equilibrium(lambda z: causal_map(z, input), torch.zeros_like(x), solver, estimator).value
+        return torch.autograd.grad(value.square().sum(), input, create_graph=True)[0]
+
+    first = gradient(ImplicitGradient(solver), x)
+    torch.testing.assert_close(first, gradient(UnrolledGradient(200), x), rtol=1e-6, atol=1e-9)
+    with pytest.raises(NotImplementedError, match=r"cannot be differentiated again.*UnrolledGradient\(steps\)"):
+        first.sum().backward()
+    with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+        torch.autograd.grad(gradient(ImplicitGradient(solver), x).square().sum(), causal_map.own)
+    small = torch.randn(1, 2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda x: equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=UnrolledGradient(5)).value,
+        small,
+    )
+
+
+@pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
+@pytest.mark.parametrize("gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(3)])
+def test_a_residual_that_is_no_number_is_infinite(x, gradient):
+    solution = equilibrium(lambda z: z * x * float("nan"), torch.zeros_like(x), gradient=gradient)
+    assert (solution.residual == float("inf")).all() and not solution.converged.any()
+
+
 @pytest.mark.parametrize("make", [lambda: PhantomGradient(0), lambda: UnrolledGradient(0)])
 def test_estimators_need_a_step(make):
     with pytest.raises(ValueError, match="steps >= 1"):

@@ -308,7 +308,9 @@ def test_half_precision_is_never_flagged_converged_above_its_tolerance(solver_cl
         solution = solver(lambda z, x=x: (z.float() @ own).to(dtype) + x, torch.zeros_like(x))
         reached = solution.residual <= solver.attainable_tolerance(x)
         assert torch.equal(solution.converged, reached)
-        residual = (solution.image.double() - solution.value.double()).norm(dim=-1) / solution.image.double().norm(dim=-1)
+        residual = (solution.image.double() - solution.value.double()).norm(dim=-1) / solution.image.double().norm(
+            dim=-1
+        )
         assert (residual.amax(1)[reached] <= 1.01 * solver.attainable_tolerance(x)).all()
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 import yaml
 from test_scripts import script
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_deq.convergence import held_out_windows
 from hf_deq.data import BUILT_IN_CORPUS, encode_corpus, load_corpus
+from hf_deq.fixed_point import _SafeguardedIteration
 from hf_deq.hub import read_config
 from hf_deq.model_card import read_record
 
@@ -53,6 +55,35 @@ def test_it_predicts_as_well_as_its_card_says(folder, built_in_corpus):
     )
     assert bits_per_byte == pytest.approx(row["bits_per_byte"], rel=0.15)
     assert output.converged.float().mean() > 0.9 and output.num_evaluations.float().mean() < 15
+
+
+@torch.no_grad()
+def test_converged_means_converged_on_a_text_that_misleads_anderson():
+    """Twice as long as those it was trained on: one position's residual swings to and fro without the safeguard."""
+    folder, text = FOLDERS[0], (Path(__file__).parent / "data" / "long_text.txt").read_text()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert ids.shape == (1, 256)
+    exact = model(ids, solver_tolerance=1e-6, solver_max_evaluations=100)
+    one_by_one = model(ids, solver_tolerance=1e-6, solver_max_evaluations=400)
+    assert exact.converged and torch.equal(exact.logits, one_by_one.logits)
+
+    def divergence(output):
+        """In nats, of the worst position."""
+        return (
+            F.kl_div(output.logits.log_softmax(-1), exact.logits.log_softmax(-1), log_target=True, reduction="none")
+            .sum(-1)
+            .max()
+        )
+
+    for tolerance, most in ((1e-2, 0.2), (1e-3, 0.05)):
+        output = model(ids, solver_tolerance=tolerance)
+        assert output.converged and output.residual <= tolerance and output.num_evaluations <= 30
+        assert divergence(output) <= most
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_SafeguardedIteration, "evaluations_since_lowest", lambda iteration, own: torch.ones_like(own))
+        unguarded = model(ids, solver_tolerance=1e-2, solver_max_evaluations=60)
+    assert not unguarded.converged and divergence(unguarded) > 0.5
 
 
 @shipped

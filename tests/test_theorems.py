@@ -59,7 +59,7 @@ def test_theorem_1_holds_for_every_parameter_inside_of_f(family, fields, monkeyp
     model = family.model(**fields, **tight, backward_tolerance=1e-13, backward_max_evaluations=300)
     layer, seen = model.model.layers[0], []
     original = layer.solve
-    monkeypatch.setattr(layer, "solve", lambda f, z0, dial: seen.append((f, original(f, z0, dial))) or seen[-1][1])
+    monkeypatch.setattr(layer, "solve", lambda f, *others: seen.append((f, original(f, *others))) or seen[-1][1])
     model(random_ids(1, 3), use_cache=False)
     f, (solution, _) = seen[0]
     assert solution.value.numel() <= 128

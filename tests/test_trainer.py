@@ -201,14 +201,52 @@ def test_the_callback_refuses_models_without_an_equilibrium(tmp_path):
         make_trainer(explicit, tmp_path, [EquilibriumCallback()]).train()
 
 
-@both
-def test_sft_trainer_learns_completions(family, tmp_path):
-    """TRL's, as it is: with activation checkpointing, which it switches on by default, and the prompt left out."""
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
+def word_tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<s>", "</s>", "the", "bank", "of", "new", "york", "said", "it", "will", "buy"]
     vocabulary = WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary), pad_token="<pad>", eos_token="</s>")
     tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    return tokenizer
+
+
+@both
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_sft_trainer_loses_the_same_packed_padding_free_and_plain(family, tmp_path):
+    """TRL's packing puts several texts into a row. Each is solved as if it were alone, at a loose tolerance too."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    tokenizer = word_tokenizer()
+    data = Dataset.from_list(
+        [
+            {"text": text}
+            for text in ("the bank of new york said it", "it said", "will it buy the bank of york", "buy new york")
+        ]
+    )
+    losses = {}
+    for name, way in (
+        ("plain", {}),
+        ("padding free", {"padding_free": True, "max_length": None}),
+        ("packed", {"packing": True, "max_length": 24}),
+    ):
+        how = trl.SFTConfig(
+            str(tmp_path), max_steps=3, logging_steps=1, learning_rate=1e-2, optim="sgd", lr_scheduler_type="constant",
+            per_device_train_batch_size=4, save_strategy="no", report_to="none", use_cpu=True,
+            bf16=False, disable_tqdm=True, **way,
+        )  # fmt: skip
+        model = family.model(solver_tolerance=3e-2, backward_tolerance=3e-2).float()
+        trainer = trl.SFTTrainer(model, how, train_dataset=data, processing_class=tokenizer)
+        rows = [batch["input_ids"].shape[0] for batch in trainer.get_train_dataloader()]
+        assert rows == {"plain": [4], "padding free": [1], "packed": [1]}[name], name
+        trainer.train()
+        losses[name] = logged(trainer, "loss")
+    assert losses["padding free"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["packed"] == pytest.approx(losses["plain"], rel=1e-5)
+
+
+@both
+def test_sft_trainer_learns_completions(family, tmp_path):
+    """TRL's, as it is: with activation checkpointing, which it switches on by default, and the prompt left out."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    tokenizer = word_tokenizer()
     pairs = [
         {"prompt": "the bank of", "completion": " new york"},
         {"prompt": "it said it", "completion": " will buy it"},

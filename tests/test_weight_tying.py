@@ -1,7 +1,10 @@
 """What is fixed over a solve: dropout masks and normalised weights."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from families import TRANSFORMER
 
 from hf_deq import weight_tying
 from hf_deq.weight_tying import (
@@ -66,7 +69,7 @@ def test_a_normalised_linear_map_is_torchs_own_and_computes_its_weight_once(monk
     computed = []
     plain = weight_tying.normalised_weight
     monkeypatch.setattr(weight_tying, "normalised_weight", lambda *args: computed.append(1) or plain(*args))
-    with keeping_weights(torch.nn.ModuleList([linear])):
+    with keeping_weights():
         with torch.no_grad():
             values = [linear(x) for _ in range(5)]
         with_graph = [linear(x) for _ in range(2)]
@@ -80,6 +83,27 @@ def test_a_normalised_linear_map_is_torchs_own_and_computes_its_weight_once(monk
 
 def test_weights_are_let_go_when_a_solve_fails():
     linear = WeightNormLinear(5, 3)
-    with pytest.raises(RuntimeError), keeping_weights(linear):
+    linear.initialize(std=0.7)
+    x = torch.randn(4, 5)
+    with pytest.raises(RuntimeError), keeping_weights():
+        before = linear(x)
         raise RuntimeError
-    assert linear._kept is None
+    with torch.no_grad():
+        linear.magnitude.mul_(2)
+    assert not torch.equal(linear(x), before)
+
+
+def test_a_model_is_differentiated_in_several_threads():
+    """What a solve keeps is that solve's: no thread sees the graph of another."""
+    model = TRANSFORMER.model(**TRANSFORMER.variants["paper"], solver_tolerance=1e-4)
+    parameters = tuple(model.parameters())
+
+    def gradients(seed):
+        ids = torch.randint(3, 61, (2, 12), generator=torch.Generator().manual_seed(seed))
+        return torch.autograd.grad(model(ids, labels=ids, use_cache=False).loss, parameters)
+
+    expected = [gradients(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            for ours, alone in zip(threads.map(gradients, range(4)), expected, strict=True):
+                assert all(torch.equal(one, other) for one, other in zip(ours, alone, strict=True))
