@@ -24,7 +24,7 @@ def eager_attention_forward(
 
 
 def rotary_positions(config: DEQTransformerConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `(batch, sequence, head size)`.
+    """Cosines and signed sines for `rotate`, `(batch, sequence, 1, 1, head size)`.
 
     Computed anew for every call rather than kept in a buffer, which a cast of the model would round.
     """
@@ -36,8 +36,14 @@ def rotary_positions(config: DEQTransformerConfig, position_ids: Tensor, dtype: 
     else:
         frequencies, scaling = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, position_ids.device)
     angles = position_ids[..., None].to(precise) * frequencies
-    angles = torch.cat([angles, angles], -1)
-    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+    cosines, sines = (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+    cosines, sines = torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)
+    return cosines[:, :, None, None], sines[:, :, None, None]
+
+
+def rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions: feature i of a head turns with feature i + size / 2; states `(batch, sequence, ..., size)`."""
+    return torch.addcmul(states * cosines, states.roll(states.shape[-1] // 2, -1), sines)
 
 
 def relative_positions(inputs_embeds: Tensor, first_query: int, keys: int) -> tuple[Tensor, Tensor]:

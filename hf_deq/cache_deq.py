@@ -30,16 +30,25 @@ class EquilibriumCacheView:
     def __init__(self, cache: Cache):
         refuse_offloaded(cache)
         self.cache = cache
-        self._last = {}
+        self._last, self._joined = {}, {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of the past joined with `(batch, heads, sequence, head size)` of the present."""
-        self._last[layer_idx] = key_states, value_states
+        present = self._last[layer_idx] = key_states, value_states
         if layer_idx >= len(self.cache.layers):  # a cache made without a config grows with its first true update
-            return key_states, value_states
-        return _scratch_copy(self.cache.layers[layer_idx]).update(key_states, value_states)
+            return present
+        layer = self.cache.layers[layer_idx]
+        place = _place_of_new_tokens(layer, key_states.shape[2])
+        if place is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _scratch_copy(layer).update(*present)
+        if layer_idx not in self._joined:  # the past is copied once in a solve, not in every evaluation
+            self._joined[layer_idx] = _scratch_copy(layer).update(*present)
+        else:
+            for joined, new in zip(self._joined[layer_idx], present, strict=True):
+                joined[:, :, place] = new
+        return self._joined[layer_idx]
 
     def commit(self) -> None:
         """Write the keys and values that f used last, without their gradients."""
@@ -58,6 +67,16 @@ def refuse_offloaded(cache: Cache) -> None:
             "An offloaded cache is sent away after every update, but a solve reads it all along: use a dynamic or a "
             "static cache."
         )
+
+
+def _place_of_new_tokens(layer, count: int) -> slice | None:
+    """Where a cache layer puts so many new tokens among those that its `update` returns; `None` if that varies."""
+    if not getattr(layer, "is_compileable", False):
+        return slice(-count, None)  # at the end, even where older ones are dropped or kept quantized
+    if layer.is_sliding:
+        return None
+    past_length = int(layer.get_seq_length())
+    return slice(past_length, past_length + count)
 
 
 def _scratch_copy(layer):

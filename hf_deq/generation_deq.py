@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from .cache_deq import check_cacheable
 from .layer_deq import Dial
+from .weight_tying import keeping_weights
 
 # What is said of every solve, in this order.
 REPORTED = ("num_evaluations", "residual", "converged")
@@ -46,7 +47,8 @@ class DEQGenerationMixin(GenerationMixin):
             kwargs = _with_a_mask(**kwargs)
         previous = _reports.set([] if self._returns_dict(generation_config, kwargs) else None)
         try:
-            output = super().generate(inputs, generation_config, *args, **kwargs)
+            with keeping_weights():
+                output = super().generate(inputs, generation_config, *args, **kwargs)
             reports = _reports.get()
         finally:
             _reports.reset(previous)

@@ -9,7 +9,6 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils.output_capturing import OutputRecorder
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
@@ -19,6 +18,7 @@ from .attention_deq import (
     relative_positions,
     require_attention_weights,
     rotary_positions,
+    rotate,
 )
 from .cache_deq import EquilibriumCacheView
 from .classification_deq import DEQForSequenceClassification
@@ -86,9 +86,10 @@ class DEQTransformerAttention(nn.Module):
     def project(self, z: Tensor, injection: Tensor, positions: tuple) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(batch, heads, sequence, size)`, rotated where positions are rotary."""
         qkv = (self.qkv_proj(z) + injection).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        queries_and_keys, value = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2)
         if self.config.position_embedding_type == "rotary":
-            query, key = (rotated.to(value.dtype) for rotated in apply_rotary_pos_emb(query, key, *positions))
+            queries_and_keys = rotate(queries_and_keys, *positions).to(value.dtype)
+        query, key = queries_and_keys.permute(2, 0, 3, 1, 4)
         return query, key, value
 
     def forward(

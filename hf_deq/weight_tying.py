@@ -70,30 +70,33 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
-        return F.linear(x, self._weight(), self.bias)
-
-    def _weight(self) -> Tensor:
-        kept = _kept_weights.get()
-        if kept is None:
-            return normalised_weight(self.magnitude, self.direction)
-        key = self, torch.is_grad_enabled()  # the solver's weight has no graph, the gradient needs one that has
-        if key not in kept:
-            kept[key] = normalised_weight(self.magnitude, self.direction)
-        return kept[key]
+        return F.linear(x, kept(self, lambda: normalised_weight(self.magnitude, self.direction)), self.bias)
 
 
-# The weights of the solve that is running. Solves may run in several threads, so they are not the module's.
+# The weights that were computed within `keeping_weights`. Solves may run in several threads, so no module holds them.
 _kept_weights: ContextVar[dict | None] = ContextVar("_kept_weights", default=None)
 
 
 @contextmanager
 def keeping_weights() -> Iterator[None]:
-    """Within this context, a solve, normalised weights are computed once (and once with a graph)."""
-    before = _kept_weights.set({})
+    """Within this context, a solve or a call of generate, normalised weights are computed once (twice with a graph)."""
+    before = _kept_weights.get()
+    token = _kept_weights.set({} if before is None else before)
     try:
         yield
     finally:
-        _kept_weights.reset(before)
+        _kept_weights.reset(token)
+
+
+def kept(module: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+    """The weight of a module, computed anew or kept by `keeping_weights`."""
+    weights = _kept_weights.get()
+    if weights is None:
+        return compute()
+    key = module, torch.is_grad_enabled()  # the solver's weight has no graph, the gradient needs one that has
+    if key not in weights:
+        weights[key] = compute()
+    return weights[key]
 
 
 def normalised_weight(magnitude: Tensor, direction: Tensor) -> Tensor:
@@ -149,15 +152,19 @@ class CausalConvolution(nn.Module):
             init.copy_(self.magnitude, _lengths(weight))
         init.zeros_(self.bias)
 
+    def _matrix(self) -> Tensor:
+        """W as a matrix `(out, kernel * in)`."""
+        weight = normalised_weight(self.magnitude, self.direction) if self.weight_norm else self.weight
+        return weight.transpose(1, 2).flatten(1)
+
     def forward(self, dropout: float = 0.0) -> Callable[..., Tensor]:
         """The convolution of `(batch, sequence, in)`, with `(batch, reach, in)` before it and the texts of packed rows.
 
         Args:
             dropout: share of the weights that are dropped, in training.
         """
-        weight = normalised_weight(self.magnitude, self.direction) if self.weight_norm else self.weight
-        weight = apply_mask(weight, draw_dropout_mask(weight, dropout, self.training))
-        matrix, bias = weight.transpose(1, 2).flatten(1), self.bias
+        matrix, bias = kept(self, self._matrix), self.bias
+        matrix = apply_mask(matrix, draw_dropout_mask(matrix, dropout, self.training))
 
         def convolve(x: Tensor, past: Tensor, texts: Texts | None = None) -> Tensor:
             distances = [tap * self.dilation for tap in reversed(range(self.kernel_size))]
