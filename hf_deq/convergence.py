@@ -17,18 +17,21 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .equilibrium import equilibrium
 from .evaluation import evaluating
-from .fixed_point import SOLVERS, ConvergenceWarning, FixedPointSolver
+from .fixed_point import SOLVERS, ConvergenceWarning, FixedPointSolver, PicardSolver, SequenceMap
 from .jacobian import spectral_radius
 from .layer_deq import make_solver
-from .modeling_deq import DEQPreTrainedModel
+from .modeling_deq import DEQForCausalLM, DEQPreTrainedModel
 from .position_algebra import norm, relative_residual
 
 TRAINING_COLUMNS = ("step", "forward_evaluations", "backward_evaluations", "residual", "loss")
@@ -161,6 +164,70 @@ def recorded_residuals(model: DEQPreTrainedModel, solver: FixedPointSolver) -> I
 
     with _solved_by(model, solve):
         yield residuals
+
+
+@torch.no_grad()
+def captured_map(model: DEQPreTrainedModel, input_ids: Tensor) -> tuple[SequenceMap, Tensor]:
+    """The f of a model for these tokens, and the state that its solves start from.
+
+    Args:
+        model: a deep equilibrium model, with or without its language modelling head.
+        input_ids: `(batch, sequence)`, without padding.
+
+    Returns:
+        f, which maps a state `(batch, sequence, features)` to the next, and the first state.
+    """
+    captured = []
+
+    def solve(f, z0, dial, texts=None):
+        captured.append((f, z0))
+        return equilibrium(f, z0, PicardSolver(0.0, 1)), None
+
+    with evaluating(model), _unconverged_on_purpose(), _solved_by(model, solve):
+        model.base_model(input_ids.to(model.device), use_cache=False)
+    return captured[0]
+
+
+class Divergence(NamedTuple):
+    """What a loose solve costs in predictions.
+
+    Attributes:
+        nats: Kullback-Leibler divergence from the prediction at the equilibrium, float64 `(batch, sequence)`.
+        num_evaluations, converged: of the loose solve, `(batch,)`.
+    """
+
+    nats: Tensor
+    num_evaluations: Tensor
+    converged: Tensor
+
+
+@torch.no_grad()
+def divergences(model: DEQForCausalLM, input_ids: Tensor, tolerances: Sequence[float]) -> dict[float, Divergence]:
+    """How far predictions at several tolerances are from those at the equilibrium, position by position.
+
+    The equilibrium is solved for in double precision, to a residual of 1e-7.
+
+    Args:
+        model: a deep equilibrium language model.
+        input_ids: `(batch, sequence)`, without padding.
+        tolerances: of the relative residual.
+
+    Raises:
+        ValueError: the equilibrium of a row is not found within 1,000 evaluations.
+    """
+    input_ids = input_ids.to(model.device)
+    with evaluating(model), _unconverged_on_purpose():
+        dial = dict(solver_tolerance=1e-7, solver_max_evaluations=1_000)
+        exact = deepcopy(model).double()(input_ids, use_cache=False, **dial)
+        if not exact.converged.all():
+            raise ValueError(f"the equilibrium is not found in rows {(~exact.converged).nonzero().flatten().tolist()}.")
+        truth, measured = exact.logits.log_softmax(-1), {}
+        for tolerance in tolerances:
+            loose = model(input_ids, use_cache=False, solver_tolerance=tolerance)
+            ours = loose.logits.double().log_softmax(-1)
+            nats = F.kl_div(ours, truth, reduction="none", log_target=True).sum(-1)
+            measured[tolerance] = Divergence(nats, loose.num_evaluations, loose.converged)
+    return measured
 
 
 def spectral_radii(model: DEQPreTrainedModel, input_ids: Tensor, steps: int = 50) -> np.ndarray:

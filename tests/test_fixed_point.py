@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from torch_counters import CountOperations, LiveBytes
 
 from hf_deq import AndersonSolver, BroydenSolver, ConvergenceWarning, PicardSolver
+from hf_deq.operation_counts import CountOperations, LiveBytes
 from hf_deq.packed_texts import Texts
 
 SOLVERS = [PicardSolver, AndersonSolver, BroydenSolver]

@@ -1,4 +1,9 @@
-"""Dispatch modes that count what a piece of code does to tensors: operations, and bytes that are alive at once."""
+"""What a piece of code does to tensors, counted: operations, and bytes that are alive at once. Counts have no noise.
+
+with CountOperations() as count:
+    solution = solver(count.uncounted(f), z0)
+count.total / solution.num_evaluations.max()   # operations of the solver alone, per evaluation
+"""
 
 import weakref
 from collections import Counter
@@ -9,14 +14,14 @@ from torch.utils._pytree import tree_flatten
 
 
 class CountingMode(TorchDispatchMode):
-    """A dispatch mode that leaves out what is called through `uncounted`."""
+    """A dispatch mode that notes every operation, except those of functions called through `uncounted`."""
 
     def __init__(self):
         super().__init__()
         self._paused = False
 
     def uncounted(self, f):
-        """f, whose operations do not count."""
+        """f, of whose operations none is noted."""
 
         def called(*arguments):
             self._paused, before = True, self._paused
@@ -34,11 +39,17 @@ class CountingMode(TorchDispatchMode):
         return outputs
 
     def note(self, operation, outputs) -> None:
+        """Take note of an operation and its outputs."""
         raise NotImplementedError
 
 
 class CountOperations(CountingMode):
-    """Counts operations, views among them, by name in `names`."""
+    """Counts operations, views among them.
+
+    Attributes:
+        names: how often each was called, by its name.
+        total: how many there were in all.
+    """
 
     def __init__(self):
         super().__init__()
@@ -53,7 +64,11 @@ class CountOperations(CountingMode):
 
 
 class LiveBytes(CountingMode):
-    """Follows the storages of all tensors that operations make; `most` is the largest sum of those alive at once."""
+    """Follows the storages of all tensors that operations make.
+
+    Attributes:
+        most: the largest number of bytes that were alive at once.
+    """
 
     def __init__(self):
         super().__init__()

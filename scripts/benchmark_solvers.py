@@ -1,0 +1,145 @@
+"""Our solvers against torchdeq's, on the f of a trained model: evaluations, time, operations, memory.
+
+    python scripts/benchmark_solvers.py                                      # both shipped models
+    python scripts/benchmark_solvers.py --models my-model --states 1x256     # one row of 256 tokens
+
+Solvers take turns on the same f, the same start and the same tolerance, in one process. A time is the median over the
+turns, and `ratio` is torchdeq's time over ours. torchdeq stops when the residual of every whole row is at the
+tolerance, ours when that of every position is. The row `torchdeq, worst position` therefore gives torchdeq a tolerance
+at which its worst position is at the tolerance too. `operations` are those outside of f in each evaluation, views counted, and
+`memory` is what a solve holds besides f's output, in states. Without torchdeq (`pip install -e ".[bench]"`) its rows
+are left out.
+"""
+
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_deq
+from hf_deq.command_line import run_script
+from hf_deq.convergence import captured_map, held_out_windows
+from hf_deq.data import BUILT_IN_CORPUS, encode_corpus, load_corpus
+from hf_deq.evaluation import format_table
+from hf_deq.fixed_point import SOLVERS
+from hf_deq.operation_counts import CountOperations, LiveBytes
+from hf_deq.position_algebra import norm, relative_residual
+
+TORCHDEQ_NAMES = {"anderson": "anderson", "broyden": "broyden", "picard": "fixed_point_iter"}
+SHIPPED = ("model_cards/deq-transformer-tiny", "model_cards/deq-trellisnet-tiny")
+
+
+@dataclass
+class SolverBenchmarkArguments:
+    """What is solved, how exactly, and how often."""
+
+    models: list[str] = field(default_factory=lambda: list(SHIPPED), metadata={"help": "Folders of trained models."})
+    states: list[str] = field(
+        default_factory=lambda: ["8x128", "1x128", "1x1"], metadata={"help": "Rows x positions of the states."}
+    )
+    tolerances: list[float] = field(default_factory=lambda: [1e-3, 1e-5], metadata={"help": "Tolerances."})
+    solvers: list[str] = field(default_factory=lambda: list(SOLVERS), metadata={"help": "Which solvers."})
+    max_evaluations: int = field(default=60, metadata={"help": "Budget of evaluations of f."})
+    seconds: float = field(default=2.0, metadata={"help": "How long each solver is measured, about."})
+    output: str | None = field(default=None, metadata={"help": "Also write the rows to this JSON file."})
+
+
+def main(arguments: SolverBenchmarkArguments) -> None:
+    warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
+    rows = []
+    for folder in arguments.models:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        ids = encode_corpus(load_corpus(BUILT_IN_CORPUS)["validation"], tokenizer).ids
+        for state in arguments.states:
+            batch, length = (int(size) for size in state.split("x"))
+            f, z0 = captured_map(model, held_out_windows(ids, batch, length))
+            for tolerance in arguments.tolerances:
+                for row in compare(f, z0, tolerance, arguments):
+                    rows.append({"model": folder.rpartition("/")[2], "state": state, "tolerance": tolerance} | row)
+    print(format_table(rows))
+    if arguments.output:
+        with open(arguments.output, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+@torch.no_grad()
+def compare(f: Callable, z0: Tensor, tolerance: float, arguments: SolverBenchmarkArguments) -> list[dict]:
+    """One row for each solver of ours, and of torchdeq's."""
+    rows = []
+    for name in arguments.solvers:
+        ours = SOLVERS[name](tolerance, arguments.max_evaluations)
+        ways = {f"{name}": lambda f, ours=ours: ours(f, z0).image}
+        ways |= torchdeq_ways(name, f, z0, tolerance, arguments.max_evaluations)
+        times = take_turns(ways, f, arguments.seconds)
+        for way, solve in ways.items():
+            counted = measure(solve, f, z0)
+            rows.append({"solver": way} | counted | {"ms": times[way] * 1e3, "ratio": times[way] / times[name]})
+    return rows
+
+
+def torchdeq_ways(name: str, f: Callable, z0: Tensor, tolerance: float, budget: int) -> dict[str, Callable]:
+    """torchdeq's solver of that name at this tolerance, and at one at which its worst position reaches it."""
+    try:
+        from torchdeq.solver import get_solver
+    except ImportError:
+        print('torchdeq is not installed, its rows are left out: pip install -e ".[bench]"')
+        return {}
+    solver = get_solver(TORCHDEQ_NAMES[name])
+
+    def at(tolerance: float) -> Callable:
+        return lambda f: solver(f, z0, max_iter=budget, tol=tolerance, stop_mode="rel")[0]
+
+    stricter = tolerance
+    while worst_residual(f, at(stricter)(f)) > tolerance and stricter > tolerance / 100:
+        stricter /= 1.5
+    return {f"torchdeq {name}": at(tolerance), f"torchdeq {name}, worst position": at(stricter)}
+
+
+def worst_residual(f: Callable, state: Tensor) -> float:
+    """The relative residual of the worst position."""
+    image = f(state)
+    return relative_residual(norm(image - state), norm(image)).max().item()
+
+
+def take_turns(ways: dict[str, Callable], f: Callable, seconds: float) -> dict[str, float]:
+    """Median seconds of each way."""
+    turns = {way: [] for way in ways}
+    ends = time.perf_counter() + seconds * len(ways)
+    while time.perf_counter() < ends or len(turns[next(iter(ways))]) < 4:
+        for way, solve in ways.items():
+            started = time.perf_counter()
+            solve(f)
+            turns[way].append(time.perf_counter() - started)
+    return {way: statistics.median(measured[1:]) for way, measured in turns.items()}
+
+
+def measure(solve: Callable, f: Callable, z0: Tensor) -> dict:
+    """What a solve takes that has no noise."""
+    calls = 0
+
+    def counted(z):
+        nonlocal calls
+        calls += 1
+        return f(z)
+
+    with CountOperations() as operations:
+        state = solve(operations.uncounted(counted))
+    evaluations = calls
+    with LiveBytes() as live:
+        solve(live.uncounted(f))
+    return {
+        "evaluations": evaluations,
+        "operations": operations.total / evaluations,
+        "memory": live.most / z0.nbytes,
+        "worst residual": worst_residual(f, state),
+    }
+
+
+if __name__ == "__main__":
+    run_script(main, SolverBenchmarkArguments, __doc__)

@@ -1,0 +1,72 @@
+"""What a tolerance guarantees: how far predictions are from those at the equilibrium, in nats, at the worst position.
+
+    python scripts/measure_tolerances.py                                        # both shipped models
+    python scripts/measure_tolerances.py --models my-model --lengths 256
+
+Held-out windows are solved at each tolerance, within the model's own budget, and at the equilibrium (in double
+precision, to a residual of 1e-7). `worst` and `mean` are Kullback-Leibler divergences over all positions of all
+windows; `worst, flagged` is the worst among windows that were flagged converged.
+"""
+
+import json
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_deq
+from hf_deq.command_line import run_script
+from hf_deq.convergence import Divergence, divergences, held_out_windows
+from hf_deq.data import BUILT_IN_CORPUS, encode_corpus, load_corpus
+from hf_deq.evaluation import format_table
+
+SHIPPED = ("model_cards/deq-transformer-tiny", "model_cards/deq-trellisnet-tiny")
+TOKENS_AT_ONCE = 4096
+
+
+@dataclass
+class ToleranceArguments:
+    """Which models, on how many windows of which lengths, at which tolerances."""
+
+    models: list[str] = field(default_factory=lambda: list(SHIPPED), metadata={"help": "Folders of trained models."})
+    lengths: list[int] = field(default_factory=lambda: [128, 256, 512], metadata={"help": "Tokens of a window."})
+    windows: int = field(default=120, metadata={"help": "Windows of each length, spread over the held-out text."})
+    tolerances: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3], metadata={"help": "Tolerances."})
+    output: str | None = field(default=None, metadata={"help": "Also write the rows to this JSON file."})
+
+
+def main(arguments: ToleranceArguments) -> None:
+    warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
+    rows = []
+    for folder in arguments.models:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        ids = encode_corpus(load_corpus(BUILT_IN_CORPUS)["validation"], tokenizer).ids
+        for length in arguments.lengths:
+            windows = held_out_windows(ids, arguments.windows, length)
+            batches = windows.split(max(1, TOKENS_AT_ONCE // length))
+            measured = [divergences(model, batch, arguments.tolerances) for batch in batches]
+            for tolerance in arguments.tolerances:
+                nats, evaluations, converged = (torch.cat(parts) for parts in zip(*(m[tolerance] for m in measured)))
+                named = {"model": folder.rpartition("/")[2], "length": length, "tolerance": tolerance}
+                rows.append(named | summary(Divergence(nats, evaluations, converged)))
+    print(format_table(rows))
+    if arguments.output:
+        with open(arguments.output, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+def summary(measured: Divergence) -> dict:
+    """One row of the table."""
+    worst = measured.nats.amax(1)
+    return {
+        "evaluations": measured.num_evaluations.double().mean().item(),
+        "not converged": (~measured.converged).sum().item(),
+        "worst": worst.max().item(),
+        "worst, flagged": worst[measured.converged].max().item() if measured.converged.any() else float("nan"),
+        "mean": measured.nats.mean().item(),
+    }
+
+
+if __name__ == "__main__":
+    run_script(main, ToleranceArguments, __doc__)
