@@ -21,7 +21,8 @@ from .configuration_deq import DEQConfig
 class EquilibriumCacheView:
     """Stands in for a `Cache` inside f: every `update` answers as the cache would, none changes it.
 
-    `commit` then updates the cache for good with the keys and values of the last application.
+    `commit` then updates the cache for good with the keys and values of the last application. Without gradients the
+    joined tensors are reused within a solve: only the part of the new tokens is overwritten.
 
     Raises:
         ValueError: the cache keeps its layers on another device between updates.

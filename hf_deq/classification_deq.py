@@ -88,7 +88,8 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
         batch, length = states.shape[:2]
         tokens, pad_token_id = None, self.config.pad_token_id
         if attention_mask is not None:
-            tokens = read_rows(attention_mask, None, False, attention_mask.shape[-1] - length, length).tokens
+            first = attention_mask.shape[-1] - length
+            tokens = read_rows(attention_mask, None, False, first, length).tokens
         elif input_ids is not None and pad_token_id is not None:
             tokens = (input_ids != pad_token_id)[..., None]
         elif input_ids is not None and batch > 1:

@@ -120,7 +120,7 @@ class PhantomGradient:
         for _ in range(self.steps):
             z = value
             f_z = f(z)
-            value = torch.lerp(z, f_z, self.damping)
+            value = torch.lerp(z, f_z.to(z.dtype), self.damping)
         return _measured(z, f_z, value, solution.num_evaluations + self.steps, solver, texts)
 
 

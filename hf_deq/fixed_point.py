@@ -4,17 +4,14 @@ A solver finds z with f(z) = z for a map f of states `(batch, sequence, features
 
     solution = AndersonSolver(tolerance=1e-3)(f, z0)
 
-Reading order: what comes back (`FixedPointSolution`), the solvers (one loop, three iterations), what a solve
-records of its iterates (`_Record`), and the three iterations. Nothing here builds an autograd graph;
+Reading order: what comes back (`FixedPointSolution`), the solvers (one loop, three ways to make the next iterate, which
+are in `iterations.py`), and what a solve records of its iterates (`_Record`). Nothing here builds an autograd graph;
 `equilibrium.py` does.
 
 **Scope.** Anderson and Broyden combine past iterates with weights made of inner products. The literature sums them
 over the whole sequence. Then later tokens change the answer for earlier ones until convergence. Here, by default
 (`scope="causal"`), the weights of position t use positions <= t only: the position itself, and the sum over its
 prefix. So does the decision to stop. A causal f then has a causal solution at any tolerance and any budget.
-
-**Safeguard.** An accelerated step can make things worse. A position whose own residual reaches no new low for a few
-evaluations takes the plain step z <- f(z) instead.
 """
 
 import warnings
@@ -26,17 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .iterations import AndersonIteration, BroydenIteration, Iteration, PicardIteration
 from .packed_texts import Texts
-from .position_algebra import (
-    GRAM_REGULARIZATION,
-    SCOPES,
-    Positions,
-    ProductMatrix,
-    Ring,
-    blend,
-    norm,
-    relative_residual,
-)
+from .position_algebra import SCOPES, Positions, norm, relative_residual
 
 SequenceMap = Callable[[Tensor], Tensor]
 
@@ -75,9 +64,10 @@ class FixedPointSolver:
 
     Args:
         tolerance: a position is solved when its own relative residual `||f(z) - z|| / ||f(z)||` is at most this
-            and all positions that it depends on are solved. It then keeps its state. The tolerance is raised to half
-            the rounding step of the dtype that f computes in (the state's, or autocast's), because below it residuals
-            need not fall: 4e-3 in bfloat16, 5e-4 in float16.
+            and all positions that it depends on are solved. It then keeps its state. The tolerance is raised to the
+            rounding step of the dtype that f computes in (the state's, or autocast's), because below it the residual
+            of a position need not fall: 8e-3 in bfloat16, 1e-3 in float16. A state so small that its square
+            underflows (1e-19 in single precision) counts as zero, and so as solved.
         max_evaluations: budget of calls of f, at least 1. A text that ends with an earlier state than its last
             (best, not converged) takes one more call, to know f there.
         damping: fraction of the proposed step that is taken, in (0, 1]; 1 is undamped.
@@ -149,9 +139,9 @@ class FixedPointSolver:
         """The tolerance, or what rounding leaves of it in the dtype that f computes in."""
         device = state.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype
-        return max(self.tolerance, torch.finfo(dtype).eps / 2)
+        return max(self.tolerance, torch.finfo(dtype).eps)
 
-    def _iteration(self, z0: Tensor, positions: Positions) -> "_Iteration":
+    def _iteration(self, z0: Tensor, positions: Positions) -> Iteration:
         """What makes the next iterate of a solve that starts at z0."""
         raise TypeError("FixedPointSolver is abstract; use PicardSolver, AndersonSolver or BroydenSolver.")
 
@@ -198,7 +188,7 @@ class PicardSolver(FixedPointSolver):
     """
 
     def _iteration(self, z0, positions):
-        return _PicardIteration(self.damping)
+        return PicardIteration(self.damping)
 
 
 @dataclass(frozen=True)
@@ -229,7 +219,7 @@ class AndersonSolver(_RememberingSolver):
     """
 
     def _iteration(self, z0, positions):
-        return _AndersonIteration(z0, positions, self.history, self.damping)
+        return AndersonIteration(z0, positions, self.history, self.damping)
 
 
 @dataclass(frozen=True)
@@ -244,7 +234,7 @@ class BroydenSolver(_RememberingSolver):
     """
 
     def _iteration(self, z0, positions):
-        return _BroydenIteration(z0, positions, self.history, self.damping)
+        return BroydenIteration(z0, positions, self.history, self.damping)
 
 
 SOLVERS = {"anderson": AndersonSolver, "broyden": BroydenSolver, "picard": PicardSolver}
@@ -253,28 +243,33 @@ SOLVERS = {"anderson": AndersonSolver, "broyden": BroydenSolver, "picard": Picar
 class _Record:
     """What a solve knows of every position: whether it still moves, and its best iterate.
 
-    `relative` is the largest relative residual over the positions that count for a position. A position moves until
-    that is at most the tolerance (solved) or not a number (failed). From then on it keeps its best iterate. For a
-    solved position this is the last one, so the residual that was measured is the one of the returned state.
-    All quantities have the shape `(batch, sequence, 1)`.
+    A position moves until it is solved or has failed. From then on it keeps its best iterate. For a solved position
+    this is the last one, so the residual that was measured is the one of the returned state.
+
+    Attributes, all `(batch, sequence, 1)`:
+        own: the relative residual of each position by itself.
+        worst: the largest of the positions that count for a position. At most the tolerance means solved, not a number
+            means failed.
     """
 
     def __init__(self, z0: Tensor, tolerance: float, positions: Positions):
         shape = (*z0.shape[:2], 1)
-        self.tolerance, self.positions = tolerance, positions
+        # A little less than the tolerance, since residuals may be in single precision and are reported in double.
+        self.tolerance, self.threshold = tolerance, tolerance * (1 - 2**-22)
+        self.positions = positions
         self.best = z0.clone()
-        self.best_relative = torch.full(shape, float("inf"), device=z0.device)
+        self.lowest_worst = torch.full(shape, float("inf"), device=z0.device)
         self.moving = torch.ones(shape, dtype=torch.bool, device=z0.device)
         self.moved = []
 
     def observe(self, z: Tensor, f_z: Tensor, residual_norm: Tensor) -> None:
         """Take note of an iterate, its image, and the norm of their difference."""
         self.own = relative_residual(residual_norm, norm(f_z))
-        self.relative = self.positions.worst(self.own)
-        torch.where(self.relative <= self.best_relative, z, self.best, out=self.best)
-        self.best_relative = torch.fmin(self.relative, self.best_relative)
+        self.worst = self.positions.worst(self.own)
+        torch.where(self.worst <= self.lowest_worst, z, self.best, out=self.best)
+        self.lowest_worst = torch.fmin(self.worst, self.lowest_worst)
         self.moved.append(self.moving)
-        self.moving = self.moving & (self.relative > self.tolerance)
+        self.moving = self.moving & (self.worst > self.threshold)
 
     def keep_stopped(self, proposal: Tensor) -> Tensor:
         """The proposal, overwritten by their best iterate where positions have stopped."""
@@ -286,8 +281,9 @@ class _Record:
     def solution(self, f: SequenceMap, z: Tensor, f_z: Tensor) -> FixedPointSolution:
         """The best state of all, f there, and the report. Where all is solved, that is the last state."""
         own, num_evaluations = self.own, torch.stack(self.moved).sum(0)
-        if torch.compiler.is_compiling() or not bool((self.relative <= self.tolerance).all()):
-            at_best = (self.relative == self.best_relative) | ~self.moved[-1]
+        if torch.compiler.is_compiling() or not bool((self.worst <= self.threshold).all()):
+            at_best = (self.worst == self.lowest_worst) | ~self.moved[-1]
+            # Where the best state is not the last one, f is not known. One more call of f tells.
             unknown = self.positions.worst((~at_best).float()) > 0
             if torch.compiler.is_compiling() or bool(unknown.any()):
                 f_z = torch.where(unknown, f(self.best), f_z)
@@ -295,153 +291,3 @@ class _Record:
             z, own = self.best, relative_residual(norm(f_z - self.best), norm(f_z))
         residual, num_evaluations = self.positions.residuals(own), self.positions.at_ends(num_evaluations)
         return FixedPointSolution(z, f_z, residual, num_evaluations, residual <= self.tolerance)
-
-
-class _Iteration:
-    """How the next iterate is made.
-
-    Attributes:
-        observe: takes note of an iterate and its image; returns the norm of their difference, `(batch, sequence, 1)`.
-        propose: returns the next iterate, given the relative residual that every position by itself has.
-    """
-
-    observe: Callable[[Tensor, Tensor], Tensor]
-    propose: Callable[[Tensor], Tensor]
-
-
-class _PicardIteration(_Iteration):
-    def __init__(self, damping: float):
-        self.damping = damping
-
-    def observe(self, z, f_z):
-        self.z, self.residual = z, f_z - z
-        return norm(self.residual)
-
-    def propose(self, own):
-        return torch.add(self.z, self.residual, alpha=self.damping)
-
-
-class _SafeguardedIteration(_Iteration):
-    """Weighs past iterates, but takes the plain step where that does not help.
-
-    Anderson takes it from the second evaluation on that brings a position no new low; Broyden, whose residuals rise
-    and fall, in every third such evaluation or so.
-
-    Attributes:
-        shares: matrices of inner products, one for each of `Positions.shares`.
-        slot: where the rings hold the newest iterate (or step); `remembered` is the number of them.
-        used, unused: for each number of slots in use, 1 where a slot is; a diagonal matrix with 1 where none is.
-    """
-
-    def __init__(self, z0: Tensor, positions: Positions, history: int, damping: float):
-        self.positions, self.history, self.damping, self.dtype = positions, history, damping, z0.dtype
-        self.slot, self.remembered = -1, 0
-        self.shares = [ProductMatrix(z0, history) for _ in positions.shares(z0[:, :, :1])]
-        self.identity = torch.eye(history, dtype=self.shares[0].matrix.dtype, device=z0.device)
-        used = torch.ones_like(self.identity).tril()
-        self.used, self.unused = used.unbind(), torch.diag_embed(1 - used).unbind()
-        self.lowest = torch.full((*z0.shape[:2], 1), float("inf"), device=z0.device)
-        self.since_lowest = torch.zeros_like(self.lowest)
-
-    def next_slot(self) -> int:
-        self.slot, self.remembered = (self.slot + 1) % self.history, min(self.remembered + 1, self.history)
-        return self.slot
-
-    def evaluations_since_lowest(self, own: Tensor) -> Tensor:
-        """Evaluations since the residual of each position was at its lowest, counting that one."""
-        if self.positions.scope == "sequence":  # the literature's iterates, as they are
-            return torch.ones_like(own)
-        self.since_lowest = torch.where(own < self.lowest, 1, self.since_lowest + 1)
-        self.lowest = torch.fmin(own, self.lowest)
-        return self.since_lowest
-
-    def rounded(self, state: Tensor) -> Tensor:
-        """A state in the dtype of f. What is too large for a half precision is clamped, and stays finite."""
-        if state.dtype == self.dtype:
-            return state
-        largest = torch.finfo(self.dtype).max
-        return state.clamp(-largest, largest).to(self.dtype)
-
-
-class _AndersonIteration(_SafeguardedIteration):
-    """Rings of residuals and images, and the Gram matrices of the residuals."""
-
-    def __init__(self, z0, positions, history, damping):
-        super().__init__(z0, positions, history, damping)
-        self.residuals, self.images = Ring(z0, history), Ring(z0, history)
-
-    def observe(self, z, f_z):
-        slot = self.next_slot()
-        image = self.images.slots[slot].copy_(f_z)
-        residual = torch.sub(image, z, out=self.residuals.slots[slot])
-        products = self.residuals.products(residual)
-        for share, values in zip(self.shares, self.positions.shares(products), strict=True):
-            share.rows[slot].copy_(values)
-            share.columns[slot].copy_(values)
-        return products[..., slot : slot + 1].sqrt()
-
-    def propose(self, own):
-        gram = self.regularized(blend([share.matrix for share in self.shares], self.shares))
-        used, unused = self.used[self.remembered - 1], self.unused[self.remembered - 1]
-        weights, _ = torch.linalg.solve_ex(gram + unused, used.expand(gram.shape[:-1]))
-        total = weights.sum(-1, keepdim=True)
-        helps = self.evaluations_since_lowest(own) < 3
-        weights = torch.where(helps & (total > 0), weights / total, self.identity[self.slot])
-        mixed = self.images.combine(weights)
-        if self.damping < 1:
-            mixed -= (1 - self.damping) * self.residuals.combine(weights)
-        return self.rounded(mixed)
-
-    def regularized(self, gram: Tensor) -> Tensor:
-        """The Gram matrix `(batch, sequence, history, history)` with a larger diagonal, relative to what it is."""
-        return gram.addcmul(gram, self.identity, value=GRAM_REGULARIZATION)
-
-
-class _BroydenIteration(_SafeguardedIteration):
-    """Rings of steps s and of the changes d of f along them, and a matrix of their inner products.
-
-    With y = d - s and K = S'Y + the strictly lower triangle of S'S (steps in order of time), the proposal is
-    z + r - D K^-1 S'r. This is the compact inverse update for an initial inverse Jacobian of -1. The newest step i
-    has the products s_i'd_j in its row, since s_i's_j + s_i'y_j = s_i'd_j, and s_j'y_i in its column.
-    """
-
-    def __init__(self, z0, positions, history, damping):
-        super().__init__(z0, positions, history, damping)
-        self.steps, self.changes = Ring(z0, history), Ring(z0, history)
-        for share in self.shares:
-            share.sizes = torch.zeros_like(share.sizes)  # of the steps: the diagonal of K may have any sign
-        self.previous = None
-
-    def observe(self, z, f_z):
-        if self.previous is not None:
-            self._remember(z, f_z, *self.previous)
-        self.previous, self.residual = (z, f_z), f_z - z
-        return norm(self.residual)
-
-    def _remember(self, z, f_z, z_before, f_z_before):
-        slot = self.next_slot()
-        step = torch.sub(z, z_before, out=self.steps.slots[slot])
-        change = torch.sub(f_z, f_z_before, out=self.changes.slots[slot])
-        row, column = self.changes.products(step), self.steps.products(change - step)
-        products = torch.cat([row, column, norm(step).square()], -1)
-        for share, values in zip(self.shares, self.positions.shares(products), strict=True):
-            row, column, size = values.split([self.history, self.history, 1], -1)
-            share.rows[slot].copy_(row)
-            share.columns[slot].copy_(column)
-            share.sizes[..., slot : slot + 1] = size
-
-    def propose(self, own):
-        helps, direction = self.evaluations_since_lowest(own) % 4 > 0, self.residual
-        if self.remembered:
-            weights = self._weights()
-            is_finite = weights.sum(-1, keepdim=True).abs() < float("inf")
-            weights = torch.where(helps & is_finite, weights, 0)
-            direction = direction - self.changes.combine(weights)
-        return self.rounded(self.previous[0] + self.damping * direction)
-
-    def _weights(self) -> Tensor:
-        """Weights `(batch, sequence, history)` of the changes."""
-        residual = self.residual.to(self.steps.slots[0].dtype)
-        kernel = blend([share.matrix for share in self.shares], self.shares)
-        projections = blend(self.positions.shares(self.steps.products(residual).to(kernel.dtype)), self.shares)
-        return torch.linalg.solve_ex(kernel + self.unused[self.remembered - 1], projections)[0]

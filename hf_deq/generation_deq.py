@@ -136,9 +136,9 @@ class DEQGenerationMixin(GenerationMixin):
         """
         raise ValueError(
             f"{type(self).__name__} cannot be batched continuously (generate_batch, cache_implementation='paged', a "
-            "server's continuous batching): that packs the texts of many requests into one row, and the positions of "
-            "a row are solved together, so that requests would change each other's tokens. Pass them to generate as "
-            "a left-padded batch, whose rows are solved each on its own."
+            "server's continuous batching). That puts the new tokens of many requests into one row, each with a past "
+            "of its own in a paged cache, and a solve is told of packed texts only where there is no cache. Pass the "
+            "requests to generate as a left-padded batch, whose rows are solved each on its own."
         )
 
 

@@ -38,7 +38,7 @@ def check_mask(attention_mask: Tensor | None, batch: int, length: int, past_leng
     Raises:
         ValueError: the mask is of another shape, or a 4D mask of integers.
     """
-    if attention_mask is None or torch.compiler.is_compiling():
+    if attention_mask is None or (torch.compiler.is_compiling() and isinstance(past_length, Tensor)):
         return attention_mask
     shape, columns = tuple(attention_mask.shape), int(past_length) + length
     if attention_mask.dim() == 4:
@@ -62,7 +62,7 @@ def read_rows(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     has_past: bool,
-    first_query: int,
+    first_query: int | Tensor,
     length: int,
     sliding_window: int | None = None,
 ) -> Rows:
@@ -75,7 +75,7 @@ def read_rows(
         attention_mask: `(batch, past + sequence)`, or 4D.
         position_ids: `(batch, sequence)`, as the caller gave them.
         has_past: whether a cache or a memory comes before.
-        first_query: index among the keys of a 4D mask of the first new position.
+        first_query: in the columns of the mask, where the first new position stands.
         length: new positions.
         sliding_window: positions that a 4D mask lets each position attend to.
 
@@ -86,11 +86,12 @@ def read_rows(
     if attention_mask is None:
         texts = _restarts(position_ids, length)
     elif attention_mask.dim() == 2:
-        tokens = attention_mask[:, -length:].bool()
+        columns = first_query + torch.arange(length, device=attention_mask.device)
+        tokens = attention_mask.index_select(1, columns).bool()
     else:
         allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
         tokens = allowed[:, 0].diagonal(first_query, -2, -1)[:, :length]  # padding does not attend to itself
-        if length > 1 and not torch.compiler.is_compiling():
+        if length > 1:
             texts = _blocks(allowed[..., first_query : first_query + length], tokens, sliding_window)
     if texts is not None and has_past:
         raise ValueError(
@@ -108,8 +109,12 @@ def refuse_inner_padding(rows: Rows) -> None:
     Raises:
         ValueError: there is such padding.
     """
-    if rows.tokens is None or torch.compiler.is_compiling():
-        return
+    if rows.tokens is not None and rows.tokens.shape[1] > 1:
+        _refuse_inner_padding(rows)
+
+
+@torch.compiler.disable
+def _refuse_inner_padding(rows: Rows) -> None:
     tokens = rows.tokens[..., 0]
     previous = _previous_token(tokens)
     same_text = previous >= 0
@@ -125,12 +130,17 @@ def refuse_inner_padding(rows: Rows) -> None:
 
 def _restarts(position_ids: Tensor | None, length: int) -> Texts | None:
     """The texts of rows without mask, by Transformers' own rule."""
-    if position_ids is None or length == 1 or torch.compiler.is_compiling():
-        return None
+    return None if position_ids is None or length == 1 else _texts_of_positions(position_ids)
+
+
+# How many texts there are decides on shapes, so a compiled model leaves its graph for the functions below.
+@torch.compiler.disable
+def _texts_of_positions(position_ids: Tensor) -> Texts | None:
     numbers = find_packed_sequence_indices(position_ids)
     return None if numbers is None else Texts(numbers)
 
 
+@torch.compiler.disable
 def _blocks(allowed: Tensor, tokens: Tensor, sliding_window: int | None) -> Texts | None:
     """The texts of a 4D mask `(batch, heads, sequence, sequence)`.
 

@@ -121,9 +121,10 @@ class DEQModel(DEQPreTrainedModel):
 
     def _read_rows(self, attention_mask, position_ids, cache: Cache | None, memory, inputs_embeds: Tensor) -> Rows:
         """The structure of the new positions, see `read_rows`."""
-        length, first_query = inputs_embeds.shape[1], 0
+        length = inputs_embeds.shape[1]
+        first_query = 0 if cache is None else cache.get_seq_length()
         if cache is not None and attention_mask is not None and attention_mask.dim() == 4:
-            first_query = cache.get_seq_length() - cache.get_mask_sizes(length, 0)[1]
+            first_query = first_query - cache.get_mask_sizes(length, 0)[1]  # a sliding cache has dropped keys
         if position_ids is not None:
             position_ids = position_ids.expand(len(inputs_embeds), -1)
         has_past, window = cache is not None or memory is not None, getattr(self.config, "sliding_window", None)

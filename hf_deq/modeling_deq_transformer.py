@@ -90,6 +90,8 @@ class DEQTransformerAttention(nn.Module):
         if self.config.position_embedding_type == "rotary":
             queries_and_keys = rotate(queries_and_keys, *positions).to(value.dtype)
         query, key = queries_and_keys.permute(2, 0, 3, 1, 4)
+        if self.layer_idx > 0:  # the layer before may have overflowed at a position; others must not see it
+            key, value = key.nan_to_num(0.0, 0.0, 0.0), value.nan_to_num(0.0, 0.0, 0.0)
         return query, key, value
 
     def forward(
@@ -201,7 +203,7 @@ class DEQTransformerLayer(DEQLayer):
         **context,
     ) -> DEQLayerOutput:
         """Embedded input `(batch, sequence, hidden)` to its equilibrium."""
-        injections = self._inject(hidden_states)
+        injection = self._inject(hidden_states)
         projected = [block.self_attn.project_positions(positions) for block in self.blocks]
         follows_cache = cache is not None and cache.get_seq_length() > 0
         if memory is not None:
@@ -215,16 +217,16 @@ class DEQTransformerLayer(DEQLayer):
 
         def f(z: Tensor) -> Tensor:
             nonlocal weights
-            for block, *fixed in zip(self.blocks, injections, masks, projected, strict=True):
-                z, weights = block(z, *fixed, view=view, **context)
+            for block, *fixed in zip(self.blocks, masks, projected, strict=True):
+                z, weights = block(z, injection, *fixed, view=view, **context)
             z = self.closing_norm(z)
             return z if rows.tokens is None else z.masked_fill(~rows.tokens, 0)
 
         solution, jacobian_loss = self.solve(f, torch.zeros_like(hidden_states), dial, rows.texts)
-        if view is not None:
+        if view is not None and memory is None:
             view.commit()  # f was last called at the solution
         # After a cache, which holds keys and not states, only the latest states would be known.
-        memory = None if follows_cache else self._memory(memory, solution.value, injections[-1][0])
+        memory = None if follows_cache else self._memory(memory, solution.value, injection[0])
         return DEQLayerOutput(solution.value, weights, solution, jacobian_loss, memory)
 
     def _remembered_keys(self, memory: tuple[Tensor, Tensor], positions: tuple) -> DynamicCache:
@@ -245,21 +247,16 @@ class DEQTransformerLayer(DEQLayer):
         past = past or [state[:, :0] for state in new]
         return tuple(latest(old, state, length) for old, state in zip(past, new, strict=True))
 
-    def _inject(self, hidden_states: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        """What goes into queries, keys and values, and what into the residual stream, of every block.
+    def _inject(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What goes into queries, keys and values, and what into the residual stream, of every application.
 
-        A key or value that is not a number would reach every position, masked or not. So what is not finite is
-        injected as zero, except into the query and the residual stream of the last block: nothing attends to those,
-        and they make the image of that position, and of no earlier one, not a number.
+        Non-finite numbers become zero in keys and values. Otherwise every position would become NaN, even one that is
+        masked. Queries and residual stream keep them, so the position itself is NaN, and no earlier one.
         """
-        injection = self.injection(hidden_states)
-        finite = injection.nan_to_num(0.0, 0.0, 0.0)
-        queries = self.into_attention // 3
-        last = torch.cat([injection[..., :queries], finite[..., queries : self.into_attention]], -1)
-        last = last, injection[..., self.into_attention :]
-        others = finite.split([self.into_attention, self.into_residual], -1)
-        injections = [others] * (len(self.blocks) - 1) + [last]
-        return [(attention, residual if self.into_residual else None) for attention, residual in injections]
+        width = self.into_attention // 3
+        queries, others, residual = self.injection(hidden_states).split([width, 2 * width, self.into_residual], -1)
+        into_attention = torch.cat([queries, others.nan_to_num(0.0, 0.0, 0.0)], -1)
+        return into_attention, residual if self.into_residual else None
 
     def _dropout_masks(self, like: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """For the outputs of both sub-layers, and for the attention weights `(batch, heads, sequence, keys)`."""

@@ -16,8 +16,9 @@ class Texts:
     """
 
     def __init__(self, numbers: Tensor):
-        self.numbers = numbers
-        is_last = F.pad(numbers[:, 1:] != numbers[:, :-1], (0, 1), value=True)
+        starts = numbers[:, 1:] != numbers[:, :-1]
+        self.numbers = F.pad(starts, (1, 0)).cumsum(1)  # a number that comes back is that of another text
+        is_last = F.pad(starts, (0, 1), value=True)
         self.lasts = is_last.flatten().nonzero()[:, 0]
         lengths = self.lasts.diff(prepend=self.lasts.new_full((1,), -1))
         self.firsts = self.lasts - lengths + 1

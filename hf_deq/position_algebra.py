@@ -72,8 +72,8 @@ class Positions:
         worst = self.at_ends(self.worst(relative)).to(widest_dtype(relative.device))
         return worst.nan_to_num(nan=float("inf"), posinf=float("inf"))
 
-    def shares(self, products: Tensor) -> list[Tensor]:
-        """The inner products that a position weighs against each other: its own, and the total over its scope."""
+    def own_and_total(self, products: Tensor) -> list[Tensor]:
+        """The inner products that a position blends: its own, and the total over its scope; one where they are one."""
         if self.length == 1:
             return [products]
         return [self.total(products)] if self.scope == "sequence" else [products, self.total(products)]
@@ -112,7 +112,7 @@ class Ring:
 
     def products(self, state: Tensor) -> Tensor:
         """Inner products over features of a state with all in the ring, `(batch, sequence, history)`."""
-        return torch.bmm(state.view(-1, 1, state.shape[2]), self._transposed).view(*state.shape[:2], -1)
+        return torch.bmm(state.reshape(-1, 1, state.shape[2]), self._transposed).view(*state.shape[:2], -1)
 
     def combine(self, weights: Tensor) -> Tensor:
         """sum_i weights_i state_i, `(batch, sequence, features)`; weights `(batch, sequence, history)`."""
@@ -126,23 +126,26 @@ class ProductMatrix:
 
     Attributes:
         matrix: `(batch, sequence, history, history)`, with views on its `rows` and `columns`.
-        sizes: `(batch, sequence, history)`, by whose sum the matrix is divided before it is blended; its diagonal.
+        sizes: squared norms `(batch, sequence, history)`. `blend` divides the matrix by their sum. They are its
+            diagonal, or are written apart where the diagonal is something else (`own_sizes`).
     """
 
-    def __init__(self, like: Tensor, history: int):
+    def __init__(self, like: Tensor, history: int, own_sizes: bool = False):
         shape = (*like.shape[:2], history, history)
         self.matrix = torch.zeros(shape, dtype=widest_dtype(like.device), device=like.device)
         self.rows, self.columns = self.matrix.unbind(2), self.matrix.unbind(3)
         self.sizes = self.matrix.diagonal(dim1=-2, dim2=-1)
+        if own_sizes:
+            self.sizes = torch.zeros_like(self.sizes)
 
 
-def blend(shares: list[Tensor], matrices: list[ProductMatrix]) -> Tensor:
-    """One inner product for every position: its own and its scope's, each divided by the size of its matrix first.
+def blend(products: list[Tensor], matrices: list[ProductMatrix]) -> Tensor:
+    """One inner product for every position: its own plus its scope's, each divided by the size of its matrix first.
 
     So neither the length of the prefix nor the size of its residuals tips the balance.
     """
-    if len(shares) == 1:
-        return shares[0]
-    shape = (*shares[0].shape[:2], *(1,) * (shares[0].dim() - 2))
+    if len(products) == 1:
+        return products[0]
+    shape = (*products[0].shape[:2], *(1,) * (products[0].dim() - 2))
     own, total = (matrix.sizes.sum(-1).view(shape) for matrix in matrices)
-    return torch.addcdiv(shares[0] / own, shares[1], total, value=PREFIX_WEIGHT)
+    return torch.addcdiv(products[0] / own, products[1], total, value=PREFIX_WEIGHT)

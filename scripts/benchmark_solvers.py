@@ -6,9 +6,9 @@
 Solvers take turns on the same f, the same start and the same tolerance, in one process. A time is the median over the
 turns, and `ratio` is torchdeq's time over ours. torchdeq stops when the residual of every whole row is at the
 tolerance, ours when that of every position is. The row `torchdeq, worst position` therefore gives torchdeq a tolerance
-at which its worst position is at the tolerance too. `operations` are those outside of f in each evaluation, views counted, and
-`memory` is what a solve holds besides f's output, in states. Without torchdeq (`pip install -e ".[bench]"`) its rows
-are left out.
+at which its worst position is at the tolerance too. `operations` are those outside of f in each evaluation, views
+counted, and `memory` is what a solve holds besides f's output, in states. Without torchdeq
+(`pip install -e ".[bench]"`) its rows are left out.
 """
 
 import json
@@ -25,11 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_deq
 from hf_deq.command_line import run_script
 from hf_deq.convergence import captured_map, held_out_windows
-from hf_deq.data import BUILT_IN_CORPUS, encode_corpus, load_corpus
+from hf_deq.data import encode_corpus
 from hf_deq.evaluation import format_table
 from hf_deq.fixed_point import SOLVERS
 from hf_deq.operation_counts import CountOperations, LiveBytes
 from hf_deq.position_algebra import norm, relative_residual
+from hf_deq.tasks import read_recipe, read_split
+from hf_deq.word_level import encode_words
 
 TORCHDEQ_NAMES = {"anderson": "anderson", "broyden": "broyden", "picard": "fixed_point_iter"}
 SHIPPED = ("model_cards/deq-transformer-tiny", "model_cards/deq-trellisnet-tiny")
@@ -55,7 +57,8 @@ def main(arguments: SolverBenchmarkArguments) -> None:
     rows = []
     for folder in arguments.models:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-        ids = encode_corpus(load_corpus(BUILT_IN_CORPUS)["validation"], tokenizer).ids
+        texts, word_level = read_split("validation", read_recipe(folder))
+        ids = (encode_words if word_level else encode_corpus)(texts, tokenizer).ids
         for state in arguments.states:
             batch, length = (int(size) for size in state.split("x"))
             f, z0 = captured_map(model, held_out_windows(ids, batch, length))

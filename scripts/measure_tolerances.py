@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_deq
 from hf_deq.command_line import run_script
 from hf_deq.convergence import Divergence, divergences, held_out_windows
-from hf_deq.data import BUILT_IN_CORPUS, encode_corpus, load_corpus
+from hf_deq.data import encode_corpus
 from hf_deq.evaluation import format_table
+from hf_deq.tasks import read_recipe, read_split
+from hf_deq.word_level import encode_words
 
 SHIPPED = ("model_cards/deq-transformer-tiny", "model_cards/deq-trellisnet-tiny")
 TOKENS_AT_ONCE = 4096
@@ -41,15 +43,16 @@ def main(arguments: ToleranceArguments) -> None:
     rows = []
     for folder in arguments.models:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        ids = encode_corpus(load_corpus(BUILT_IN_CORPUS)["validation"], tokenizer).ids
+        texts, word_level = read_split("validation", read_recipe(folder))
+        ids = (encode_words if word_level else encode_corpus)(texts, tokenizer).ids
         for length in arguments.lengths:
             windows = held_out_windows(ids, arguments.windows, length)
             batches = windows.split(max(1, TOKENS_AT_ONCE // length))
             measured = [divergences(model, batch, arguments.tolerances) for batch in batches]
             for tolerance in arguments.tolerances:
-                nats, evaluations, converged = (torch.cat(parts) for parts in zip(*(m[tolerance] for m in measured)))
+                parts = zip(*(batch[tolerance] for batch in measured), strict=True)
                 named = {"model": folder.rpartition("/")[2], "length": length, "tolerance": tolerance}
-                rows.append(named | summary(Divergence(nats, evaluations, converged)))
+                rows.append(named | summary(Divergence(*map(torch.cat, parts))))
     print(format_table(rows))
     if arguments.output:
         with open(arguments.output, "w") as file:

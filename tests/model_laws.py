@@ -159,6 +159,32 @@ class ModelLaws:
             assert torch.equal(before.logits[1], after.logits[1])
             assert after.residual[0] == float("inf") and not after.converged[0]
 
+    def test_an_overflow_reaches_no_earlier_position(self, fields):
+        """A huge input is a number, but what f makes of it is not."""
+        model = self.family.model(**fields)
+        embeds = model.get_input_embeddings()(random_ids(2, 8)).detach()
+        huge = embeds.clone()
+        huge[0, 5] = 1e160
+        dial = dict(solver_max_evaluations=4, use_cache=False)
+        before, after = model(inputs_embeds=embeds, **dial), model(inputs_embeds=huge, **dial)
+        assert torch.equal(before.logits[:, :5], after.logits[:, :5])
+        assert torch.equal(before.logits[1], after.logits[1])
+
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_compiled_models_read_masks_and_positions_alike(self):
+        model = self.family.model(solver_tolerance=1e-9)
+        compiled = torch.compile(model, backend="eager")
+        ids, _, ways = self.packed()
+        left = torch.ones(2, 17, dtype=torch.long)
+        left[0, :3] = 0
+        longer = torch.cat([left, torch.zeros(2, 4, dtype=torch.long)], 1)
+        for arguments in (ways[0], ways[1], dict(attention_mask=left), dict(attention_mask=longer)):
+            with torch.no_grad():
+                expected = model(ids, use_cache=False, solver_max_evaluations=30, **arguments)
+                output = compiled(ids, use_cache=False, solver_max_evaluations=30, **arguments)
+            assert output.num_evaluations.shape == expected.num_evaluations.shape
+            assert (output.logits - expected.logits).abs().max() <= 1e-7
+
     def test_cu_seq_lens_pack_a_row(self):
         model = self.family.model()
         ids, _, (way, *_) = self.packed()
@@ -384,6 +410,17 @@ class ModelLaws:
         (gradients, kept), (recomputed, kept_of_them) = self._trained_with_and_without_checkpointing(fields, 6)
         torch.testing.assert_close(recomputed, gradients, rtol=0, atol=1e-12)
         assert kept_of_them < 0.7 * kept
+
+    def test_activation_checkpointing_of_unrolled_applications_after_a_memory(self):
+        ids, before, gradients = random_ids(2, 6), random_ids(2, 5), []
+        for checkpointing in (False, True):
+            model = self.family.model(**self.family.remembering).train()
+            memory = model(before, use_cache=False).memory
+            if checkpointing:
+                model.activation_checkpointing_enable()
+            model(ids, labels=ids, memory=memory, use_cache=False, unroll_steps=4).loss.backward()
+            gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
     def test_activation_checkpointing_changes_no_implicit_gradient(self):
         (gradients, kept), (same, also_kept) = self._trained_with_and_without_checkpointing({}, None)

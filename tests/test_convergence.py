@@ -11,9 +11,11 @@ from datasets import Dataset, DatasetDict
 from families import TRANSFORMER, TRELLISNET, random_ids
 from test_scripts import TINY, script
 
-from hf_deq import ConvergenceWarning, PicardSolver
+from hf_deq import AndersonSolver, ConvergenceWarning, PicardSolver
 from hf_deq.convergence import (
     activations_by_depth,
+    captured_map,
+    divergences,
     evaluations_over_training,
     evaluations_to_tolerance,
     held_out_windows,
@@ -55,6 +57,36 @@ def test_the_last_call_recorded_is_the_state_returned(family, name):
     torch.testing.assert_close(residuals[-1].amax(1), solved.residual, rtol=1e-9, atol=0)
     assert len(residuals) == solved.num_evaluations.max()
     assert solved.converged.all() and (residuals[0] == 1).all()  # from the zero state
+
+
+@FAMILIES
+def test_the_captured_map_is_the_models_own(family):
+    model, ids = family.model(), random_ids(2, 6)
+    f, start = captured_map(model, ids)
+    with torch.no_grad():
+        solved = AndersonSolver(tolerance=1e-12, max_evaluations=200)(f, start)
+        output = model(ids, output_hidden_states=True, use_cache=False)
+    assert (start == 0).all() and solved.converged.all()
+    state = solved.image
+    if family is TRELLISNET:  # its output is a part of the state
+        state = state[..., model.config.intermediate_size :][..., : model.config.hidden_size]
+    torch.testing.assert_close(model.model.norm(state), output.hidden_states[-1], rtol=0, atol=1e-8)
+
+
+@FAMILIES
+def test_divergences_are_those_of_the_predictions(family):
+    """From the equilibrium, position by position; smaller at a tighter tolerance, and nothing at a tight one."""
+    model, ids = family.model().float(), random_ids(3, 8)
+    measured = divergences(model, ids, [0.5, 1e-2, 1e-6])
+    with torch.no_grad():
+        exact = model(ids, use_cache=False, solver_tolerance=1e-6).logits.softmax(-1)
+        loose = model(ids, use_cache=False, solver_tolerance=0.5)
+    by_hand = (exact * (exact.log() - loose.logits.log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(measured[0.5].nats.float(), by_hand, rtol=1e-2, atol=1e-5)
+    assert torch.equal(measured[0.5].num_evaluations, loose.num_evaluations) and measured[0.5].converged.all()
+    assert measured[0.5].nats.max() > 10 * measured[1e-2].nats.max() and measured[1e-6].nats.max() < 1e-9
+    with pytest.raises(ValueError, match=r"equilibrium is not found in rows \[0, 1, 2\]"):
+        divergences(family.model(solver="picard", solver_damping=1e-3), ids, [0.5])
 
 
 @FAMILIES

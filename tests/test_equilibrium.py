@@ -207,6 +207,18 @@ def test_autocast_does_not_cut_the_parameters_off(gradient):
     assert linear.weight.grad is not None and linear.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(3)])
+def test_an_f_in_lower_precision_than_its_state(gradient):
+    """What f returns under autocast, where nothing casts it back."""
+    linear, x = torch.nn.Linear(8, 8), torch.randn(2, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        solution = equilibrium(
+            lambda z: torch.tanh(0.3 * linear(z)) + x.bfloat16(), torch.zeros_like(x), gradient=gradient
+        )
+    solution.value.float().sum().backward()
+    assert linear.weight.grad.isfinite().all()
+
+
 def test_backward_works_when_only_the_input_needs_gradients():
     matrix = 0.1 * torch.randn(4, 4, dtype=torch.float64)
     x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)

@@ -8,6 +8,7 @@ import torch
 from hf_deq import AndersonSolver, BroydenSolver, ConvergenceWarning, PicardSolver
 from hf_deq.operation_counts import CountOperations, LiveBytes
 from hf_deq.packed_texts import Texts
+from hf_deq.position_algebra import Positions
 
 SOLVERS = [PicardSolver, AndersonSolver, BroydenSolver]
 SCOPES = ["causal", "sequence"]
@@ -388,6 +389,23 @@ def test_texts_of_one_position_each_are_so_many_rows(causal_map):
     row = AndersonSolver(1e-9)(f, torch.zeros(1, 7, 6, dtype=torch.float64), Texts(torch.arange(7)[None]))
     torch.testing.assert_close(row.value[0], rows.value[:, 0], rtol=0, atol=1e-10)
     assert torch.equal(row.num_evaluations, rows.num_evaluations)
+
+
+def test_a_number_that_comes_back_is_that_of_another_text():
+    texts = Texts(torch.tensor([[0, 0, 0, 1, 0, 0, 0]]))
+    ones = torch.ones(1, 7, 1, dtype=torch.float64)
+    assert Positions(7, "causal", texts).total(ones)[0, :, 0].tolist() == [1, 2, 3, 1, 1, 2, 3]
+    assert Positions(7, "anticausal", texts).total(ones)[0, :, 0].tolist() == [3, 2, 1, 1, 3, 2, 1]
+    assert Positions(7, "sequence", texts).total(ones)[0, :, 0].tolist() == [3, 3, 3, 1, 3, 3, 3]
+
+
+@pytest.mark.parametrize("solver_class", SOLVERS)
+def test_an_image_may_have_any_strides(causal_map, solver_class):
+    """As convolutions over the sequence leave them."""
+    f, _, z0 = problem(causal_map)
+    solver = solver_class(tolerance=1e-8, max_evaluations=60)
+    strided = solver(lambda z: f(z).mT.contiguous().mT, z0)
+    torch.testing.assert_close(strided.value, solver(f, z0).value, rtol=0, atol=1e-12)
 
 
 # What a solve costs, counted: without noise.

@@ -342,6 +342,26 @@ def test_the_generation_benchmark_compares_ways_of_decoding(trained, tmp_path):
         assert drafted["evaluations"] < plain["evaluations"]
 
 
+def test_the_solver_benchmark_counts_what_has_no_noise(trained, tmp_path):
+    flags = ["--models", trained[0], "--states", "2x8", "1x1", "--tolerances", 1e-2, "--seconds", 0.01]
+    finished = script("benchmark_solvers.py", *flags, "--output", tmp_path / "b.json")
+    assert finished.returncode == 0 and "worst residual" in finished.stdout, finished.stderr[-2000:]
+    rows = [row for row in json.loads((tmp_path / "b.json").read_text()) if "torchdeq" not in row["solver"]]
+    assert [(row["state"], row["solver"]) for row in rows] == [
+        (state, solver) for state in ("2x8", "1x1") for solver in ("anderson", "broyden", "picard")
+    ]
+    assert all(row["worst residual"] <= 1e-2 and row["operations"] <= 90 and row["ratio"] == 1 for row in rows)
+
+
+def test_tolerances_are_measured_against_the_equilibrium(trained, tmp_path):
+    flags = ["--models", trained[0], "--lengths", 8, "--windows", 3, "--tolerances", 0.3, 1e-4]
+    finished = script("measure_tolerances.py", *flags, "--output", tmp_path / "t.json")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    loose, tight = json.loads((tmp_path / "t.json").read_text())
+    assert loose["evaluations"] < tight["evaluations"] and tight["not converged"] == 0
+    assert loose["worst"] > loose["mean"] > tight["mean"] and tight["worst, flagged"] == tight["worst"] < 1e-4
+
+
 def test_ctrl_c_saves_and_leaves(corpus, tmp_path):
     """The real thing: another process, a real interrupt in the middle of a step."""
     flags = [*TINY, "--max_steps", "100000", "--logging_steps", "1"]

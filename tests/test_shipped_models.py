@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_deq.convergence import held_out_windows
 from hf_deq.data import BUILT_IN_CORPUS, encode_corpus, load_corpus
-from hf_deq.fixed_point import _SafeguardedIteration
 from hf_deq.hub import read_config
+from hf_deq.iterations import SafeguardedIteration
 from hf_deq.model_card import read_record
 
 FOLDERS = [Path(__file__).parents[1] / "model_cards" / name for name in ("deq-transformer-tiny", "deq-trellisnet-tiny")]
@@ -81,7 +81,7 @@ def test_converged_means_converged_on_a_text_that_misleads_anderson():
         assert output.converged and output.residual <= tolerance and output.num_evaluations <= 30
         assert divergence(output) <= most
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_SafeguardedIteration, "evaluations_since_lowest", lambda iteration, own: torch.ones_like(own))
+        patch.setattr(SafeguardedIteration, "evaluations_since_lowest", lambda iteration, own: torch.ones_like(own))
         unguarded = model(ids, solver_tolerance=1e-2, solver_max_evaluations=60)
     assert not unguarded.converged and divergence(unguarded) > 0.5
 
