@@ -3,6 +3,7 @@
     python scripts/benchmark_generation.py                       # lengths: both models, freshly initialised
     python scripts/benchmark_generation.py --lengths 100 1000    # shorter
     python scripts/benchmark_generation.py --model deq-model     # ways of decoding: one trained model
+    python scripts/benchmark_generation.py --model deq-model --gpt2_layers 12   # against an explicit model
 
 Lengths: each model generates greedily, batch 1, in a process of its own that reports at each length the bytes its
 cache holds, how much the process has grown since it began to generate (peak resident memory), and the
@@ -13,6 +14,9 @@ its own weights at each of `--draft_tolerances`, and from a static cache, with `
 relative to plain decoding, in CPU time on one thread; the ways take turns, a first turn for what is done once is not
 counted, and of the others the best is. Evaluations are counted per new token, the model's and the draft's; one of
 the model's may check several tokens at once.
+
+Against GPT-2: greedy decoding at each of `--tolerances`, and by an untrained GPT-2 of the same width and vocabulary
+with its cache, which take turns in this process. Speed is relative to GPT-2, by the clock; the best turn counts.
 """
 
 import json
@@ -26,7 +30,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompileConfig,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import hf_deq
 from hf_deq.command_line import run_script
@@ -51,13 +62,20 @@ class BenchmarkArguments:
         default_factory=lambda: [0.5, 0.2, 0.1, 0.05], metadata={"help": "Tolerances of the drafts."}
     )
     new_tokens: int = field(default=100, metadata={"help": "Tokens to decode in every way."})
+    gpt2_layers: int | None = field(default=None, metadata={"help": "Compare with a GPT-2 of so many layers."})
+    tolerances: list[float] = field(
+        default_factory=lambda: [1e-3, 1e-2], metadata={"help": "Tolerances to compare with GPT-2."}
+    )
     turns: int = field(default=3, metadata={"help": "How often."})
     compile: bool = field(default=False, metadata={"help": "Also decode compiled, which takes minutes to begin."})
     output: str | None = field(default=None, metadata={"help": "Also write the rows to this JSON file."})
 
 
 def main(arguments: BenchmarkArguments) -> None:
-    rows = compare_lengths(arguments) if arguments.model is None else compare_ways(arguments)
+    if arguments.model is None:
+        rows = compare_lengths(arguments)
+    else:
+        rows = compare_ways(arguments) if arguments.gpt2_layers is None else compare_with_gpt2(arguments)
     print(format_table(rows))
     if arguments.output:
         with open(arguments.output, "w") as file:
@@ -178,6 +196,30 @@ def decode(model, way: dict, do_sample: bool, new_tokens: int) -> tuple[float, d
         "of the draft": torch.cat(drafted).sum().item() / new_tokens if draft else 0.0,
         "accepted": (new_tokens - passes) / len(drafted) if draft else float("nan"),
     }
+
+
+def compare_with_gpt2(arguments: BenchmarkArguments) -> list[dict]:
+    """One row for GPT-2, and one for each tolerance."""
+    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    config = model.config
+    heads = getattr(config, "num_attention_heads", 1)
+    sizes = dict(n_embd=config.hidden_size, n_head=heads, n_layer=arguments.gpt2_layers, n_positions=1024)
+    special = dict(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, **sizes, **special)).eval()
+    ways = {f"GPT-2, {arguments.gpt2_layers} layers": (gpt2, {})}
+    ways |= {f"tolerance {tolerance:g}": (model, {"solver_tolerance": tolerance}) for tolerance in arguments.tolerances}
+    seconds = {way: [] for way in ways}
+    for _ in range(arguments.turns + 1):
+        for way, (decoder, dial) in ways.items():
+            started = time.perf_counter()
+            decoder.generate(max_new_tokens=arguments.new_tokens, do_sample=False, eos_token_id=None, **dial)
+            seconds[way].append(time.perf_counter() - started)
+    best = {way: min(turns[1:]) for way, turns in seconds.items()}
+    explicit = best[next(iter(ways))]
+    return [
+        {"way": way, "ms per token": 1e3 * taken / arguments.new_tokens, "speed": explicit / taken}
+        for way, taken in best.items()
+    ]
 
 
 if __name__ == "__main__":

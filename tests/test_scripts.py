@@ -342,6 +342,14 @@ def test_the_generation_benchmark_compares_ways_of_decoding(trained, tmp_path):
         assert drafted["evaluations"] < plain["evaluations"]
 
 
+def test_the_generation_benchmark_compares_with_gpt2(trained, tmp_path):
+    flags = ["--model", trained[0], "--gpt2_layers", 2, "--new_tokens", 4, "--turns", 1]
+    finished = script("benchmark_generation.py", *flags, "--output", tmp_path / "b.json")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    rows = {row["way"]: row["speed"] for row in json.loads((tmp_path / "b.json").read_text())}
+    assert list(rows) == ["GPT-2, 2 layers", "tolerance 0.001", "tolerance 0.01"] and rows["GPT-2, 2 layers"] == 1
+
+
 def test_the_solver_benchmark_counts_what_has_no_noise(trained, tmp_path):
     flags = ["--models", trained[0], "--states", "2x8", "1x1", "--tolerances", 1e-2, "--seconds", 0.01]
     finished = script("benchmark_solvers.py", *flags, "--output", tmp_path / "b.json")
