@@ -39,7 +39,7 @@ class DEQTransformerConfig(DEQConfig):
         position_embedding_type: `"rotary"`, or `"relative"` (Transformer-XL, as in the paper).
         rope_parameters: Transformers' rotary parameters, `rope_theta` 10000 by default.
         max_position_embeddings: longest sequence the model is meant for; nothing is allocated.
-        sliding_window: tokens that a position attends to, itself included; `None` for all.
+        sliding_window: tokens that a position attends to, itself included, at least 2; `None` for all.
         memory_length: tokens of earlier segments whose states `forward` returns as `memory` and attends to when
             they are passed back; 0 for none. With more than one layer, all attend to the last one's states.
         layer_norm_eps: epsilon of every layer norm.
@@ -147,8 +147,10 @@ class DEQTransformerConfig(DEQConfig):
             )
         if self.position_embedding_type == "relative" and self.hidden_size % 2:
             raise ValueError(f"Relative positions need an even hidden_size, got {self.hidden_size}.")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1 (or None), got {self.sliding_window}.")
+        if self.sliding_window is not None and self.sliding_window < 2:
+            raise ValueError(
+                f"sliding_window must be at least 2 (a token and the one before it) or None, got {self.sliding_window}."
+            )
 
     def _validate_heads(self):
         if self.head_dim is None:

@@ -41,7 +41,7 @@ def test_bad_fields_name_themselves(family, fields, message):
         ),
         ({"norm_position": "sandwich"}, "norm_position must be one of"),
         ({"position_embedding_type": "alibi"}, "position_embedding_type must be one of"),
-        ({"sliding_window": 0}, "sliding_window must be at least 1"),
+        ({"sliding_window": 1}, "sliding_window must be at least 2"),
         ({"hidden_dropout": 1.0}, r"hidden_dropout must lie in \[0, 1\)"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ({"memory_length": -1}, "memory_length must be zero or positive"),
