@@ -71,6 +71,21 @@ def test_loss_is_that_of_a_plain_forward(family, tmp_path):
     assert logged(trainer, "loss")[0] == pytest.approx(inside.item(), rel=1e-4)
 
 
+@both
+def test_label_smoothing_learns_the_next_token(family, tmp_path):
+    """Trainer shifts the labels of models that it knows as causal. Others would learn to copy their input."""
+    start = torch.randint(3, 61, (16, 1))
+    rows = [{"input_ids": row, "labels": row} for row in 3 + (start - 3 + torch.arange(9)) % 58]
+    model = make_model(family, solver_tolerance=1e-3, backward_tolerance=1e-2)
+    how = dict(label_smoothing_factor=0.1, max_steps=60, learning_rate=2e-2, per_device_train_batch_size=16)
+    make_trainer(model, tmp_path, data=rows, **how).train()
+    ids = torch.stack([row["input_ids"] for row in rows])
+    with torch.no_grad():
+        predicted = model.eval()(ids).logits.argmax(-1)
+    assert (predicted[:, :-1] == ids[:, 1:]).float().mean() > 0.9
+    assert (predicted[:, :-1] == ids[:, :-1]).float().mean() < 0.1
+
+
 def accumulated(make, folder, **how) -> list[Trainer]:
     """The same steps in batches of 8, and in 4 micro-batches of 2."""
     trainers = []
