@@ -101,15 +101,28 @@ class DEQConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
 
     def require_at_least(self, smallest: int, *names: str) -> None:
-        """Refuse fields below a number.
+        """Refuse fields below a number, infinite ones, and what is not a number.
 
         Raises:
-            ValueError: the first of these fields that is below it.
+            ValueError: the first of these fields that is one of them.
         """
         for name in names:
-            if getattr(self, name) < smallest:
+            value = getattr(self, name)
+            if not value >= smallest:  # also where it is not a number
                 what = "zero or positive" if smallest == 0 else f"at least {smallest}"
-                raise ValueError(f"{name} must be {what}, got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be {what}, got {value}.")
+            if value == float("inf"):
+                raise ValueError(f"{name} must be finite, got {value}.")
+
+    def require_positive(self, *names: str) -> None:
+        """Refuse fields that are not positive and finite.
+
+        Raises:
+            ValueError: the first of these fields that is not.
+        """
+        for name in names:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}.")
 
     def require_probabilities(self, *names: str) -> None:
         """Refuse dropout fields that are not probabilities below one.

@@ -129,6 +129,7 @@ class DEQTransformerConfig(DEQConfig):
             "div_val",
         )
         self.require_at_least(0, "memory_length")
+        self.require_positive("initializer_range", "layer_norm_eps")
         self.require_probabilities("embedding_dropout", "hidden_dropout", "attention_dropout", "output_dropout")
         require_one_of("norm_position", self.norm_position, NORM_POSITIONS)
         require_one_of("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)

@@ -101,8 +101,7 @@ class DEQTrellisNetConfig(DEQConfig):
                 f"embedding_size={self.embedding_size} must equal hidden_size={self.hidden_size}: make them equal, set "
                 "tie_word_embeddings=False, or use num_softmax_experts, whose latent states have the embeddings' size."
             )
-        if self.initializer_range <= 0:
-            raise ValueError(f"initializer_range must be positive, got {self.initializer_range}.")
+        self.require_positive("initializer_range")
         self.require_cutoffs()
         if self.cutoffs and self.num_softmax_experts:
             raise ValueError(

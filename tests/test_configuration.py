@@ -29,6 +29,20 @@ def test_bad_fields_name_themselves(family, fields, message):
         family.config(**fields)
 
 
+@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_finite_number_is_refused(family, value):
+    """In every field that takes a fraction; `<` alone is false of what is not a number."""
+    config = family.config()
+    names = [name for name, field in config.__dataclass_fields__.items() if field.type in ("int | float", int | float)]
+    assert {"solver_tolerance", "backward_tolerance", "jacobian_loss_weight", "hidden_dropout"} <= set(names)
+    for name in names:
+        with pytest.raises(Exception, match=name):
+            family.config(**{name: value})
+    with pytest.raises(Exception, match="initializer_range must be positive and finite"):
+        family.config(initializer_range=value)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
