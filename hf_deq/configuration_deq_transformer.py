@@ -101,7 +101,7 @@ class DEQTransformerConfig(DEQConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.initializer_range is None:
+        if self.initializer_range is None and self.hidden_size > 0:
             self.initializer_range = self.hidden_size**-0.5
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
@@ -129,6 +129,7 @@ class DEQTransformerConfig(DEQConfig):
             "div_val",
         )
         self.require_at_least(0, "memory_length")
+        self.require_at_least(1, "max_position_embeddings")
         self.require_positive("initializer_range", "layer_norm_eps")
         self.require_probabilities("embedding_dropout", "hidden_dropout", "attention_dropout", "output_dropout")
         require_one_of("norm_position", self.norm_position, NORM_POSITIONS)

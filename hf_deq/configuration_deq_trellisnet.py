@@ -70,7 +70,7 @@ class DEQTrellisNetConfig(DEQConfig):
     def __post_init__(self, **kwargs):
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
-        if self.initializer_range is None:
+        if self.initializer_range is None and self.embedding_size > 0:
             self.initializer_range = self.embedding_size**-0.5
         super().__post_init__(**kwargs)
 

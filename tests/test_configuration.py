@@ -43,6 +43,14 @@ def test_what_is_no_finite_number_is_refused(family, value):
         family.config(initializer_range=value)
 
 
+@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+@pytest.mark.parametrize("value", [0, -4])
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size", "embedding_size", "solver_history"])
+def test_sizes_are_positive(family, name, value):
+    with pytest.raises(Exception, match=f"{name} must be at least 1, got {value}"):
+        family.config(**{name: value})
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -58,6 +66,7 @@ def test_what_is_no_finite_number_is_refused(family, value):
         ({"sliding_window": 1}, "sliding_window must be at least 2"),
         ({"hidden_dropout": 1.0}, r"hidden_dropout must lie in \[0, 1\)"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"max_position_embeddings": -5}, "max_position_embeddings must be at least 1"),
         ({"memory_length": -1}, "memory_length must be zero or positive"),
         ({"closing_norm": True}, 'closing_norm=True .* are for norm_position="pre"'),
         ({"normalized_residual": True}, 'normalized_residual=True are for norm_position="pre"'),
