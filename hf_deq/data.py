@@ -9,6 +9,7 @@ A corpus is a `datasets.DatasetDict` with one document per row in the column `te
 """
 
 import ast
+import glob
 import hashlib
 import os
 import sys
@@ -308,12 +309,13 @@ def _local_text(name: str, validation_file: str | None) -> DatasetDict:
     for file in files.values():
         if not Path(file).is_file():
             raise ValueError(f"validation_file {file!r} does not exist.")
+    files = {split: as_given(file) for split, file in files.items()}
     corpus = load_dataset("text", data_files=files, sample_by="paragraph")
     if validation_file:
         return corpus
     documents = corpus["train"]
     if len(documents) < VALIDATION_SHARE:
-        documents = load_dataset("text", data_files=name, split="train")
+        documents = load_dataset("text", data_files=as_given(name), split="train")
     held_out = max(1, len(documents) // VALIDATION_SHARE)
     if held_out >= len(documents):
         raise ValueError(
@@ -323,6 +325,17 @@ def _local_text(name: str, validation_file: str | None) -> DatasetDict:
     return DatasetDict(
         {"train": documents.select(range(first)), "validation": documents.select(range(first, len(documents)))}
     )
+
+
+def as_given(file: str | Path) -> str:
+    """The name of a local file such that `datasets`, to which it is a pattern, finds this file and no other.
+
+    Raises:
+        ValueError: the name has a `::`, by which `datasets` means a file within an archive.
+    """
+    if "::" in str(file):
+        raise ValueError(f"{str(file)!r} has '::' in its name, which means a file within an archive: rename it.")
+    return glob.escape(str(file))
 
 
 def _checked_hub_corpus(corpus, name: str) -> DatasetDict:

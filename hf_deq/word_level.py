@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .data import TokenStream, batches_of_documents, load_corpus
+from .data import TokenStream, as_given, batches_of_documents, load_corpus
 
 END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
@@ -97,6 +97,7 @@ def load_word_corpus(name: str, config_name: str | None = None) -> DatasetDict:
             "dataset of lines."
         )
     files = _files(Path(name))
+    files = {split: as_given(file) for split, file in files.items()}
     corpus = load_dataset("text", data_files=files) if files else load_corpus(name, config_name)
     known = known_corpus(name, config_name)
     if known is not None:

@@ -60,6 +60,25 @@ def test_stream_counts_and_ends_every_document():
     assert len(stream.ids) == 11 + 2
 
 
+@pytest.mark.parametrize(
+    "name, pattern_of", [("data[1].txt", "data1.txt"), ("what?.txt", "whats.txt"), ("a*b.txt", "acb.txt")]
+)
+def test_a_file_name_is_taken_as_given(tmp_path, name, pattern_of):
+    """To `datasets` it is a pattern, which may find another file."""
+    (tmp_path / "x[y]").mkdir()
+    for folder in (tmp_path, tmp_path / "x[y]"):
+        named, other = folder / name, folder / pattern_of
+        named.write_text("\n\n".join(["the text that was meant"] * 20))
+        other.write_text("\n\n".join(["some other text"] * 20))
+        for corpus in (load_corpus(str(named)), load_corpus(str(other), validation_file=str(named))):
+            assert set(corpus["validation"]["text"]) == {"the text that was meant"}
+        assert set(load_corpus(str(named))["train"]["text"]) == {"the text that was meant"}
+    chained = tmp_path / "a::b.txt"
+    chained.write_text("text\n\n" * 20)
+    with pytest.raises(ValueError, match="'::' in its name.*rename it"):
+        load_corpus(str(chained))
+
+
 def test_local_files(tmp_path):
     text, validation = tmp_path / "a.txt", tmp_path / "b.txt"
     text.write_text("\n\n".join(f"paragraph {i}\nwith two lines" for i in range(30)))
