@@ -11,7 +11,6 @@ Figures are those of Bai, Kolter & Koltun 2019 (arXiv 1909.01377); figure 3 is `
 leaves the model as it was: weights, mode and random state. `scripts/plot_convergence.py` draws what is measured here.
 """
 
-import json
 import math
 import warnings
 import weakref
@@ -33,6 +32,7 @@ from .jacobian import spectral_radius
 from .layer_deq import make_solver
 from .modeling_deq import DEQForCausalLM, DEQPreTrainedModel
 from .position_algebra import norm, relative_residual
+from .training_log import parse_metrics
 
 TRAINING_COLUMNS = ("step", "forward_evaluations", "backward_evaluations", "residual", "loss")
 
@@ -322,8 +322,7 @@ def evaluations_over_training(metrics_file: str | Path) -> dict[str, np.ndarray]
     metrics_file = Path(metrics_file)
     if not metrics_file.is_file():
         raise ValueError(f"there is no metrics file {metrics_file}: name a metrics.jsonl that scripts/train.py wrote.")
-    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    lines = [line for line in lines if "forward_evaluations" in line]
+    lines = [line for line in parse_metrics(metrics_file.read_text()) if "forward_evaluations" in line]
     if not lines:
         raise ValueError(f"{metrics_file} has no line with forward_evaluations: train for more steps than it logs.")
     return {name: np.array([line.get(name, math.nan) for line in lines]) for name in TRAINING_COLUMNS}

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .data import BUILT_IN_CORPUS
 from .evaluation import solver_settings
+from .training_log import parse_metrics
 from .word_level import known_corpus
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
@@ -95,7 +96,7 @@ def read_record(folder: str | Path, config: PreTrainedConfig) -> RunRecord:
     """
     folder = Path(folder)
     recipe = _read(folder / "recipe.yaml", yaml.safe_load) or {}
-    lines = _read(folder / "metrics.jsonl", lambda text: [json.loads(line) for line in text.splitlines()]) or []
+    lines = _read(folder / "metrics.jsonl", parse_metrics) or []
     steps = next((line for line in reversed(lines) if "loss" in line), {})
     cost = lines[-1] if lines and "seconds" in lines[-1] else {}
     results = _read(folder / "results.json", _parse_results) or {"arguments": {}, "measured": "", "rows": []}

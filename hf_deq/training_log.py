@@ -1,6 +1,7 @@
 """What a training run says about itself: means over steps, metrics.jsonl, the progress bar's text."""
 
 import json
+import sys
 import time
 from collections import deque
 from collections.abc import Collection
@@ -41,9 +42,31 @@ class MetricsFile:
     def keep_until(self, step: int) -> None:
         """Drop the lines of later steps, which will be taken again; of all steps if `step` is 0."""
         if self.accelerator.is_main_process and self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in lines))
+            lines = [line for line in parse_metrics(self.path.read_text()) if line["step"] <= step]
+            new = self.path.with_suffix(".new")  # in its place at once: a kill in between loses no line
+            new.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            new.replace(self.path)
         self.accelerator.wait_for_everyone()
+
+
+def parse_metrics(text: str) -> list[dict]:
+    """The whole lines of a metrics.jsonl.
+
+    A run that is killed while it writes leaves a part of a line. It is left out, and a note on stderr says so.
+    """
+    whole, broken = [], 0
+    for line in text.splitlines():
+        try:
+            parsed = json.loads(line)
+        except ValueError:
+            parsed = None
+        if isinstance(parsed, dict) and "step" in parsed:
+            whole.append(parsed)
+        else:
+            broken += 1
+    if broken:
+        print(f"note: {broken} line(s) of metrics.jsonl are not whole and are left out.", file=sys.stderr)
+    return whole
 
 
 class Clock:

@@ -23,6 +23,7 @@ from hf_deq.optimizers import make_optimizer, make_schedule
 from hf_deq.tasks import LanguageModeling
 from hf_deq.training import Interrupted, train
 from hf_deq.training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
+from hf_deq.training_log import parse_metrics
 from hf_deq.training_models import parameter_groups
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -262,6 +263,21 @@ def test_resume_forgets_steps_after_the_checkpoint(corpus, tmp_path):
     AcceleratorState._reset_state(True)
     run(corpus, tmp_path, save_steps=8, resume=True)
     assert losses(tmp_path) == first and list(losses(tmp_path)) == list(range(1, 13))
+
+
+def test_a_half_written_line_blocks_neither_a_resume_nor_a_fresh_run(corpus, tmp_path, capsys):
+    """A run that is killed while it writes its metrics leaves a part of a line, here in the middle and at the end."""
+    run(corpus, tmp_path, save_steps=8)
+    first, metrics = losses(tmp_path), tmp_path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    for resume in (True, False):
+        metrics.write_text("".join([*lines[:3], '{"step": 4, "lo', *lines[4:], '{"step"']))
+        assert len(parse_metrics(metrics.read_text())) == len(lines) - 2
+        AcceleratorState._reset_state(True)
+        run(corpus, tmp_path, save_steps=8, resume=resume)
+        assert "2 line(s) of metrics.jsonl are not whole" in capsys.readouterr().err
+        lost = (4, 5) if resume else ()  # the half line took the next one with it
+        assert losses(tmp_path) == {step: loss for step, loss in first.items() if step not in lost}
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(corpus, tmp_path):
