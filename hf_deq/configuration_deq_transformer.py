@@ -128,8 +128,7 @@ class DEQTransformerConfig(DEQConfig):
             "embedding_size",
             "div_val",
         )
-        self.require_at_least(0, "memory_length")
-        self.require_at_least(1, "max_position_embeddings")
+        self.require_at_least(0, "memory_length", "max_position_embeddings")
         self.require_positive("initializer_range", "layer_norm_eps")
         self.require_probabilities("embedding_dropout", "hidden_dropout", "attention_dropout", "output_dropout")
         require_one_of("norm_position", self.norm_position, NORM_POSITIONS)

@@ -219,8 +219,9 @@ class DEQForCausalLM(DEQPreTrainedModel, DEQGenerationMixin):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # Trainer and pipelines know causal models by this list. Label smoothing shifts the labels of no others.
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.config_class.model_type] = cls.__name__
+        # Trainer and pipelines know causal models by the names in this list. Label smoothing shifts the labels of no
+        # others. The key is the name too, so that a subclass for the same configuration replaces no other.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.__name__] = cls.__name__
 
     def __init__(self, config: DEQConfig):
         super().__init__(config)

@@ -66,7 +66,7 @@ def test_sizes_are_positive(family, name, value):
         ({"sliding_window": 1}, "sliding_window must be at least 2"),
         ({"hidden_dropout": 1.0}, r"hidden_dropout must lie in \[0, 1\)"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
-        ({"max_position_embeddings": -5}, "max_position_embeddings must be at least 1"),
+        ({"max_position_embeddings": -5}, "max_position_embeddings must be zero or positive"),
         ({"memory_length": -1}, "memory_length must be zero or positive"),
         ({"closing_norm": True}, 'closing_norm=True .* are for norm_position="pre"'),
         ({"normalized_residual": True}, 'normalized_residual=True are for norm_position="pre"'),
