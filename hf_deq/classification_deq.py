@@ -10,7 +10,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_deq import DEQConfig
-from .masking_deq import check_mask, read_rows
+from .masking_deq import check_mask, token_mask
 from .modeling_deq import FORMER_CACHE_NAME, DEQModel, DEQPreTrainedModel, SolveReport
 
 
@@ -88,17 +88,16 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
         batch, length = states.shape[:2]
         tokens, pad_token_id = None, self.config.pad_token_id
         if attention_mask is not None:
-            first = attention_mask.shape[-1] - length
-            tokens = read_rows(attention_mask, None, False, first, length).tokens
+            tokens = token_mask(attention_mask, attention_mask.shape[-1] - length, length)
         elif input_ids is not None and pad_token_id is not None:
-            tokens = (input_ids != pad_token_id)[..., None]
+            tokens = input_ids != pad_token_id
         elif input_ids is not None and batch > 1:
             raise ValueError(
                 f"pad_token_id is not set, so the last token of each of {batch} rows is unknown: set "
                 "config.pad_token_id, or pass attention_mask."
             )
         positions = torch.arange(length, device=states.device).expand(batch, -1)
-        return (positions if tokens is None else positions * tokens[..., 0]).argmax(-1)
+        return (positions if tokens is None else positions * tokens).argmax(-1)
 
     def _loss(self, logits: Tensor, labels: Tensor, jacobian_loss: Tensor | None, num_items_in_batch) -> Tensor:
         """The mean over the labels and the penalty; of a micro-batch, its share of both."""

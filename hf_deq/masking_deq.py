@@ -85,14 +85,10 @@ def read_rows(
     tokens = texts = None
     if attention_mask is None:
         texts = _restarts(position_ids, length)
-    elif attention_mask.dim() == 2:
-        columns = first_query + torch.arange(length, device=attention_mask.device)
-        tokens = attention_mask.index_select(1, columns).bool()
     else:
-        allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-        tokens = allowed[:, 0].diagonal(first_query, -2, -1)[:, :length]  # padding does not attend to itself
-        if length > 1:
-            texts = _blocks(allowed[..., first_query : first_query + length], tokens, sliding_window)
+        tokens = token_mask(attention_mask, first_query, length)
+        if attention_mask.dim() == 4 and length > 1:
+            texts = _blocks(_allowed(attention_mask)[..., first_query : first_query + length], tokens, sliding_window)
     if texts is not None and has_past:
         raise ValueError(
             "position_ids start again, or attention_mask has blocks: several texts are packed into a row. Such a row "
@@ -101,6 +97,19 @@ def read_rows(
     if tokens is not None and not torch.compiler.is_compiling() and bool(tokens.all()):
         tokens = None
     return Rows(None if tokens is None else tokens[..., None], texts)
+
+
+def token_mask(attention_mask: Tensor, first_query: int | Tensor, length: int) -> Tensor:
+    """Which of the new positions are tokens, bool `(batch, length)`; arguments as in `read_rows`."""
+    if attention_mask.dim() == 4:  # padding does not attend to itself
+        return _allowed(attention_mask)[:, 0].diagonal(first_query, -2, -1)[:, :length]
+    columns = first_query + torch.arange(length, device=attention_mask.device)
+    return attention_mask.index_select(1, columns).bool()
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    """What a 4D mask lets attend, bool."""
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 def refuse_inner_padding(rows: Rows) -> None:

@@ -202,3 +202,10 @@ def test_fine_tuning_on_a_csv_file(kind, tmp_path):
         optimizer.step()
     assert loss < 0.02
     assert torch.equal(model.eval()(**batch).logits.argmax(-1), labels)
+
+
+def test_a_prepared_mask_of_a_sliding_window_says_which_token_is_last():
+    model, ids = classifier(CLASSIFIERS["deq_transformer"], sliding_window=3), random_ids(1, 8)
+    window = torch.ones(8, 8).tril().triu(-2).bool()[None, None]
+    prepared = model(ids, attention_mask=window, use_cache=False).logits
+    torch.testing.assert_close(prepared, model(ids, use_cache=False).logits, rtol=0, atol=1e-12)
