@@ -41,15 +41,18 @@ class EquilibriumCacheView:
         if layer_idx >= len(self.cache.layers):  # a cache made without a config grows with its first true update
             return present
         layer = self.cache.layers[layer_idx]
-        place = _place_of_new_tokens(layer, key_states.shape[2])
-        if place is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _scratch_copy(layer).update(*present)
         if layer_idx not in self._joined:  # the past is copied once in a solve, not in every evaluation
-            self._joined[layer_idx] = _scratch_copy(layer).update(*present)
-        else:
-            for joined, new in zip(self._joined[layer_idx], present, strict=True):
-                joined[:, :, place] = new
-        return self._joined[layer_idx]
+            place = _place_of_new_tokens(layer, key_states.shape[2])
+            self._joined[layer_idx] = place, _scratch_copy(layer).update(*present)
+            return self._joined[layer_idx][1]
+        place, joined = self._joined[layer_idx]
+        if place is None:
+            return _scratch_copy(layer).update(*present)
+        for whole, new in zip(joined, present, strict=True):
+            whole[:, :, place] = new
+        return joined
 
     def commit(self) -> None:
         """Write the keys and values that f used last, without their gradients."""

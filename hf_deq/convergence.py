@@ -31,7 +31,7 @@ from .fixed_point import SOLVERS, ConvergenceWarning, FixedPointSolver, PicardSo
 from .jacobian import spectral_radius
 from .layer_deq import make_solver
 from .modeling_deq import DEQForCausalLM, DEQPreTrainedModel
-from .position_algebra import norm, relative_residual
+from .position_algebra import own_residuals
 from .training_log import parse_metrics
 
 TRAINING_COLUMNS = ("step", "forward_evaluations", "backward_evaluations", "residual", "loss")
@@ -156,7 +156,7 @@ def recorded_residuals(model: DEQPreTrainedModel, solver: FixedPointSolver) -> I
     def solve(f, z0, dial, texts=None):
         def recorded(z):
             f_z = f(z)
-            residuals.append(relative_residual(norm(f_z - z), norm(f_z))[..., 0])
+            residuals.append(own_residuals(z, f_z)[..., 0])
             return f_z
 
         with torch.no_grad():

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .fixed_point import AndersonSolver, FixedPointSolution, FixedPointSolver, SequenceMap
 from .packed_texts import Texts
-from .position_algebra import Positions, norm, relative_residual
+from .position_algebra import Positions, own_residuals
 
 
 def equilibrium(
@@ -209,7 +209,6 @@ class _NoSecondDerivative(torch.autograd.Function):
 def _measured(z, f_z, value, num_evaluations, solver: FixedPointSolver, texts: Texts | None) -> FixedPointSolution:
     """The solution that `value` is, its residual measured at the last z and f(z)."""
     with torch.no_grad():
-        positions = Positions(z.shape[1], solver.scope, texts)
-        residual = positions.residuals(relative_residual(norm(f_z - z), norm(f_z)))
+        residual = Positions(z.shape[1], solver.scope, texts).residuals(own_residuals(z, f_z))
     converged = residual <= solver.attainable_tolerance(z)
     return FixedPointSolution(value, value, residual, num_evaluations, converged)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .iterations import AndersonIteration, BroydenIteration, Iteration, PicardIteration
 from .packed_texts import Texts
-from .position_algebra import SCOPES, Positions, norm, relative_residual
+from .position_algebra import SCOPES, Positions, norm, own_residuals, relative_residual
 
 SequenceMap = Callable[[Tensor], Tensor]
 
@@ -288,6 +288,6 @@ class _Record:
             if torch.compiler.is_compiling() or bool(unknown.any()):
                 f_z = torch.where(unknown, f(self.best), f_z)
                 num_evaluations = num_evaluations + unknown
-            z, own = self.best, relative_residual(norm(f_z - self.best), norm(f_z))
+            z, own = self.best, own_residuals(self.best, f_z)
         residual, num_evaluations = self.positions.residuals(own), self.positions.at_ends(num_evaluations)
         return FixedPointSolution(z, f_z, residual, num_evaluations, residual <= self.tolerance)

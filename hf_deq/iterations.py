@@ -71,6 +71,10 @@ class SafeguardedIteration(Iteration):
         self.slot, self.remembered = (self.slot + 1) % self.history, min(self.remembered + 1, self.history)
         return self.slot
 
+    def blended_matrix(self) -> Tensor:
+        """The matrix of inner products of every position, `(batch, sequence, history, history)`."""
+        return blend([one.matrix for one in self.matrices], self.matrices)
+
     def evaluations_since_lowest(self, own: Tensor) -> Tensor:
         """Evaluations since the residual of each position was at its lowest, counting that one."""
         if self.positions.scope == "sequence":  # the literature's iterates, as they are
@@ -105,7 +109,7 @@ class AndersonIteration(SafeguardedIteration):
         return products[..., slot : slot + 1].sqrt()
 
     def propose(self, own):
-        gram = self.regularized(blend([one.matrix for one in self.matrices], self.matrices))
+        gram = self.regularized(self.blended_matrix())
         used, unused = self.used[self.remembered - 1], self.unused[self.remembered - 1]
         weights, _ = torch.linalg.solve_ex(gram + unused, used.expand(gram.shape[:-1]))
         total = weights.sum(-1, keepdim=True)
@@ -166,6 +170,6 @@ class BroydenIteration(SafeguardedIteration):
     def _weights(self) -> Tensor:
         """Weights `(batch, sequence, history)` of the changes."""
         residual = self.residual.to(self.steps.slots[0].dtype)
-        kernel = blend([one.matrix for one in self.matrices], self.matrices)
+        kernel = self.blended_matrix()
         projections = blend(self.positions.own_and_total(self.steps.products(residual).to(kernel.dtype)), self.matrices)
         return torch.linalg.solve_ex(kernel + self.unused[self.remembered - 1], projections)[0]

@@ -120,10 +120,9 @@ class DEQModel(DEQPreTrainedModel):
         """What the layer's forward needs besides its input and the structure of the rows, computed once per call."""
         raise TypeError(f"{type(self).__name__} must define _context.")
 
-    def _read_rows(self, attention_mask, position_ids, cache: Cache | None, memory, inputs_embeds: Tensor) -> Rows:
+    def _read_rows(self, attention_mask, position_ids, cache, memory, inputs_embeds, past_length: int | Tensor) -> Rows:
         """The structure of the new positions, see `read_rows`."""
-        length = inputs_embeds.shape[1]
-        first_query = 0 if cache is None else cache.get_seq_length()
+        length, first_query = inputs_embeds.shape[1], past_length
         if cache is not None and attention_mask is not None and attention_mask.dim() == 4:
             first_query = first_query - cache.get_mask_sizes(length, 0)[1]  # a sliding cache has dropped keys
         if position_ids is not None:
@@ -188,7 +187,7 @@ class DEQModel(DEQPreTrainedModel):
             position_ids = positions_of_texts(kwargs["cu_seq_lens_q"])
         past_length = 0 if cache is None else cache.get_seq_length()
         attention_mask = check_mask(attention_mask, *inputs_embeds.shape[:2], past_length)
-        rows = self._read_rows(attention_mask, position_ids, cache, memory, inputs_embeds)
+        rows = self._read_rows(attention_mask, position_ids, cache, memory, inputs_embeds, past_length)
         if memory is not None:
             _check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), rows, cache)
             attention_mask = None

@@ -345,8 +345,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         )
         if additive:
             require_attention_weights(self.config)
-        written_out = self.config._attn_implementation == "eager" and mask is not None
-        if additive or written_out:
+        if mask is not None and (additive or self.config._attn_implementation == "eager"):
             mask = additive_mask(mask, inputs_embeds.dtype)
         if relative:
             positions = memory_positions = relative_positions(inputs_embeds, past_length - first_key, mask.shape[-1])

@@ -38,6 +38,11 @@ def relative_residual(residual_norm: Tensor, image_norm: Tensor) -> Tensor:
     return residual_norm / image_norm.clamp_min(torch.finfo(image_norm.dtype).tiny)
 
 
+def own_residuals(z: Tensor, f_z: Tensor) -> Tensor:
+    """The relative residual of every position by itself, `(batch, sequence, 1)`."""
+    return relative_residual(norm(f_z - z), norm(f_z))
+
+
 class Positions:
     """Which positions count for which in a solve.
 

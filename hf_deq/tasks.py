@@ -16,7 +16,7 @@ import yaml
 from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .copy_memory import CLASSES, SYMBOLS, CopyMemory
@@ -25,6 +25,7 @@ from .data import (
     ContiguousBatches,
     SequenceBlocks,
     StepBatches,
+    TokenStream,
     corpus_fingerprint,
     encode_corpus,
     load_corpus,
@@ -261,6 +262,12 @@ def read_split(
             file=sys.stderr,
         )
     return splits[split], word_level
+
+
+def read_stream(tokenizer: PreTrainedTokenizerBase, split: str, recipe: dict, *where) -> TokenStream:
+    """The stream of a split to evaluate a model on; arguments as of `read_split`."""
+    texts, word_level = read_split(split, recipe, *where)
+    return (encode_words if word_level else encode_corpus)(texts, tokenizer)
 
 
 def read_corpus(data: DataArguments) -> DatasetDict:

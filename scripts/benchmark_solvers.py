@@ -25,13 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_deq
 from hf_deq.command_line import run_script
 from hf_deq.convergence import captured_map, held_out_windows
-from hf_deq.data import encode_corpus
 from hf_deq.evaluation import format_table
 from hf_deq.fixed_point import SOLVERS
 from hf_deq.operation_counts import CountOperations, LiveBytes
-from hf_deq.position_algebra import norm, relative_residual
-from hf_deq.tasks import read_recipe, read_split
-from hf_deq.word_level import encode_words
+from hf_deq.position_algebra import own_residuals
+from hf_deq.tasks import read_recipe, read_stream
 
 TORCHDEQ_NAMES = {"anderson": "anderson", "broyden": "broyden", "picard": "fixed_point_iter"}
 SHIPPED = ("model_cards/deq-transformer-tiny", "model_cards/deq-trellisnet-tiny")
@@ -57,8 +55,7 @@ def main(arguments: SolverBenchmarkArguments) -> None:
     rows = []
     for folder in arguments.models:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-        texts, word_level = read_split("validation", read_recipe(folder))
-        ids = (encode_words if word_level else encode_corpus)(texts, tokenizer).ids
+        ids = read_stream(tokenizer, "validation", read_recipe(folder)).ids
         for state in arguments.states:
             batch, length = (int(size) for size in state.split("x"))
             f, z0 = captured_map(model, held_out_windows(ids, batch, length))
@@ -106,8 +103,7 @@ def torchdeq_ways(name: str, f: Callable, z0: Tensor, tolerance: float, budget: 
 
 def worst_residual(f: Callable, state: Tensor) -> float:
     """The relative residual of the worst position."""
-    image = f(state)
-    return relative_residual(norm(image - state), norm(image)).max().item()
+    return own_residuals(state, f(state)).max().item()
 
 
 def take_turns(ways: dict[str, Callable], f: Callable, seconds: float) -> dict[str, float]:

@@ -21,12 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import hf_deq
 from hf_deq.command_line import run_script
 from hf_deq.convergence import held_out_windows, spectral_radii
-from hf_deq.data import TokenStream, encode_corpus
+from hf_deq.data import TokenStream
 from hf_deq.evaluation import dial_table, format_table, protocol, solver_settings
 from hf_deq.generation_deq import REPORTED
-from hf_deq.tasks import make_task, read_recipe, read_split
+from hf_deq.tasks import make_task, read_recipe, read_stream
 from hf_deq.training_arguments import CopyMemoryArguments
-from hf_deq.word_level import encode_words
 
 COLUMNS = ("bits_per_byte", "perplexity", "word_perplexity", *REPORTED)
 COPY_COLUMNS = ("loss", "recalled", *REPORTED)
@@ -91,7 +90,8 @@ def load_model(folder: str, arguments: EvaluateArguments):
 
 def load_stream(recipe: dict, tokenizer, arguments: EvaluateArguments) -> TokenStream:
     """The stream to evaluate on: what the arguments name, else what the model's recipe names."""
-    texts, word_level = read_split(
+    return read_stream(
+        tokenizer,
         arguments.split,
         recipe,
         arguments.corpus,
@@ -99,7 +99,6 @@ def load_stream(recipe: dict, tokenizer, arguments: EvaluateArguments) -> TokenS
         arguments.validation_file,
         arguments.word_level,
     )
-    return (encode_words if word_level else encode_corpus)(texts, tokenizer)
 
 
 def window_length(recipe: dict, arguments: EvaluateArguments) -> int:

@@ -18,10 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_deq
 from hf_deq.command_line import run_script
 from hf_deq.convergence import Divergence, divergences, held_out_windows
-from hf_deq.data import encode_corpus
 from hf_deq.evaluation import format_table
-from hf_deq.tasks import read_recipe, read_split
-from hf_deq.word_level import encode_words
+from hf_deq.tasks import read_recipe, read_stream
 
 SHIPPED = ("model_cards/deq-transformer-tiny", "model_cards/deq-trellisnet-tiny")
 TOKENS_AT_ONCE = 4096
@@ -43,8 +41,7 @@ def main(arguments: ToleranceArguments) -> None:
     rows = []
     for folder in arguments.models:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        texts, word_level = read_split("validation", read_recipe(folder))
-        ids = (encode_words if word_level else encode_corpus)(texts, tokenizer).ids
+        ids = read_stream(tokenizer, "validation", read_recipe(folder)).ids
         for length in arguments.lengths:
             windows = held_out_windows(ids, arguments.windows, length)
             batches = windows.split(max(1, TOKENS_AT_ONCE // length))
