@@ -1,5 +1,5 @@
 # Copyright 2026 The hf_deq authors. Licensed under the Apache License, Version 2.0.
-"""Configuration that every deep equilibrium model shares: how it is solved, differentiated and trained."""
+"""The configuration that all deep equilibrium models share: how they are solved and differentiated."""
 
 from dataclasses import fields
 from difflib import get_close_matches
@@ -12,7 +12,7 @@ from .fixed_point import SOLVERS
 
 SOLVER_SCOPES = ("causal", "sequence")
 GRADIENTS = ("implicit", "phantom", "unrolled")
-OWN_PREFIXES = ("solver_", "backward_", "phantom_", "jacobian_", "shallow_")
+OWN_PREFIXES = ("solver_", "backward_", "phantom_", "jacobian_")
 
 
 @strict
@@ -36,8 +36,6 @@ class DEQConfig(PreTrainedConfig):
         phantom_steps, phantom_damping: length and damping of the phantom gradient's path.
         jacobian_loss_weight: weight of the Jacobian regularization in the training loss; 0 is off.
         jacobian_loss_frequency: fraction of training steps that apply it, in (0, 1].
-        shallow_steps: optimizer steps of shallow pretraining before the switch to the equilibrium.
-        shallow_depth: applications of f that those steps unroll.
 
     Raises:
         ValueError: a field is out of range, or an unknown key looks like one of these.
@@ -53,6 +51,12 @@ class DEQConfig(PreTrainedConfig):
         "memory",
     ]
 
+    # Fields that earlier versions saved, and what to write instead.
+    former_fields = {
+        "shallow_steps": "give it to the training, as in scripts/train.py --shallow_steps",
+        "shallow_depth": "give it to the training, as in scripts/train.py --shallow_depth",
+    }
+
     solver: str = "anderson"
     solver_scope: str = "causal"
     solver_tolerance: int | float = 1e-3
@@ -67,8 +71,16 @@ class DEQConfig(PreTrainedConfig):
     phantom_damping: int | float = 0.5
     jacobian_loss_weight: int | float = 0.0
     jacobian_loss_frequency: int | float = 1.0
-    shallow_steps: int = 0
-    shallow_depth: int = 2
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in Transformers. Fields of earlier versions become those of today."""
+        return super().from_dict(cls.upgrade(config_dict), **kwargs)
+
+    @classmethod
+    def upgrade(cls, fields: dict) -> dict:
+        """Turn the fields that an earlier version saved into those of today."""
+        return {name: value for name, value in fields.items() if name not in cls.former_fields}
 
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
@@ -80,6 +92,8 @@ class DEQConfig(PreTrainedConfig):
         """PreTrainedConfig keeps unknown keys as attributes; ours among them would be silently ignored."""
         own = [field.name for field in fields(self) if field.name not in PreTrainedConfig.__dataclass_fields__]
         for key in unknown:
+            if key in self.former_fields:
+                raise ValueError(f"{type(self).__name__} has no field {key!r}: {self.former_fields[key]}.")
             similar = get_close_matches(key, own, n=1, cutoff=0.8)
             if key.startswith(OWN_PREFIXES) or similar:
                 ours = key.startswith(OWN_PREFIXES)
@@ -92,9 +106,9 @@ class DEQConfig(PreTrainedConfig):
         require_one_of("backward_solver", self.backward_solver, SOLVERS)
         require_one_of("solver_scope", self.solver_scope, SOLVER_SCOPES)
         require_one_of("gradient", self.gradient, GRADIENTS)
-        self.require_at_least(0, "solver_tolerance", "backward_tolerance", "jacobian_loss_weight", "shallow_steps")
+        self.require_at_least(0, "solver_tolerance", "backward_tolerance", "jacobian_loss_weight")
         self.require_at_least(
-            1, "solver_max_evaluations", "backward_max_evaluations", "solver_history", "phantom_steps", "shallow_depth"
+            1, "solver_max_evaluations", "backward_max_evaluations", "solver_history", "phantom_steps"
         )
         for name in ("solver_damping", "phantom_damping", "jacobian_loss_frequency"):
             if not 0 < getattr(self, name) <= 1:

@@ -6,7 +6,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from .configuration_deq import DEQConfig, require_one_of
 
-NORM_POSITIONS = ("pre", "post")
+NORM_POSITIONS = ("post", "pre", "pre_normalized_residual", "pre_open")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 POSITION_EMBEDDING_TYPES = ("rotary", "relative")
 
@@ -24,13 +24,15 @@ class DEQTransformerConfig(DEQConfig):
         num_attention_heads: must divide `hidden_size`, unless `head_dim` is given.
         head_dim: size of a head; by default `hidden_size / num_attention_heads`.
         hidden_act: activation of the feed-forward sub-layer.
-        norm_position: `"post"` (layer norm after each residual sum) or `"pre"` (in front of each
-            sub-layer, and one more that closes f: without it f(z + c) = f(z) + c for any shift c of
-            all features, and no isolated fixed point exists).
+        norm_position: where the layer norms of f stand.
+            `"post"`: after each residual sum, as in the paper.
+            `"pre"`: in front of each sub-layer, and one more that closes f. Without that norm f(z + c) = f(z) + c
+            for any shift c of all features, and no isolated fixed point exists.
+            `"pre_normalized_residual"`: in front of each sub-layer, and the feed-forward sub-layer's residual branch
+            carries its normalised input, as in the authors' code. Such an f has isolated fixed points.
+            `"pre_open"`: in front of each sub-layer only, as in torchdeq's DEQ-LM. Such an f has no isolated fixed
+            point: set `gradient="unrolled"`.
         norm_affine: whether the norms within f have weights and biases; the paper's have none.
-        normalized_residual: pre-norm only: the feed-forward sub-layer's residual branch carries its normalised
-            input, as in the authors' code. Such an f has isolated fixed points without a closing norm.
-        closing_norm: pre-norm only: whether a norm closes f; by default unless `normalized_residual`.
         attention_output_norm: one more norm, between the attention and its output projection (torchdeq's DEQ-LM).
         final_norm: whether a norm stands between the equilibrium and the output layer; the paper has none.
         inject_residual: inject the input into the residual stream as well as into queries, keys and values; the
@@ -61,6 +63,10 @@ class DEQTransformerConfig(DEQConfig):
 
     model_type = "deq_transformer"
     base_model_tp_plan = None
+    former_fields = DEQConfig.former_fields | {
+        "normalized_residual": 'write norm_position="pre_normalized_residual"',
+        "closing_norm": 'write norm_position="pre" (with it) or "pre_open" (without it)',
+    }
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -71,8 +77,6 @@ class DEQTransformerConfig(DEQConfig):
     hidden_act: str = "gelu"
     norm_position: str = "post"
     norm_affine: bool = True
-    normalized_residual: bool = False
-    closing_norm: bool | None = None
     attention_output_norm: bool = False
     final_norm: bool = True
     inject_residual: bool = True
@@ -105,11 +109,21 @@ class DEQTransformerConfig(DEQConfig):
             self.initializer_range = self.hidden_size**-0.5
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
-        if self.closing_norm is None:
-            self.closing_norm = self.norm_position == "pre" and not self.normalized_residual
         if self.head_dim is None and self.num_attention_heads and self.hidden_size % self.num_attention_heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def upgrade(cls, fields: dict) -> dict:
+        """Turn the fields that an earlier version saved into those of today."""
+        former = fields.get("norm_position"), fields.get("normalized_residual"), fields.get("closing_norm")
+        if former == ("pre", True, True):
+            raise ValueError(
+                "normalized_residual=True with closing_norm=True is an f that hf_deq no longer has; norm_position is "
+                f"one of {', '.join(NORM_POSITIONS)}."
+            )
+        position = {("pre", True, False): "pre_normalized_residual", ("pre", False, False): "pre_open"}.get(former)
+        return super().upgrade(fields | ({"norm_position": position} if position else {}))
 
     @property
     def is_adaptive(self) -> bool:
@@ -133,11 +147,6 @@ class DEQTransformerConfig(DEQConfig):
         self.require_probabilities("embedding_dropout", "hidden_dropout", "attention_dropout", "output_dropout")
         require_one_of("norm_position", self.norm_position, NORM_POSITIONS)
         require_one_of("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
-        if self.norm_position == "post" and (self.closing_norm or self.normalized_residual):
-            raise ValueError(
-                f"closing_norm={self.closing_norm} and normalized_residual={self.normalized_residual} are for "
-                'norm_position="pre": a post-norm f ends with a norm, and its residuals are normalised.'
-            )
         self._validate_heads()
         self._validate_vocabulary()
         if self.rope_parameters["rope_type"] in LENGTH_DEPENDENT_ROPE:

@@ -353,8 +353,8 @@ class _Saved:
 
 def _configured(name: str, config, budget: int, damping: float | None = None) -> FixedPointSolver:
     """A solver with the model's settings, that goes on until its budget is spent."""
-    damping = config.solver_damping if damping is None else damping
-    return make_solver(name, 0.0, budget, config.solver_history, damping, config.solver_scope)
+    undamped = {} if damping is None else {"damping": damping}
+    return make_solver(config, name, tolerance=0.0, max_evaluations=budget, **undamped)
 
 
 def _stacked(residuals: list[Tensor], budget: int, dim: int) -> np.ndarray:

@@ -148,14 +148,11 @@ def _transformer_config(arguments: dict, state_dict: dict, fields: dict) -> DEQT
     given = _Arguments(arguments)
     pre_norm = given("pre_lnorm", False)
     theirs = _common_transformer_fields(given) | dict(
-        norm_position="pre" if pre_norm else "post",
-        normalized_residual=pre_norm,
+        norm_position="pre_normalized_residual" if pre_norm else "post",
         norm_affine=False,
         weight_norm=given("wnorm", False),
-        shallow_depth=given("n_layer"),
-        shallow_steps=max(0, given("pretrain_steps", 0)),
     )
-    given.ignore("eval_n_layer", "load")  # evaluation of a shallow model, and a file to load
+    given.ignore("n_layer", "pretrain_steps", "eval_n_layer", "load")  # how shallow pretraining goes, a file to load
     given.refuse_unknown()
     return DEQTransformerConfig(**(theirs | fields))
 
@@ -164,8 +161,7 @@ def _torchdeq_config(arguments: dict, state_dict: dict, fields: dict) -> DEQTran
     given = _Arguments(arguments)
     theirs = _common_transformer_fields(given) | dict(
         num_hidden_layers=given("n_layer"),
-        norm_position="pre",
-        closing_norm=False,
+        norm_position="pre_open",
         attention_output_norm=True,
         weight_norm=any(name.endswith("_v") for name in state_dict),  # not an argument of the model there
         gradient="unrolled",  # such an f has no isolated fixed point: theirs is trained and used with 12 applications
@@ -230,10 +226,9 @@ def _trellisnet_config(arguments: dict, state_dict: dict, fields: dict) -> DEQTr
         output_dropout=given("dropout", 0.0),
         weight_dropout=given("wdrop", 0.0),
         tie_word_embeddings=given("tie_weights", True),
-        shallow_depth=given("n_layer"),
-        shallow_steps=max(0, given("pretrain_steps", 0)),
     )
-    given.ignore("dropoutl", "load")  # dropout within a mixture of softmaxes, and a file to load
+    # Shallow pretraining, dropout within a mixture of softmaxes, and a file to load.
+    given.ignore("n_layer", "pretrain_steps", "dropoutl", "load")
     given.refuse_unknown()
     return DEQTrellisNetConfig(**(theirs | fields))
 

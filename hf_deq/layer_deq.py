@@ -57,14 +57,17 @@ class Dial:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-def make_solver(
-    name: str, tolerance: float, max_evaluations: int, history: int, damping: float, scope: str
-) -> FixedPointSolver:
-    """The solver of that name (`SOLVERS`); the history goes to those that have one."""
-    arguments = {"tolerance": tolerance, "max_evaluations": max_evaluations, "damping": damping, "scope": scope}
+def make_solver(config: DEQConfig, name: str, **settings) -> FixedPointSolver:
+    """Return the solver of this name (see `SOLVERS`) as the configuration describes it.
+
+    Args:
+        config: gives the history, the damping and the scope, unless `settings` has them.
+        settings: other arguments of the solver, such as `tolerance` and `max_evaluations`.
+    """
+    settings = {"damping": config.solver_damping, "scope": config.solver_scope} | settings
     if "history" in SOLVERS[name].__dataclass_fields__:
-        arguments["history"] = history
-    return SOLVERS[name](**arguments)
+        settings = {"history": config.solver_history} | settings
+    return SOLVERS[name](**settings)
 
 
 class DEQLayerOutput(NamedTuple):
@@ -124,8 +127,7 @@ class DEQLayer(nn.Module):
         """The configured solver."""
         config = self.config
         tolerance = config.solver_tolerance if dial.solver_tolerance is None else dial.solver_tolerance
-        scope, history, damping = config.solver_scope, config.solver_history, config.solver_damping
-        return make_solver(config.solver, tolerance, self._budget(dial), history, damping, scope)
+        return make_solver(config, config.solver, tolerance=tolerance, max_evaluations=self._budget(dial))
 
     def gradient_estimator(self, dial: Dial) -> GradientEstimator:
         """The configured estimator, or the unrolled one where the dial asks for it."""
@@ -135,15 +137,8 @@ class DEQLayer(nn.Module):
             return UnrolledGradient(steps, self.gradient_checkpointing and self.training)
         if config.gradient == "phantom":
             return PhantomGradient(config.phantom_steps, config.phantom_damping)
-        solver = make_solver(
-            config.backward_solver,
-            config.backward_tolerance,
-            config.backward_max_evaluations,
-            config.solver_history,
-            config.solver_damping,
-            config.solver_scope,
-        )
-        return ImplicitGradient(solver, self._record_backward)
+        limits = {"tolerance": config.backward_tolerance, "max_evaluations": config.backward_max_evaluations}
+        return ImplicitGradient(make_solver(config, config.backward_solver, **limits), self._record_backward)
 
     def _budget(self, dial: Dial) -> int:
         budget = dial.solver_max_evaluations

@@ -96,8 +96,9 @@ class DEQPreTrainedModel(PreTrainedModel):
 class DEQModel(DEQPreTrainedModel):
     """Token ids to equilibrium states: embed, solve, normalise.
 
-    Subclasses set `layer_class`, make `norm` and `output_dropout`, and define `_embed` and `_context`. `hidden_states`
-    holds two entries: what is injected (the embedded input) and the equilibrium after `norm`.
+    Subclasses set `layer_class` and define `_embed` and `_context`. They may replace `norm` and `output_dropout`, which
+    follow the equilibrium and do nothing by default. `hidden_states` holds two entries: what is injected (the embedded
+    input) and the equilibrium after `norm`.
     """
 
     layer_class: type[DEQLayer]
@@ -107,6 +108,7 @@ class DEQModel(DEQPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = self._make_embedding(config)
         self.layers = nn.ModuleList([self.layer_class(config)])
+        self.norm, self.output_dropout = nn.Identity(), nn.Identity()
 
     def _make_embedding(self, config: DEQConfig) -> nn.Module:
         """Ids `(batch, sequence)` to what `_embed` takes."""

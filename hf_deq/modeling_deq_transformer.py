@@ -1,6 +1,7 @@
 """DEQ-Transformer: the equilibrium of one (or a few) weight-tied transformer layers (Bai et al. 2019, section 4.1)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,50 +13,65 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import OutputRecorder
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from .attention_deq import (
-    additive_mask,
-    eager_attention_forward,
-    relative_positions,
-    require_attention_weights,
-    rotary_positions,
-    rotate,
-)
 from .cache_deq import EquilibriumCacheView
 from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_transformer import DEQTransformerConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
 from .masking_deq import Rows
 from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel
+from .positions_deq import Positions, RelativePositions, RotaryPositions
 from .softmax_heads import LogProbabilityHead
 from .weight_tying import VariationalDropout, WeightNormLinear, apply_mask, draw_dropout_mask
 
-# Standard deviations of initial weights, relative to fan_in ** -0.5. With these a new f is solved
-# to 1e-3 in 8 to 11 evaluations, and a trained one in 10 to 12; at 1.0 a new f needs 20 to 60.
+# Standard deviations of initial weights, relative to fan_in ** -0.5. With these gains a new f is solved to 1e-3 in 8 to
+# 11 evaluations, and a trained f in 10 to 12. With a gain of 1.0 a new f needs 20 to 60.
 STATE_GAIN = 0.5
-# Where the residual stream carries the state alone, the attention has to bring the input in, or f is close to the
-# identity: with the gains above such an f (the paper's) needs 43 to more than 60.
+# If the input does not enter the residual stream, the attention has to bring it in. Otherwise f is close to the
+# identity: with the gains above such an f (the paper's) needs 43 to more than 60 evaluations.
 ATTENTION_ONLY_GAINS = {"qkv_proj": 0.25, "o_proj": 1.0, "injection": 2.0}
 
 
 def _linear(config: DEQTransformerConfig, in_features: int, out_features: int, bias: bool = True, gain: float = 1.0):
-    """A linear map of f, normalised if the configuration says so; `gain` is for its initial weights."""
+    """Make a linear map of f, normalised if the configuration asks for it; `gain` is for its initial weights."""
     linear = (WeightNormLinear if config.weight_norm else nn.Linear)(in_features, out_features, bias=bias)
     linear.initializer_gain = gain
     return linear
 
 
 def _gain(config: DEQTransformerConfig, name: str, usual: float = STATE_GAIN) -> float:
-    """The gain of a linear map that the way of injection decides."""
+    """The gain of a linear map that depends on where the input is injected."""
     return usual if config.inject_residual else ATTENTION_ONLY_GAINS[name]
 
 
 def _norm(config: DEQTransformerConfig, features: int) -> nn.LayerNorm:
-    """A layer norm of f."""
+    """Make a layer norm of f."""
     return nn.LayerNorm(features, eps=config.layer_norm_eps, elementwise_affine=config.norm_affine)
 
 
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout_mask=None, **kwargs
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain operations: `(batch, heads, sequence, size)` to `(batch, sequence, heads, size)` and weights.
+
+    The softmax is computed in single precision at least. In a double precision model it is computed in double
+    precision, because rounding would keep the residual from falling.
+    """
+    scores = query @ key.transpose(-2, -1) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    return (apply_mask(weights, dropout_mask) @ value).transpose(1, 2), weights
+
+
+def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn an attention mask (boolean: True attends) into numbers that leave room to add scores."""
+    if mask.dtype != torch.bool:
+        return mask / 2
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)
+
+
 class DEQTransformerAttention(nn.Module):
-    """Causal multi-head attention whose queries, keys and values are f's state projected, plus the injection."""
+    """Causal multi-head attention. Its queries, keys and values are the projected state plus the injected input."""
 
     def __init__(self, config: DEQTransformerConfig, layer_idx: int):
         super().__init__()
@@ -75,21 +91,11 @@ class DEQTransformerAttention(nn.Module):
             self.content_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
             self.position_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
 
-    def project_positions(self, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """What this layer makes of the positions, once per solve: the relative keys `(heads, size, distances)`."""
-        if self.config.position_embedding_type == "rotary":
-            return positions
-        encodings, distances = positions
-        keys = self.relative_proj(encodings).view(-1, self.num_heads, self.head_dim)
-        return keys.permute(1, 2, 0), distances
-
-    def project(self, z: Tensor, injection: Tensor, positions: tuple) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `(batch, heads, sequence, size)`, rotated where positions are rotary."""
+    def project(self, z: Tensor, injection: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `(batch, heads, sequence, size)`."""
         qkv = (self.qkv_proj(z) + injection).unflatten(-1, (3, self.num_heads, self.head_dim))
         queries_and_keys, value = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2)
-        if self.config.position_embedding_type == "rotary":
-            queries_and_keys = rotate(queries_and_keys, *positions).to(value.dtype)
-        query, key = queries_and_keys.permute(2, 0, 3, 1, 4)
+        query, key = positions.rotate(queries_and_keys).permute(2, 0, 3, 1, 4)
         if self.layer_idx > 0:  # the layer before may have overflowed at a position; others must not see it
             key, value = key.nan_to_num(0.0, 0.0, 0.0), value.nan_to_num(0.0, 0.0, 0.0)
         return query, key, value
@@ -98,24 +104,22 @@ class DEQTransformerAttention(nn.Module):
         self,
         z: Tensor,
         injection: Tensor,
-        positions: tuple,
+        positions: Positions,
         attention_mask: Tensor | None,
+        dropout_mask: Tensor | None,
         view: EquilibriumCacheView | None,
-        dropout_mask: Tensor | None = None,
-        **kwargs,
+        kernel_arguments: dict,
     ) -> tuple[Tensor, Tensor | None]:
-        """State and injection `(batch, sequence, hidden)` and `(..., 3 heads size)` to output and attention weights."""
+        """Map state `(batch, sequence, hidden)` and injection `(..., 3 heads size)` to output and attention weights."""
         query, key, value = self.project(z, injection, positions)
         if view is not None:
             key, value = view.update(key, value, self.layer_idx)
-        if self.config.position_embedding_type == "relative":
-            attention_mask = attention_mask + self._distance_scores(query, *positions)
-            query = query + self.content_bias[:, None]
+        query, attention_mask = positions.score(query, attention_mask)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if dropout_mask is not None:  # fixed over the solve, which only our own function can do
-            attention, kwargs = eager_attention_forward, kwargs | {"dropout_mask": dropout_mask}
+        if dropout_mask is not None:  # only our own function takes a mask that is fixed over the solve
+            attention, kernel_arguments = eager_attention_forward, {"dropout_mask": dropout_mask}
         output, weights = attention(
             self,
             query,
@@ -125,23 +129,41 @@ class DEQTransformerAttention(nn.Module):
             dropout=0.0,
             scaling=self.scaling,
             sliding_window=self.config.sliding_window,
-            **kwargs,
+            **kernel_arguments,
         )
         return self.o_proj(self.output_norm(output.flatten(2))), weights
 
-    def _distance_scores(self, query: Tensor, relative_keys: Tensor, distances: Tensor) -> Tensor:
-        """Scores `(batch, heads, queries, keys)` of content against distance (Dai et al. 2019, terms b and d)."""
-        by_distance = (query + self.position_bias[:, None]) @ relative_keys * self.scaling
-        return by_distance.gather(-1, distances.expand(*by_distance.shape[:2], -1, -1))
+
+@dataclass(frozen=True)
+class DropoutMasks:
+    """The dropout masks of one transformer layer for a whole solve, `None` where dropout is off.
+
+    Attributes:
+        attended, fed: for the outputs of the two sub-layers, `(batch, sequence or 1, hidden)`.
+        weights: for the attention weights, `(batch, heads, queries, keys)`.
+    """
+
+    attended: Tensor | None
+    fed: Tensor | None
+    weights: Tensor | None
+
+    @classmethod
+    def draw(cls, config: DEQTransformerConfig, like: Tensor, keys: int, training: bool) -> "DropoutMasks":
+        """Draw them for inputs `(batch, sequence, hidden)`."""
+        shape = like[:, :1] if config.variational_dropout else like
+        attended, fed = (draw_dropout_mask(shape, config.hidden_dropout, training) for _ in ("attention", "feed"))
+        scores = (len(like), config.num_attention_heads, like.shape[1], keys)
+        weights = draw_dropout_mask(like.new_empty(()).expand(scores), config.attention_dropout, training)
+        return cls(attended, fed, weights)
 
 
 class DEQTransformerBlock(nn.Module):
-    """One transformer layer of f: attention and feed-forward, the input injected into both streams."""
+    """One transformer layer of f: attention and feed-forward. The input is injected into both streams."""
 
     def __init__(self, config: DEQTransformerConfig, layer_idx: int):
         super().__init__()
-        self.pre_norm = config.norm_position == "pre"
-        self.normalized_residual = config.normalized_residual
+        self.pre_norm = config.norm_position != "post"
+        self.normalized_residual = config.norm_position == "pre_normalized_residual"
         self.self_attn = DEQTransformerAttention(config, layer_idx)
         self.attention_norm = _norm(config, config.hidden_size)
         self.up_proj = _linear(config, config.hidden_size, config.intermediate_size)
@@ -150,33 +172,41 @@ class DEQTransformerBlock(nn.Module):
         self.feed_forward_norm = _norm(config, config.hidden_size)
 
     def forward(
-        self, z: Tensor, injection: tuple[Tensor, Tensor | None], masks: tuple, positions: tuple, **context
+        self,
+        z: Tensor,
+        into_attention: Tensor,
+        into_residual: Tensor | None,
+        positions: Positions,
+        masks: DropoutMasks,
+        attention_mask: Tensor | None,
+        view: EquilibriumCacheView | None,
+        kernel_arguments: dict,
     ) -> tuple[Tensor, Tensor | None]:
-        """State `(batch, sequence, hidden)` to state and attention weights."""
-        into_attention, into_residual = injection
-        attended_mask, fed_mask, weights_mask = masks
+        """Map state `(batch, sequence, hidden)` to state and attention weights."""
         attending = self.attention_norm(z) if self.pre_norm else z
-        attended, weights = self.self_attn(attending, into_attention, positions, dropout_mask=weights_mask, **context)
+        attended, weights = self.self_attn(
+            attending, into_attention, positions, attention_mask, masks.weights, view, kernel_arguments
+        )
         if into_residual is not None:
             z = z + into_residual
-        z = z + apply_mask(attended, attended_mask)
+        z = z + apply_mask(attended, masks.attended)
         if not self.pre_norm:
             z = self.attention_norm(z)
         fed = self.feed_forward_norm(z) if self.pre_norm else z
         residual = fed if self.normalized_residual else z
-        z = residual + apply_mask(self.down_proj(self.act_fn(self.up_proj(fed))), fed_mask)
+        z = residual + apply_mask(self.down_proj(self.act_fn(self.up_proj(fed))), masks.fed)
         if not self.pre_norm:
             z = self.feed_forward_norm(z)
         return z, weights
 
-    def remember(self, states: Tensor, injections: Tensor, positions: tuple) -> tuple[Tensor, Tensor]:
+    def remember(self, states: Tensor, injections: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Keys and values of earlier states."""
         attending = self.attention_norm(states) if self.pre_norm else states
         return self.self_attn.project(attending, injections, positions)[1:]
 
 
 class DEQTransformerLayer(DEQLayer):
-    """f and its equilibrium. What f does not change is computed once per solve: injection, positions, masks."""
+    """f and its equilibrium. What f does not change is computed once for a solve: injection, positions, masks."""
 
     def __init__(self, config: DEQTransformerConfig):
         super().__init__(config)
@@ -188,37 +218,44 @@ class DEQTransformerLayer(DEQLayer):
         self.injection = nn.Linear(config.hidden_size, self.into_attention + self.into_residual)
         self.injection.initializer_gain = _gain(config, "injection", usual=1.0)
         self.blocks = nn.ModuleList([DEQTransformerBlock(config, i) for i in range(config.num_hidden_layers)])
-        # A pre-norm f without this norm commutes with shifts of all features and has no isolated fixed point.
-        self.closing_norm = _norm(config, config.hidden_size) if config.closing_norm else nn.Identity()
+        # Without this norm such an f commutes with shifts of all features and has no isolated fixed point.
+        self.closing_norm = _norm(config, config.hidden_size) if config.norm_position == "pre" else nn.Identity()
 
     def forward(
         self,
         hidden_states: Tensor,
         dial: Dial,
         rows: Rows,
-        positions: tuple,
-        cache: Cache | None = None,
-        memory: tuple[Tensor, Tensor] | None = None,
-        memory_positions: tuple | None = None,
-        **context,
+        cache: Cache | None,
+        memory: tuple[Tensor, Tensor] | None,
+        positions: Positions,
+        memory_positions: Positions | None,
+        attention_mask: Tensor | None,
+        kernel_arguments: dict,
     ) -> DEQLayerOutput:
-        """Embedded input `(batch, sequence, hidden)` to its equilibrium."""
-        injection = self._inject(hidden_states)
-        projected = [block.self_attn.project_positions(positions) for block in self.blocks]
+        """Map the embedded input `(batch, sequence, hidden)` to its equilibrium."""
+        into_attention, into_residual = self._inject(hidden_states)
         follows_cache = cache is not None and cache.get_seq_length() > 0
         if memory is not None:
             cache = self._remembered_keys(memory, memory_positions)
-        keys = hidden_states.shape[1]
-        if cache is not None:
-            keys, _ = cache.get_mask_sizes(keys, 0)
-        masks = [self._dropout_masks(hidden_states, keys) for _ in self.blocks]
         view = None if cache is None else EquilibriumCacheView(cache)
+        keys = hidden_states.shape[1] if cache is None else cache.get_mask_sizes(hidden_states.shape[1], 0)[0]
+        layers = [
+            (
+                block,
+                positions.of_layer(block.self_attn),
+                DropoutMasks.draw(self.config, hidden_states, keys, self.training),
+            )
+            for block in self.blocks
+        ]
         weights = None
 
         def f(z: Tensor) -> Tensor:
             nonlocal weights
-            for block, *fixed in zip(self.blocks, masks, projected, strict=True):
-                z, weights = block(z, injection, *fixed, view=view, **context)
+            for block, of_layer, masks in layers:
+                z, weights = block(
+                    z, into_attention, into_residual, of_layer, masks, attention_mask, view, kernel_arguments
+                )
             z = self.closing_norm(z)
             return z if rows.tokens is None else z.masked_fill(~rows.tokens, 0)
 
@@ -226,13 +263,13 @@ class DEQTransformerLayer(DEQLayer):
         if view is not None and memory is None:
             view.commit()  # f was last called at the solution
         # After a cache, which holds keys and not states, only the latest states would be known.
-        memory = None if follows_cache else self._memory(memory, solution.value, injection[0])
+        memory = None if follows_cache else self._memory(memory, solution.value, into_attention)
         return DEQLayerOutput(solution.value, weights, solution, jacobian_loss, memory)
 
-    def _remembered_keys(self, memory: tuple[Tensor, Tensor], positions: tuple) -> DynamicCache:
-        """Keys and values that remembered states have by the present weights, which are trained through them.
+    def _remembered_keys(self, memory: tuple[Tensor, Tensor], positions: Positions) -> DynamicCache:
+        """Keys and values of remembered states. They are made by the present weights, which are trained through them.
 
-        With several transformer layers in f every one of them sees the states of the last, as in torchdeq's DEQ-LM.
+        If f has several transformer layers, each of them sees the states of the last one, as in torchdeq's DEQ-LM.
         """
         cache = DynamicCache(config=self.config)
         for layer_idx, block in enumerate(self.blocks):
@@ -248,28 +285,15 @@ class DEQTransformerLayer(DEQLayer):
         return tuple(latest(old, state, length) for old, state in zip(past, new, strict=True))
 
     def _inject(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What goes into queries, keys and values, and what into the residual stream, of every application.
+        """What enters queries, keys and values, and what enters the residual stream, in every evaluation.
 
-        Non-finite numbers become zero in keys and values. Otherwise every position would become NaN, even one that is
-        masked. Queries and residual stream keep them, so the position itself is NaN, and no earlier one.
+        Non-finite numbers become zero in keys and values. Otherwise every position would become NaN, even a masked
+        one. Queries and the residual stream keep them, so that the position itself is NaN and no earlier one.
         """
         width = self.into_attention // 3
         queries, others, residual = self.injection(hidden_states).split([width, 2 * width, self.into_residual], -1)
         into_attention = torch.cat([queries, others.nan_to_num(0.0, 0.0, 0.0)], -1)
         return into_attention, residual if self.into_residual else None
-
-    def _dropout_masks(self, like: Tensor, keys: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """For the outputs of both sub-layers, and for the attention weights `(batch, heads, sequence, keys)`."""
-        config = self.config
-        shape = like[:, :1] if config.variational_dropout else like
-        outputs = [
-            draw_dropout_mask(shape, config.hidden_dropout, self.training) for _ in ("attention", "feed-forward")
-        ]
-        weights = None
-        if self.training and config.attention_dropout:
-            shape = (len(like), config.num_attention_heads, like.shape[1], keys)
-            weights = draw_dropout_mask(like.new_empty(()).expand(shape), config.attention_dropout, True)
-        return *outputs, weights
 
 
 class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
@@ -306,7 +330,6 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
 
     def __init__(self, config: DEQTransformerConfig):
         super().__init__(config)
-        self.norm = nn.Identity()
         if config.final_norm:
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         dropout = VariationalDropout if config.variational_dropout else nn.Dropout
@@ -323,40 +346,53 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         return self.embedding_dropout(inputs_embeds * self.config.hidden_size**0.5)
 
     def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs) -> dict:
-        length = inputs_embeds.shape[1]
         if memory is not None:
             cache = _cache_as_long_as(memory, self.config)
-        past_length, first_key = 0, 0
-        if cache is not None:
-            past_length = cache.get_seq_length()
-            _, first_key = cache.get_mask_sizes(length, 0)  # a sliding cache has dropped the keys before
+        past_length = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
-            position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past_length
-        relative = self.config.position_embedding_type == "relative"
-        additive = relative or (self.layers[0].training and self.config.attention_dropout > 0)
-        make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
-        mask = make_mask(
-            self.config,
-            inputs_embeds,
-            attention_mask,
-            cache,
-            position_ids=position_ids,
-            **({"allow_is_causal_skip": False} if additive else {}),
-        )
-        if additive:
-            require_attention_weights(self.config)
-        if mask is not None and (additive or self.config._attn_implementation == "eager"):
-            mask = additive_mask(mask, inputs_embeds.dtype)
-        if relative:
-            positions = memory_positions = relative_positions(inputs_embeds, past_length - first_key, mask.shape[-1])
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+        mask = self._make_mask(inputs_embeds, attention_mask, position_ids, cache)
+        if self.config.position_embedding_type == "relative":
+            # A sliding cache has dropped the keys before the first one.
+            first_key = 0 if cache is None else cache.get_mask_sizes(inputs_embeds.shape[1], 0)[1]
+            positions = RelativePositions.make(inputs_embeds, past_length - first_key, mask.shape[-1])
+            memory_positions = positions
         else:
-            positions = rotary_positions(self.config, position_ids, inputs_embeds.dtype)
+            positions = RotaryPositions.make(self.config, position_ids, inputs_embeds.dtype)
             before = position_ids[:, :1] - past_length + torch.arange(past_length, device=inputs_embeds.device)
-            memory_positions = None if memory is None else rotary_positions(self.config, before, inputs_embeds.dtype)
+            memory_positions = (
+                None if memory is None else RotaryPositions.make(self.config, before, inputs_embeds.dtype)
+            )
         if rows.texts is not None:
-            kwargs["position_ids"] = position_ids  # by which flash attention tells packed texts apart
-        context = {"positions": positions, "memory_positions": memory_positions, "attention_mask": mask}
-        return context | kwargs
+            kwargs["position_ids"] = position_ids  # flash attention tells packed texts apart by them
+        return {
+            "positions": positions,
+            "memory_positions": memory_positions,
+            "attention_mask": mask,
+            "kernel_arguments": kwargs,
+        }
+
+    def _make_mask(self, inputs_embeds, attention_mask, position_ids, cache) -> Tensor | None:
+        """The mask that the attention function takes; `None` if it masks by itself.
+
+        Raises:
+            ValueError: if scores or dropout have to enter the attention weights, and the attention function is a fused
+                one that cannot do it.
+        """
+        config = self.config
+        additive = config.position_embedding_type == "relative"
+        additive |= self.layers[0].training and config.attention_dropout > 0
+        if additive and config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                'position_embedding_type="relative" and attention_dropout change the attention weights, which '
+                f'{config._attn_implementation!r} cannot: use attn_implementation="sdpa" or "eager".'
+            )
+        make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+        no_skip = {"allow_is_causal_skip": False} if additive else {}
+        mask = make_mask(config, inputs_embeds, attention_mask, cache, position_ids=position_ids, **no_skip)
+        if mask is not None and (additive or config._attn_implementation == "eager"):
+            mask = _additive_mask(mask, inputs_embeds.dtype)
+        return mask
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, DEQForCausalLM):

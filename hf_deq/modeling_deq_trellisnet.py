@@ -78,7 +78,7 @@ class DEQTrellisNetLayer(DEQLayer):
         if state_layer is not None and state_layer.past is not None:
             past = state_layer.past
         past_states, past_inputs = past
-        f = self._map(self.injection()(hidden_states, past_inputs, rows.texts), past_states, rows)
+        f = self._map(self.injection(hidden_states, past_inputs, rows.texts), past_states, rows)
         start = hidden_states.new_zeros(*hidden_states.shape[:2], 2 * self.channels)
         solution, jacobian_loss = self.solve(f, start, dial, rows.texts)
         states, inputs = solution.value.detach(), hidden_states.detach()
@@ -93,14 +93,15 @@ class DEQTrellisNetLayer(DEQLayer):
     def _map(self, injection: Tensor, past_states: Tensor, rows: Rows):
         """f of this input and past."""
         tokens, texts = rows
-        config, convolve = self.config, self.recurrence(self.config.weight_dropout)
+        config = self.config
         past_hidden, past_cell = past_states.chunk(2, -1)
+        weight_mask = self.recurrence.draw_weight_mask(config.weight_dropout)
         mask = draw_dropout_mask(injection[:, :1, : self.channels], config.hidden_dropout, self.training)
         past_hidden, last_cell = apply_mask(past_hidden, mask), past_cell[:, -1:]
 
         def f(z: Tensor) -> Tensor:
             hidden, cell = z.chunk(2, -1)
-            gates = injection + convolve(apply_mask(hidden, mask), past_hidden, texts)
+            gates = injection + self.recurrence(apply_mask(hidden, mask), past_hidden, texts, weight_mask)
             input_gate, output_gate, candidate, forget_gate = gates.chunk(4, -1)
             new, keep = input_gate.sigmoid() * candidate.tanh(), forget_gate.sigmoid()
             if tokens is not None:  # a cell is empty on padding
@@ -143,7 +144,6 @@ class DEQTrellisNetModel(DEQTrellisNetPreTrainedModel, DEQModel):
 
     def __init__(self, config: DEQTrellisNetConfig):
         super().__init__(config)
-        self.norm = nn.Identity()
         self.input_dropout = VariationalDropout(config.input_dropout)
         self.output_dropout = VariationalDropout(config.output_dropout)
         self.post_init()

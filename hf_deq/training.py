@@ -107,7 +107,7 @@ def _prepare(data, training: TrainingArguments, model_fields: dict, model_type: 
     task = make_task(data, model_fields)
     config = AutoConfig.for_model(model_type, **(model_fields | task.model_fields))
     task.adapt_to(config)
-    kind = model_kind(config)
+    kind = model_kind(config, training)
     kind.check(task, training)
     model = AutoModelForCausalLM.from_config(config)
     say(f"{task}; {model_type} with {model.num_parameters():,} parameters")

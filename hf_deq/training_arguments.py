@@ -105,6 +105,10 @@ class TrainingArguments:
     train_solver_tolerance: float | None = field(
         default=None, metadata={"help": "Tolerance while training; default: the model's solver_tolerance."}
     )
+    shallow_steps: int = field(
+        default=0, metadata={"help": "Steps of shallow pretraining before f is solved for its equilibrium."}
+    )
+    shallow_depth: int = field(default=2, metadata={"help": "Applications of f that shallow pretraining unrolls."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between lines of metrics.jsonl."})
     eval_steps: int = field(default=0, metadata={"help": "Steps between validations; 0 validates at the end only."})
     save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0 saves on interruption only."})
@@ -113,10 +117,18 @@ class TrainingArguments:
     sample_tokens: int = field(default=80, metadata={"help": "Tokens of the text sample at the end."})
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps"):
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "shallow_depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"):
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "warmup_steps",
+            "save_steps",
+            "eval_steps",
+            "shallow_steps",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         self._check_choice("optimizer", OPTIMIZERS)

@@ -15,21 +15,21 @@ from .generation_deq import REPORTED
 from .tasks import CopyMemoryTask, LanguageModeling
 from .training_arguments import TrainingArguments
 
-SOLVER_ARGUMENTS = ("train_solver_tolerance",)  # of TrainingArguments
+SOLVER_ARGUMENTS = ("train_solver_tolerance", "shallow_steps", "shallow_depth")  # of TrainingArguments
 
 
 class EquilibriumModel:
     """A model of this package: it has a dial and a memory, and reports on its solves."""
 
-    def __init__(self, config: DEQConfig):
-        self.config = config
+    def __init__(self, config: DEQConfig, training: TrainingArguments):
+        self.config, self.shallow_steps, self.shallow_depth = config, training.shallow_steps, training.shallow_depth
 
     def check(self, task: LanguageModeling | CopyMemoryTask, training: TrainingArguments) -> None:
         """Refuse what the model cannot be trained with: nothing that its configuration and the task let pass."""
 
     def arguments(self, step: int, memory: tuple | None, training: TrainingArguments) -> dict:
         """For `forward`, besides tokens and labels. Shallow pretraining unrolls; afterwards f is solved for."""
-        dial = {"unroll_steps": self.config.shallow_depth} if self._is_shallow(step) else {}
+        dial = {"unroll_steps": self.shallow_depth} if self._is_shallow(step) else {}
         if training.train_solver_tolerance is not None:
             dial["solver_tolerance"] = training.train_solver_tolerance
         return {"memory": memory} | dial
@@ -67,7 +67,7 @@ class EquilibriumModel:
         )
 
     def _is_shallow(self, step: int) -> bool:
-        return step < self.config.shallow_steps
+        return step < self.shallow_steps
 
 
 class ExplicitModel:
@@ -84,7 +84,7 @@ class ExplicitModel:
         """
         model_type = self.config.model_type
         for name in SOLVER_ARGUMENTS:
-            if getattr(training, name) is not None:
+            if getattr(training, name) != getattr(TrainingArguments, name):
                 raise ValueError(f"{name} is for models that solve for an equilibrium: {model_type} does not; omit it.")
         if isinstance(task, CopyMemoryTask):
             raise ValueError(f"The copy_memory task reports on a solver: train {model_type} on language_modeling.")
@@ -121,9 +121,9 @@ class ExplicitModel:
         return ""
 
 
-def model_kind(config: PreTrainedConfig) -> EquilibriumModel | ExplicitModel:
+def model_kind(config: PreTrainedConfig, training: TrainingArguments) -> EquilibriumModel | ExplicitModel:
     """The only place that asks which of the two a model is."""
-    return EquilibriumModel(config) if isinstance(config, DEQConfig) else ExplicitModel(config)
+    return EquilibriumModel(config, training) if isinstance(config, DEQConfig) else ExplicitModel(config)
 
 
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict]:

@@ -86,7 +86,7 @@ TRANSFORMER = Family(
     dropouts=("embedding_dropout", "hidden_dropout", "attention_dropout", "output_dropout"),
     variants={
         "paper": PAPER,
-        "paper-pre": PAPER | {"norm_position": "pre", "normalized_residual": True},
+        "paper-pre": PAPER | {"norm_position": "pre_normalized_residual"},
         "adaptive": PAPER | {"cutoffs": [9, 30], "div_val": 2, "tied_projections": [1, 2]},
         "adaptive-one-table": {"cutoffs": [20], "embedding_size": 10, "tied_projections": [0, 1]},
         "projected": {"embedding_size": 10, "tie_word_embeddings": False},

@@ -20,7 +20,7 @@ families = pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["tr
         ({"solver_history": 0}, "solver_history must be at least 1"),
         ({"solver_damping": 0.0}, r"solver_damping must be in \(0, 1\]"),
         ({"jacobian_loss_frequency": 2}, r"jacobian_loss_frequency must be in \(0, 1\]"),
-        ({"shallow_depth": 0}, "shallow_depth must be at least 1"),
+        ({"shallow_steps": 5}, "has no field 'shallow_steps': give it to the training"),
     ],
 )
 @families
@@ -68,8 +68,8 @@ def test_sizes_are_positive(family, name, value):
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ({"max_position_embeddings": -5}, "max_position_embeddings must be zero or positive"),
         ({"memory_length": -1}, "memory_length must be zero or positive"),
-        ({"closing_norm": True}, 'closing_norm=True .* are for norm_position="pre"'),
-        ({"normalized_residual": True}, 'normalized_residual=True are for norm_position="pre"'),
+        ({"closing_norm": False}, "has no field 'closing_norm': write norm_position"),
+        ({"normalized_residual": True}, "has no field 'normalized_residual': write norm_position"),
         ({"attention_dropout": 1.0}, r"attention_dropout must lie in \[0, 1\)"),
         ({"head_dim": 5}, "head_dim = 5 must be even"),
         ({"cutoffs": [30, 9]}, "cutoffs must rise strictly between 0 and vocab_size=61"),

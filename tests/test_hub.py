@@ -27,7 +27,7 @@ EXPORTED = {
 # What may travel; everything else of the package stays at home.
 CODE = {
     *("fixed_point", "position_algebra", "equilibrium", "jacobian", "weight_tying", "cache_deq", "softmax_heads"),
-    *("adaptive", "attention_deq", "layer_deq", "classification_deq", "configuration_deq", "modeling_deq"),
+    *("adaptive", "positions_deq", "layer_deq", "classification_deq", "configuration_deq", "modeling_deq"),
     *("generation_deq", "masking_deq", "packed_texts", "iterations"),
     *("configuration_deq_transformer", "modeling_deq_transformer"),
     *("configuration_deq_trellisnet", "modeling_deq_trellisnet"),

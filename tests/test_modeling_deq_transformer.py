@@ -91,15 +91,12 @@ def test_embeddings_are_injected_at_unit_size():
     assert torch.equal(injected, model.get_input_embeddings()(ids) * 4.0)  # the square root of hidden_size 16
 
 
-PRE_NORM = PAPER | {"norm_position": "pre"}
-
-
 @pytest.mark.parametrize(
     "fields, commutes",
     [
-        (PRE_NORM | {"closing_norm": False}, True),  # torchdeq's: no isolated fixed point
-        (PRE_NORM | {"normalized_residual": True}, False),  # the authors': its feed-forward residual is normalised
-        (PRE_NORM, False),  # closed by a norm
+        (PAPER | {"norm_position": "pre_open"}, True),  # torchdeq's: no isolated fixed point
+        (PAPER | {"norm_position": "pre_normalized_residual"}, False),  # the authors'
+        (PAPER | {"norm_position": "pre"}, False),  # closed by a norm
     ],
 )
 @torch.no_grad()

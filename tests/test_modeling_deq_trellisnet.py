@@ -81,12 +81,12 @@ def test_weight_norm_holds_length_and_direction():
         torch.testing.assert_close(convolution.magnitude.flatten(), convolution.direction.flatten(1).norm(dim=1))
         x = torch.randn(1, 3, convolution.direction.shape[1], dtype=torch.float64)
         past = torch.randn(1, 1, x.shape[2], dtype=torch.float64)
-        before = convolution()(x, past)
+        before = convolution(x, past)
         with torch.no_grad():
             convolution.direction.mul_(3)
-            torch.testing.assert_close(convolution()(x, past), before, rtol=0, atol=1e-12)
+            torch.testing.assert_close(convolution(x, past), before, rtol=0, atol=1e-12)
             convolution.magnitude.mul_(2)
-            torch.testing.assert_close(convolution()(x, past), 2 * before, rtol=0, atol=1e-12)
+            torch.testing.assert_close(convolution(x, past), 2 * before, rtol=0, atol=1e-12)
 
 
 def test_dropped_word_types_are_dropped_everywhere():

@@ -1,0 +1,104 @@
+"""Positions of tokens in attention: rotary or relative, with one interface.
+
+positions = RotaryPositions.make(config, position_ids, dtype)      # once for a call
+positions = positions.of_layer(attention)                          # once for a solve
+states = positions.rotate(states)                                  # queries and keys, in every evaluation
+query, mask = positions.score(query, mask)                         # for the attention function
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+@dataclass(frozen=True)
+class RotaryPositions:
+    """Rotary positions (Su et al. 2021): feature i of a head turns with feature i + size / 2.
+
+    Attributes:
+        cosines, sines: `(batch, sequence, 1, 1, head size)`; the first half of the sines has a minus sign.
+    """
+
+    cosines: Tensor
+    sines: Tensor
+
+    @classmethod
+    def make(cls, config: PreTrainedConfig, position_ids: Tensor, dtype: torch.dtype) -> "RotaryPositions":
+        """Compute them for `position_ids` `(batch, sequence)`. A buffer would be rounded when the model is cast."""
+        precise = torch.promote_types(dtype, torch.float32)
+        head_dim, scaling = config.head_dim, 1.0
+        if config.rope_parameters["rope_type"] == "default":
+            channels = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=precise)
+            frequencies = config.rope_parameters["rope_theta"] ** -(channels / head_dim)
+        else:
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, position_ids.device)
+        angles = position_ids[..., None].to(precise) * frequencies
+        cosines, sines = (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+        cosines, sines = torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)
+        return cls(cosines[:, :, None, None], sines[:, :, None, None])
+
+    def of_layer(self, attention: nn.Module) -> "RotaryPositions":
+        """What one layer makes of the positions, once for a solve."""
+        return self
+
+    def rotate(self, states: Tensor) -> Tensor:
+        """Rotate queries and keys `(batch, sequence, ..., size)`."""
+        turned = torch.addcmul(states * self.cosines, states.roll(states.shape[-1] // 2, -1), self.sines)
+        return turned.to(states.dtype)
+
+    def score(self, query: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the query and the mask for the attention function."""
+        return query, mask
+
+
+@dataclass(frozen=True)
+class RelativePositions:
+    """Relative positions (Dai et al. 2019): a score of each query and each distance is added to the mask.
+
+    Attributes:
+        encodings: sinusoids `(distances, hidden)`, all sines first.
+        distances: between every query and key, `(queries, keys)`.
+        attention, keys: of one layer: its module, and its keys for the distances `(heads, size, distances)`.
+    """
+
+    encodings: Tensor
+    distances: Tensor
+    attention: nn.Module | None = None
+    keys: Tensor | None = None
+
+    @classmethod
+    def make(cls, inputs_embeds: Tensor, first_query: int, keys: int) -> "RelativePositions":
+        """Compute them for the inputs `(batch, sequence, hidden)`.
+
+        Args:
+            first_query: index of the first query's own key among the keys.
+            keys: number of keys.
+        """
+        length, hidden_size = inputs_embeds.shape[1:]
+        device, dtype = inputs_embeds.device, torch.promote_types(inputs_embeds.dtype, torch.float32)
+        frequencies = 10000 ** -(torch.arange(0, hidden_size, 2, device=device, dtype=dtype) / hidden_size)
+        angles = torch.arange(keys, device=device, dtype=dtype)[:, None] * frequencies
+        encodings = torch.cat([angles.sin(), angles.cos()], -1).to(inputs_embeds.dtype)
+        queries = torch.arange(length, device=device)[:, None] + first_query
+        return cls(encodings, (queries - torch.arange(keys, device=device)).clamp_(0, keys - 1))
+
+    def of_layer(self, attention: nn.Module) -> "RelativePositions":
+        """What one layer makes of the positions, once for a solve."""
+        keys = attention.relative_proj(self.encodings).view(-1, attention.num_heads, attention.head_dim)
+        return replace(self, attention=attention, keys=keys.permute(1, 2, 0))
+
+    def rotate(self, states: Tensor) -> Tensor:
+        """Queries and keys stay as they are."""
+        return states
+
+    def score(self, query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the query and the mask for the attention function (terms b, c and d of equation 5 there)."""
+        by_distance = (query + self.attention.position_bias[:, None]) @ self.keys * self.attention.scaling
+        scores = by_distance.gather(-1, self.distances.expand(*by_distance.shape[:2], -1, -1))
+        return query + self.attention.content_bias[:, None], mask + scores
+
+
+Positions = RotaryPositions | RelativePositions
