@@ -1,11 +1,12 @@
-"""A vocabulary cut into clusters by frequency: adaptive input embedding and adaptive softmax.
+"""A vocabulary that is cut into clusters by frequency: adaptive input embedding and adaptive softmax.
 
-    AdaptiveEmbedding   ids to vectors; rare ids may have shorter ones, projected up (Baevski & Auli 2019)
-    AdaptiveSoftmax     frequent ids first, rare ones by way of their cluster (Grave et al. 2017)
+    AdaptiveEmbedding   ids to vectors; rare ids may have shorter vectors, projected up (Baevski & Auli 2019)
+    AdaptiveSoftmax     frequent ids directly, rare ids through their cluster (Grave et al. 2017)
 
-Cluster r holds the ids from `cutoffs[r - 1]` to `cutoffs[r]`, ordered by falling frequency. With `div_val` 1 all ids
-share one table; with more, cluster r has a table of its own, of `embedding_size // div_val ** r` features. Tables and
-projections have the same names in both modules, so that they can be tied.
+Cluster r holds the ids from `cutoffs[r - 1]` up to, but not including, `cutoffs[r]`. Ids are ordered by falling
+frequency. With `div_val` 1 all ids share one table. With a larger `div_val`, cluster r has its own table with
+`embedding_size // div_val ** r` features. Tables and projections have the same names in both modules, so that they
+can be tied.
 """
 
 from collections.abc import Sequence
@@ -19,14 +20,14 @@ from .softmax_heads import LogProbabilityHead, log_softmax
 
 
 class VocabularyTables(nn.Module):
-    """The tables of a clustered vocabulary, and the projections between their sizes and the model's.
+    """The tables of a clustered vocabulary, and the projections between their row size and the size of the states.
 
     Args:
         features: size of the model's states.
         vocab_size: number of ids.
-        cutoffs: first id of each cluster but the first, rising; none for a single cluster.
+        cutoffs: first id of every cluster except the first, in rising order; empty for a single cluster.
         embedding_size: features of a row of the (first) table; by default `features`.
-        div_val: by how much the tables of successive clusters shrink.
+        div_val: factor by which the row size shrinks from one cluster to the next.
     """
 
     def __init__(
@@ -51,31 +52,31 @@ class VocabularyTables(nn.Module):
             setattr(self, self.table_name(table), nn.Parameter(torch.empty(count, self.sizes[table])))
 
     def table_name(self, cluster: int) -> str:
-        """The parameter that holds the rows of a cluster."""
+        """Return the name of the parameter that holds the rows of a cluster."""
         return "weight" if self.one_table else f"cluster{cluster}_weight"
 
     @staticmethod
     def projection_name(cluster: int) -> str:
-        """The parameter that holds a projection, `(features, size of the table)`."""
+        """Return the name of the parameter that holds a projection, `(features, row size of the table)`."""
         return f"projection{cluster}_weight"
 
     def rows(self, name: str, cluster: int) -> Tensor:
-        """Rows of a cluster in the table (or of its bias) of that name."""
+        """Return the rows of a cluster from the table, or from the bias, called `name`."""
         tensor = getattr(self, name)
         return tensor[self.starts[cluster] : self.ends[cluster]] if self.one_table else tensor
 
     def cluster_of(self, ids: Tensor) -> Tensor:
-        """The cluster of every id."""
+        """Return the cluster of every id."""
         return torch.bucketize(ids, torch.tensor(self.ends, device=ids.device), right=True)
 
     def make_projections(self, clusters: int) -> None:
-        """Add the projections of the first so many clusters, where there are any."""
+        """Add the projections of the first `clusters` clusters, if this vocabulary uses projections."""
         for cluster in range(clusters if self.projected else 0):
             shape = (self.features, self.sizes[cluster])
             setattr(self, self.projection_name(cluster), nn.Parameter(torch.empty(shape)))
 
     def initialize(self, std: float) -> None:
-        """Tables of that standard deviation; projections that keep it; biases of zero."""
+        """Initialise tables with standard deviation `std`, projections such that they keep it, and biases with zero."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("bias"):
                 init.zeros_(parameter)
@@ -84,14 +85,14 @@ class VocabularyTables(nn.Module):
 
 
 class AdaptiveEmbedding(VocabularyTables):
-    """Ids `(...)` to vectors `(..., features)`; arguments as in `VocabularyTables`."""
+    """Maps ids `(...)` to vectors `(..., features)`. The arguments are those of `VocabularyTables`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.make_projections(1 if self.one_table else len(self.ends))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """As above."""
+        """Return the vectors `(..., features)` of ids `(...)`."""
         if self.one_table:
             return self._project(0, F.embedding(ids, self.weight))
         flat, clusters = ids.flatten(), self.cluster_of(ids.flatten())
@@ -109,11 +110,11 @@ class AdaptiveEmbedding(VocabularyTables):
 
 
 class AdaptiveSoftmax(VocabularyTables, LogProbabilityHead):
-    """log P(id) = log P(its cluster) + log P(id | cluster), exact; arguments as in `VocabularyTables`.
+    """log P(id) = log P(cluster of id) + log P(id | cluster), exact. Arguments as in `VocabularyTables`.
 
-    The head is a softmax over the ids of the first cluster and one entry for each of the others. The
-    last of those entries is cluster 1, the one before it cluster 2, and so on, as in Transformer-XL. A loss never
-    computes more than the head and, for the tokens of each other cluster, that cluster.
+    The head is a softmax over the ids of cluster 0 and one entry for each other cluster. The last entry is
+    cluster 1, the entry before it is cluster 2, and so on, as in Transformer-XL. A loss computes the head for all
+    tokens, and each other cluster only for its own tokens.
     """
 
     def __init__(self, *args, **kwargs):
@@ -127,11 +128,11 @@ class AdaptiveSoftmax(VocabularyTables, LogProbabilityHead):
             self.cluster_bias = nn.Parameter(torch.empty(len(self.ends) - 1))
 
     def bias_name(self, cluster: int) -> str:
-        """The parameter that holds the biases of a cluster."""
+        """Return the name of the parameter that holds the biases of a cluster."""
         return self.table_name(cluster).replace("weight", "bias")
 
     def initialize(self, std: float) -> None:
-        """As before; every cluster starts equally likely."""
+        """Initialise as `VocabularyTables` does. All clusters after the first start equally likely."""
         super().initialize(std)
         if len(self.ends) > 1:
             init.zeros_(self.cluster_weight)

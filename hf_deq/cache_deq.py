@@ -1,11 +1,11 @@
-"""What is remembered between calls.
+"""Caches: the data that is kept between calls.
 
-The equilibrium of a prefix is final, so what later tokens need of it is stored once per token:
+The equilibrium of a prefix is final. So the data that later tokens need is stored once per token:
 
     EquilibriumCacheView    keys and values at the equilibrium, in Transformers' own cache classes
-    TrellisStateLayer       the last states and inputs that a convolution reaches, whatever the length
+    TrellisStateLayer       the last states and inputs that the convolutions reach, for any text length
 
-While a solve runs, f sees the past but does not write; the model writes once, at the end.
+During a solve, f reads the past but does not write to the cache. The model writes once, at the end.
 """
 
 from copy import copy
@@ -19,13 +19,13 @@ from .configuration_deq import DEQConfig
 
 
 class EquilibriumCacheView:
-    """Stands in for a `Cache` inside f: every `update` answers as the cache would, none changes it.
+    """Replaces a `Cache` inside f: `update` returns what the cache would return, but does not change the cache.
 
-    `commit` then updates the cache for good with the keys and values of the last application. Without gradients the
-    joined tensors are reused within a solve: only the part of the new tokens is overwritten.
+    At the end, `commit` updates the cache with the keys and values of the last application of f. Without gradients,
+    the joined tensors are reused within a solve: only the part of the new tokens is overwritten.
 
     Raises:
-        ValueError: the cache keeps its layers on another device between updates.
+        ValueError: if the cache keeps its layers on another device between updates.
     """
 
     def __init__(self, cache: Cache):
@@ -36,14 +36,14 @@ class EquilibriumCacheView:
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of the past joined with `(batch, heads, sequence, head size)` of the present."""
+        """Return the past keys and values, joined with the new ones `(batch, heads, sequence, head size)`."""
         present = self._last[layer_idx] = key_states, value_states
-        if layer_idx >= len(self.cache.layers):  # a cache made without a config grows with its first true update
+        if layer_idx >= len(self.cache.layers):  # a cache without a config gets its layers in the first real update
             return present
         layer = self.cache.layers[layer_idx]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _scratch_copy(layer).update(*present)
-        if layer_idx not in self._joined:  # the past is copied once in a solve, not in every evaluation
+        if layer_idx not in self._joined:  # the past is copied once per solve, not in every evaluation
             place = _place_of_new_tokens(layer, key_states.shape[2])
             self._joined[layer_idx] = place, _scratch_copy(layer).update(*present)
             return self._joined[layer_idx][1]
@@ -55,28 +55,28 @@ class EquilibriumCacheView:
         return joined
 
     def commit(self) -> None:
-        """Write the keys and values that f used last, without their gradients."""
+        """Write the keys and values of the last application of f to the cache, without gradients."""
         for layer_idx, (key_states, value_states) in sorted(self._last.items()):
             self.cache.update(key_states.detach(), value_states.detach(), layer_idx)
 
 
 def refuse_offloaded(cache: Cache) -> None:
-    """A cache that moves its layers between devices is refused.
+    """Refuse a cache that moves its layers between devices.
 
     Raises:
-        ValueError: it is one.
+        ValueError: if the cache is offloaded.
     """
     if getattr(cache, "offloading", False):
         raise ValueError(
-            "An offloaded cache is sent away after every update, but a solve reads it all along: use a dynamic or a "
-            "static cache."
+            "An offloaded cache leaves the device after every update, but a solve reads it in every evaluation: use a "
+            "dynamic or a static cache."
         )
 
 
 def _place_of_new_tokens(layer, count: int) -> slice | None:
-    """Where a cache layer puts so many new tokens among those that its `update` returns; `None` if that varies."""
+    """Return the place of `count` new tokens in the result of the layer's `update`; `None` if the place varies."""
     if not getattr(layer, "is_compileable", False):
-        return slice(-count, None)  # at the end, even where older ones are dropped or kept quantized
+        return slice(-count, None)  # at the end, even if older tokens are dropped or quantized
     if layer.is_sliding:
         return None
     past_length = int(layer.get_seq_length())
@@ -84,9 +84,10 @@ def _place_of_new_tokens(layer, count: int) -> slice | None:
 
 
 def _scratch_copy(layer):
-    """A copy of a cache layer whose update leaves the layer alone.
+    """Return a copy of a cache layer. An update of the copy does not change the layer.
 
-    Growing layers replace their tensors, so a shallow copy will do; preallocated ones write in place.
+    Growing layers replace their tensors, so a shallow copy is enough. Preallocated layers write in place, so their
+    tensors are copied too.
     """
     scratch = copy(layer)
     if getattr(layer, "is_compileable", False):
@@ -99,10 +100,10 @@ def _scratch_copy(layer):
 class TrellisStateLayer(CacheLayerMixin):
     """A cache layer of constant size: the last equilibrium states and embedded inputs of a DEQ-TrellisNet.
 
-    Its type registers itself, so `DynamicCache(config=...)` and `StaticCache(config=...)` are made of it.
-    `keys` holds states `(batch, positions, state size)`, `values` inputs `(batch, positions,
-    embedding size)`: as many as the convolutions reach back, zeros before the start of the text. Decoding
-    that may take tokens back (assisted, prompt lookup) keeps all of them until the next `crop`.
+    The layer type is registered, so `DynamicCache(config=...)` and `StaticCache(config=...)` use this layer.
+    `keys` holds states `(batch, positions, state size)`. `values` holds inputs `(batch, positions, embedding size)`.
+    Both hold as many positions as the convolutions reach back, with zeros before the start of the text. Decoding
+    that may remove tokens again (assisted, prompt lookup) keeps all positions until the next `crop`.
     """
 
     _layer_type = "deq_trellis"
@@ -117,7 +118,7 @@ class TrellisStateLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether tokens can be taken back: not before `activate_past_recording`."""
+        """Whether tokens can be removed again: only after `activate_past_recording`."""
         return self.record_past
 
     @property
@@ -128,18 +129,18 @@ class TrellisStateLayer(CacheLayerMixin):
         return self.keys[:, -self.state_window :], self.values[:, -self.input_window :]
 
     def lazy_initialization(self, states: Tensor, inputs: Tensor) -> None:
-        """Take the window sizes from a first past."""
+        """Start from a first past, whose lengths set the window sizes."""
         self.keys, self.values = states, inputs
         self.state_window, self.input_window = states.shape[1], inputs.shape[1]
         self.dtype, self.device = states.dtype, states.device
         self.is_initialized = True
 
     def update(self, states: Tensor, inputs: Tensor, past: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Append the states and inputs of new tokens, and let go of what is out of reach.
+        """Append the states and inputs of new tokens. Unless past recording is on, drop positions out of reach.
 
         Args:
             states, inputs: `(batch, new tokens, size)`.
-            past: what the new tokens were computed from; sets the window sizes in the first call.
+            past: the past from which the new tokens were computed. In the first call, it sets the window sizes.
 
         Returns:
             The past of the next token.
@@ -153,14 +154,14 @@ class TrellisStateLayer(CacheLayerMixin):
         return self.past
 
     def activate_past_recording(self) -> None:
-        """From now on keep everything until `crop`, so that tokens can be taken back."""
+        """From now on, keep all positions until `crop`, so that tokens can be removed again."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back -`tokens_to_remove` tokens, and let go of what is out of reach (also for 0).
+        """Remove the last `-tokens_to_remove` tokens, and drop positions out of reach (also for 0).
 
         Raises:
-            ValueError: a positive number, or more tokens than were recorded.
+            ValueError: if the number is positive, or if more tokens would be removed than were recorded.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}.")
@@ -172,48 +173,48 @@ class TrellisStateLayer(CacheLayerMixin):
                 f"crop({tokens_to_remove}) goes back further than was recorded: call activate_past_recording() before "
                 "the tokens that may have to be taken back."
             )
-        # Copies, so that a short window does not keep a long text's storage alive.
+        # Copies, so that a short window does not keep the storage of a long text in memory.
         self.keys = self.keys[:, end - self.state_window : end].clone()
         end = self.values.shape[1] + tokens_to_remove
         self.values = self.values[:, end - self.input_window : end].clone()
         self.cumulative_length += tokens_to_remove
 
     def get_seq_length(self) -> int:
-        """Tokens seen so far."""
+        """Return the number of tokens seen so far."""
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of what a mask covers: all tokens."""
+        """Return the length and the offset of a mask. A mask covers all tokens."""
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1: there is no maximum."""
+        """Return -1: there is no maximum."""
         return -1
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row so many times."""
+        """Repeat every row `repeats` times."""
         if self.is_initialized:
             self.keys, self.values = (past.repeat_interleave(repeats, 0) for past in (self.keys, self.values))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
+        """Keep only the rows with these indices."""
         if self.is_initialized:
             self.keys, self.values = self.keys[indices], self.values[indices]
 
 
-STATIC_LAYER_TYPE_MAPPING[TrellisStateLayer._layer_type] = TrellisStateLayer  # a static cache is one as well
+STATIC_LAYER_TYPE_MAPPING[TrellisStateLayer._layer_type] = TrellisStateLayer  # also for a static cache
 
 
 def check_cacheable(config: DEQConfig, unroll_steps: int | None = None) -> None:
-    """Refuse what has no final state to remember.
+    """Refuse to cache where a prefix has no final state.
 
     Raises:
-        ValueError: f is unrolled, by the configuration or for this call, or solved in sequence scope.
+        ValueError: if f is unrolled, by the configuration or for this call, or is solved in sequence scope.
     """
     if config.gradient == "unrolled" or unroll_steps is not None:
         raise ValueError(
             'Unrolled steps (gradient="unrolled", unroll_steps) have no equilibrium whose keys and values could be '
-            'cached: every step sees other ones. Pass use_cache=False, or solve with gradient="implicit".'
+            'cached: every step has different ones. Pass use_cache=False, or solve with gradient="implicit".'
         )
     if config.solver_scope == "sequence":
         raise ValueError(

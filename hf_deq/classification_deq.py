@@ -1,4 +1,4 @@
-"""Sequence classification on a `DEQModel`: one score per label, read off the equilibrium of the last token."""
+"""Sequence classification with a `DEQModel`: one score per label, from the equilibrium at the last token."""
 
 from dataclasses import dataclass
 
@@ -16,11 +16,11 @@ from .modeling_deq import FORMER_CACHE_NAME, DEQModel, DEQPreTrainedModel, Solve
 
 @dataclass
 class DEQSequenceClassifierOutputWithPast(SolveReport, SequenceClassifierOutputWithPast):
-    """Transformers' output and the report of the solve."""
+    """Transformers' output, and the report of the solve."""
 
 
 class DEQForSequenceClassification(DEQPreTrainedModel):
-    """A classifier on a `DEQModel`; subclasses set `model_class`. `config.num_labels` is the number of scores."""
+    """A classifier on a `DEQModel`. Subclasses set `model_class`. `config.num_labels` is the number of scores."""
 
     model_class: type[DEQModel]
 
@@ -45,22 +45,27 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> DEQSequenceClassifierOutputWithPast:
-        """Scores of the labels at the last token of each row; arguments and dial as in `DEQModel.forward`, and:
+        """Return the scores of the labels at the last token of each row.
+
+        Other arguments and the dial are those of `DEQModel.forward`.
 
         Args:
-            attention_mask: says which token is the last; without it that is the last one in `input_ids` other than
-                `config.pad_token_id`, or the last position of `inputs_embeds`.
-            labels: classes `(batch,)`, -100 ignored; with one label or `problem_type="regression"` numbers `(batch,)`
-                or `(batch, num_labels)`; for several labels a row 0 and 1 as floats `(batch, num_labels)`. Their loss
-                is Transformers' for `config.problem_type`, plus the weighted Jacobian regularization in training.
-            num_items_in_batch: labels in all micro-batches of a step: the loss is then this micro-batch's share.
+            attention_mask: determines the last token of each row. Without a mask, it is the last token in `input_ids`
+                that is not `config.pad_token_id`, or the last position of `inputs_embeds`.
+            labels: classes `(batch,)`, -100 ignored. With one label or `problem_type="regression"`: numbers `(batch,)`
+                or `(batch, num_labels)`. For several labels per row: 0 and 1 as floats `(batch, num_labels)`. The loss
+                is that of Transformers for `config.problem_type`, plus the weighted Jacobian regularization in
+                training.
+            num_items_in_batch: number of labels in all micro-batches of a step. The loss is then the share of this
+                micro-batch.
 
         Returns:
-            `loss`, a scalar, with labels; `logits` `(batch, num_labels)`, for a row without tokens those of the zero
-            state; the rest as there.
+            `loss`, a scalar, if there are labels; `logits` `(batch, num_labels)`, computed from the zero state for a
+            row without tokens; the other fields as in `DEQModel.forward`.
 
         Raises:
-            ValueError: several rows, and neither an attention_mask nor a pad_token_id; or as there.
+            ValueError: if `input_ids` has several rows, and there is neither an attention_mask nor a pad_token_id;
+                or as in `DEQModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -75,7 +80,7 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
         states = outputs.last_hidden_state
         rows = torch.arange(len(states), device=states.device)
         cache = outputs.cache if cache is None else cache
-        past_length = 0 if cache is None else cache.get_seq_length() - states.shape[1]  # it has taken these tokens in
+        past_length = 0 if cache is None else cache.get_seq_length() - states.shape[1]  # it holds these tokens already
         attention_mask = check_mask(attention_mask, *states.shape[:2], past_length)
         logits = self.score(states[rows, self._last_tokens(states, attention_mask, input_ids)])
         loss = None
@@ -84,7 +89,7 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
         return DEQSequenceClassifierOutputWithPast(loss=loss, logits=logits, **outputs.passed_on())
 
     def _last_tokens(self, states: Tensor, attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor:
-        """Index of the last token of each row, `(batch,)`, among the `(batch, sequence, hidden)` states."""
+        """Return the index of the last token of each row, `(batch,)`; states are `(batch, sequence, hidden)`."""
         batch, length = states.shape[:2]
         tokens, pad_token_id = None, self.config.pad_token_id
         if attention_mask is not None:
@@ -100,14 +105,14 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
         return (positions if tokens is None else positions * tokens).argmax(-1)
 
     def _loss(self, logits: Tensor, labels: Tensor, jacobian_loss: Tensor | None, num_items_in_batch) -> Tensor:
-        """The mean over the labels and the penalty; of a micro-batch, its share of both."""
+        """Return the mean loss over the labels plus the penalty, or the share of a micro-batch in this sum."""
         loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
         if jacobian_loss is not None:
             loss = loss + self.config.jacobian_loss_weight * jacobian_loss
         if num_items_in_batch is None:
             return loss
-        # Not left to the loss function, which knows of it for single labels only: regression would count every
-        # micro-batch in full.
+        # The loss function would use num_items_in_batch for single labels only. Regression would count every
+        # micro-batch in full. So the share is computed here.
         counted = (labels != -100).sum()
-        # The mean over no labels is not a number.
+        # Without labels, the mean is not a number.
         return loss * (counted / num_items_in_batch) if counted else 0.0 * logits.sum()

@@ -1,7 +1,7 @@
-"""A differentiable equilibrium: one solver finds it, one gradient estimator trains through it.
+"""A differentiable equilibrium: a solver finds it, and a gradient estimator differentiates it.
 
     solution = equilibrium(f, z0, solver=AndersonSolver(), gradient=ImplicitGradient())
-    loss(solution.value).backward()      # reaches everything that f closes over
+    loss(solution.value).backward()      # gradients for everything that f closes over
 
 The estimators differ in what they backpropagate through:
 
@@ -9,9 +9,9 @@ The estimators differ in what they backpropagate through:
     PhantomGradient     the last few damped applications of f (one of them: "Jacobian-free")
     UnrolledGradient    every application: an explicit stack with tied weights, no solver
 
-The value is the image f(z) of the solver's iterate z, with and without gradients: what is trained
-is what is used. (The phantom gradient's value, in training, is the end of its short path from z.)
-Gradients need one more call of f, with a graph.
+The value is the image f(z) of the solver's iterate z, with and without gradients. So training and
+inference use the same value. (With gradients, the value of the phantom gradient is the end of
+its short path from z.) The implicit gradient needs one more call of f, with a graph.
 """
 
 from collections.abc import Callable
@@ -33,23 +33,23 @@ def equilibrium(
     gradient: "GradientEstimator | None" = None,
     texts: Texts | None = None,
 ) -> FixedPointSolution:
-    """Solve z = f(z) and return f(z) with gradients to everything f closes over.
+    """Solve z = f(z) and return f(z) with gradients to everything that f closes over.
 
     Args:
-        f: maps a state `(batch, sequence, features)` to one of the same shape, deterministically
-            (draw dropout masks outside of it).
-        z0: where the solver starts; receives no gradient, except from `UnrolledGradient`.
+        f: maps a state `(batch, sequence, features)` to a state of the same shape. f must be
+            deterministic (draw dropout masks outside of f).
+        z0: the state from which the solver starts. It receives no gradient, except from `UnrolledGradient`.
         solver: how the equilibrium is found. Default: `AndersonSolver()`.
-        gradient: how it is differentiated. Default: `ImplicitGradient()`.
-        texts: the texts of packed rows; `None` where every row is one text.
+        gradient: how the equilibrium is differentiated. Default: `ImplicitGradient()`.
+        texts: the texts of packed rows; `None` if every row is one text.
 
     Returns:
-        `FixedPointSolution` whose `value` (and `image`) is f(z) for the last z that f was called with. `residual` is
-        the largest ||f(z) - z|| / ||f(z)|| over the positions of a text. All calls of f are counted, those with a
-        graph too.
+        `FixedPointSolution` whose `value` (and `image`) is f(z) for the last z that f was called with (with gradients,
+        `PhantomGradient` returns the end of its path). `residual` is the largest ||f(z) - z|| / ||f(z)|| over the
+        positions of a text. `num_evaluations` counts all calls of f, also those with a graph.
 
     Raises:
-        ValueError: z0 is not a floating point state of three dimensions, or f changes its shape.
+        ValueError: if z0 is not a floating point state of three dimensions, or f changes its shape.
     """
     return (gradient or ImplicitGradient())(f, z0, solver or AndersonSolver(), texts)
 
@@ -58,13 +58,13 @@ def equilibrium(
 class ImplicitGradient:
     """The exact gradient at the equilibrium (Bai et al. 2019, theorem 1).
 
-    f is evaluated once with a graph at z; backward solves w = J'w + g for the incoming gradient g
-    with vector-Jacobian products on that one graph, and hands w on to it. Memory is that of one
-    application of f, whatever the number of iterations in either direction.
+    f is evaluated once at z with a graph. For the incoming gradient g, backward solves w = J'w + g
+    with vector-Jacobian products on this graph. Then it passes w on to the graph. Memory is that of
+    one application of f, for any number of iterations in either direction.
 
     Args:
-        solver: solves for w. J' looks the other way in time, so a `"causal"` scope is mirrored.
-        on_backward: called with the solution for w after every backward pass, for logging.
+        solver: solves for w. J' runs backwards in time, so `"causal"` scope becomes `"anticausal"`.
+        on_backward: called with the solution for w after every backward solve, for logging.
     """
 
     solver: FixedPointSolver = field(default_factory=AndersonSolver)
@@ -80,21 +80,21 @@ class ImplicitGradient:
         value = f_z
         if f_z.requires_grad:
             value = _ImplicitFunction.apply(f_z, z, self._transposed_solver(z), texts, self.on_backward)
-        # The residual is the solver's, which it measured at the same z.
+        # The residual comes from the solver, which measured it at the same z.
         return replace(solution, value=value, image=value, num_evaluations=solution.num_evaluations + 1)
 
     def _transposed_solver(self, z: Tensor) -> FixedPointSolver:
         scope = "anticausal" if self.solver.scope == "causal" else self.solver.scope
-        # Decided here, since backward runs outside of an autocast that the graph was built in.
+        # The tolerance is set here, because backward runs outside of the autocast context of the forward pass.
         return replace(self.solver, scope=scope, tolerance=self.solver.attainable_tolerance(z))
 
 
 @dataclass(frozen=True)
 class PhantomGradient:
-    """Backpropagation through a few damped steps taken at the equilibrium (Geng et al. 2021).
+    """Backpropagation through a few damped steps that start at the equilibrium (Geng et al. 2021).
 
-    z <- (1 - damping) z + damping f(z), `steps` times from the solver's iterate. `steps=1` and
-    `damping=1` is Jacobian-free backpropagation (Fung et al. 2022). Memory grows with `steps`.
+    The step z <- (1 - damping) z + damping f(z) is applied `steps` times to the solver's iterate.
+    `steps=1` with `damping=1` is Jacobian-free backpropagation (Fung et al. 2022). Memory grows with `steps`.
 
     Args:
         steps: applications of f with a graph, at least 1.
@@ -128,8 +128,8 @@ class PhantomGradient:
 class UnrolledGradient:
     """Ordinary backpropagation through `steps` applications of f from z0: the explicit weight-tied stack.
 
-    The solver is not used, but its tolerance still says whether the last state counts as converged.
-    Memory grows with `steps`; with activation checkpointing only the states are kept.
+    The solver does not run, but its tolerance still decides whether the result counts as converged.
+    Memory grows with `steps`. With activation checkpointing, only the states are kept.
 
     Args:
         steps: applications of f, at least 1.
@@ -159,16 +159,16 @@ GradientEstimator = ImplicitGradient | PhantomGradient | UnrolledGradient
 
 
 def evaluate_with_graph(f: SequenceMap, state: Tensor) -> tuple[Tensor, Tensor]:
-    """(z, f(z)) with z a fresh leaf at `state`, so that products with the Jacobian of f can be taken."""
+    """Return (z, f(z)). z is a new leaf with the value of `state`, for products with the Jacobian of f."""
     z = state.detach().requires_grad_()
     return z, f(z)
 
 
 class _ImplicitFunction(torch.autograd.Function):
-    """Identity on f(z) forward; backward replaces the gradient g by w = J'w + g.
+    """Forward is the identity on f(z). Backward replaces the gradient g by the solution w of w = J'w + g.
 
-    A Function rather than a tensor hook: hooks deadlock when they differentiate the graph they
-    sit on, and wrappers that shard parameters run their own hooks at an unsuitable moment.
+    This is a Function, not a tensor hook. A hook deadlocks when it differentiates the graph to which
+    it belongs. Also, wrappers that shard parameters run their own hooks at an unsuitable moment.
     """
 
     @staticmethod
@@ -192,7 +192,7 @@ class _ImplicitFunction(torch.autograd.Function):
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """The w that was solved for. It depends on the gradient and on all that f depends on, but no graph says how."""
+    """The solution w. It depends on the gradient and on everything that f depends on, but no graph records how."""
 
     @staticmethod
     def forward(ctx, w, gradient, f_z):
@@ -207,7 +207,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _measured(z, f_z, value, num_evaluations, solver: FixedPointSolver, texts: Texts | None) -> FixedPointSolution:
-    """The solution that `value` is, its residual measured at the last z and f(z)."""
+    """Return the solution with this value, and with the residual measured at the last z and f(z)."""
     with torch.no_grad():
         residual = Positions(z.shape[1], solver.scope, texts).residuals(own_residuals(z, f_z))
     converged = residual <= solver.attainable_tolerance(z)

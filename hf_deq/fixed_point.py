@@ -4,14 +4,14 @@ A solver finds z with f(z) = z for a map f of states `(batch, sequence, features
 
     solution = AndersonSolver(tolerance=1e-3)(f, z0)
 
-Reading order: what comes back (`FixedPointSolution`), the solvers (one loop, three ways to make the next iterate, which
-are in `iterations.py`), and what a solve records of its iterates (`_Record`). Nothing here builds an autograd graph;
-`equilibrium.py` does.
+Reading order: the result (`FixedPointSolution`), the solvers, and the record of the iterates of a solve (`_Record`).
+All solvers share one loop. They differ in how they compute the next iterate; see `iterations.py`. Nothing here builds
+an autograd graph; `equilibrium.py` does.
 
-**Scope.** Anderson and Broyden combine past iterates with weights made of inner products. The literature sums them
-over the whole sequence. Then later tokens change the answer for earlier ones until convergence. Here, by default
+**Scope.** Anderson and Broyden combine past iterates. The weights come from inner products. The literature sums these
+over the whole sequence. Then later tokens change the solution at earlier tokens until convergence. Here, by default
 (`scope="causal"`), the weights of position t use positions <= t only: the position itself, and the sum over its
-prefix. So does the decision to stop. A causal f then has a causal solution at any tolerance and any budget.
+prefix. The decision to stop uses the same positions. So a causal f has a causal solution at any tolerance and budget.
 """
 
 import warnings
@@ -29,24 +29,26 @@ from .position_algebra import SCOPES, Positions, norm, own_residuals, relative_r
 
 SequenceMap = Callable[[Tensor], Tensor]
 
-# Reading the stopping decision back from an accelerator waits for it, so it is done only now and then.
+# On an accelerator, reading the stopping decision waits for the device. So it is read only every few evaluations.
 EVALUATIONS_BETWEEN_SYNCHRONISATIONS = 4
 
 
 class ConvergenceWarning(UserWarning):
-    """A solve ended before it reached its tolerance. Emitted once per solver and scope."""
+    """A solve ended before it reached its tolerance. Emitted once per solver class and scope."""
 
 
 @dataclass(frozen=True)
 class FixedPointSolution:
-    """What a solve found. Reports have one entry for each text: `(batch,)`, or `(texts,)` for packed rows.
+    """The result of a solve.
+
+    The last three fields have one entry for each text: `(batch,)`, or `(texts,)` for packed rows.
 
     Attributes:
         value: the state `(batch, sequence, features)`. Where the tolerance was missed, it is the iterate with the
-            smallest residual of all (judged per position, over its prefix, where the scope is causal).
+            smallest residual. With causal scope, this choice is made per position, by the residuals over its prefix.
         image: f(value).
-        residual: relative residual `||image - value|| / ||image||` of the text's worst position, float64. Infinite
-            where f was never finite.
+        residual: relative residual `||image - value|| / ||image||` of the worst position of the text, float64
+            (float32 on MPS). Infinite if f was never finite.
         num_evaluations: calls of f until the text stopped, int64.
         converged: whether the residual is at most the tolerance, bool.
     """
@@ -60,24 +62,24 @@ class FixedPointSolution:
 
 @dataclass(frozen=True)
 class FixedPointSolver:
-    """The loop that all solvers share; subclasses say how the next iterate is made.
+    """The loop that all solvers share. Subclasses define how the next iterate is computed.
 
     Args:
         tolerance: a position is solved when its own relative residual `||f(z) - z|| / ||f(z)||` is at most this
-            and all positions that it depends on are solved. It then keeps its state. The tolerance is raised to the
-            rounding step of the dtype that f computes in (the state's, or autocast's), because below it the residual
-            of a position need not fall: 8e-3 in bfloat16, 1e-3 in float16. A state so small that its square
+            and all positions that it depends on are solved. It then keeps its state. The tolerance is never below the
+            rounding step of the dtype that f computes in (that of the state, or of autocast): 8e-3 in bfloat16, 1e-3
+            in float16. Below this step the residual of a position may not decrease. A state so small that its square
             underflows (1e-19 in single precision) counts as zero, and so as solved.
-        max_evaluations: budget of calls of f, at least 1. A text that ends with an earlier state than its last
-            (best, not converged) takes one more call, to know f there.
+        max_evaluations: budget of calls of f, at least 1. If a text does not converge and its best state is not its
+            last state, one more call computes f at the best state.
         damping: fraction of the proposed step that is taken, in (0, 1]; 1 is undamped.
-        scope: whose residuals may influence position t. `"causal"`: positions <= t of its text;
+        scope: positions whose residuals may influence position t. `"causal"`: positions <= t of its text;
             `"anticausal"`: positions >= t, for the transposed map of a backward solve;
-            `"sequence"`: the whole text, as in the literature. Sequence-wide solves are **not**
+            `"sequence"`: the whole text, as in the literature. Solves in sequence scope are **not**
             causal before convergence.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: if a field is out of its range.
     """
 
     tolerance: float = 1e-3
@@ -100,14 +102,14 @@ class FixedPointSolver:
         """Solve z = f(z) from `z0`.
 
         Args:
-            f: maps a state `(batch, sequence, features)` to one of the same shape. It may not
+            f: maps a state `(batch, sequence, features)` to a state of the same shape. It must not
                 change its argument in place.
-            z0: the first iterate; left unchanged.
-            texts: the texts of packed rows, each of which is solved as if it were alone; `None` where
+            z0: the first iterate; it is not changed.
+            texts: the texts of packed rows; each text is solved as if it were alone. `None` if
                 every row is one text.
 
         Raises:
-            ValueError: `z0` is not a floating point tensor of three dimensions, or f changes its shape.
+            ValueError: if `z0` is not a floating point tensor of three dimensions, or f changes its shape.
         """
         if z0.dim() != 3 or not z0.is_floating_point():
             raise ValueError(
@@ -117,7 +119,7 @@ class FixedPointSolver:
         device, tolerance = z0.device.type, self.attainable_tolerance(z0)
         positions = Positions(z0.shape[1], self.scope, texts)
         record, iteration = _Record(z0, tolerance, positions), self._iteration(z0, positions)
-        # Rounded weights would not be optimal ones.
+        # Autocast would round the weights, and rounded weights are not optimal.
         exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         z, f_z = z0, _image(f, z0)
         for evaluation in range(1, self.max_evaluations + 1):
@@ -125,24 +127,24 @@ class FixedPointSolver:
                 record.observe(z, f_z, iteration.observe(z, f_z))
                 if evaluation == self.max_evaluations or (_may_look(evaluation, z) and record.finished()):
                     break
-                del z, f_z  # the iteration has what it needs of them
+                del z, f_z  # the iteration keeps what it needs of both
                 z = record.keep_stopped(iteration.propose(record.own))
             f_z = _image(f, z)
         solution = record.solution(f, z, f_z)
         if torch.is_autocast_enabled(device):
-            # Some torch versions would reuse the casts cached here, without gradients, in the caller's graph.
+            # The casts cached here have no gradients. Some torch versions would reuse them in the caller's graph.
             torch.clear_autocast_cache()
         self._warn_unless_converged(solution, tolerance)
         return solution
 
     def attainable_tolerance(self, state: Tensor) -> float:
-        """The tolerance, or what rounding leaves of it in the dtype that f computes in."""
+        """Return the tolerance, but at least the rounding step of the dtype that f computes in."""
         device = state.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype
         return max(self.tolerance, torch.finfo(dtype).eps)
 
     def _iteration(self, z0: Tensor, positions: Positions) -> Iteration:
-        """What makes the next iterate of a solve that starts at z0."""
+        """Return the iteration for a solve that starts at z0."""
         raise TypeError("FixedPointSolver is abstract; use PicardSolver, AndersonSolver or BroydenSolver.")
 
     _warned: ClassVar[set] = set()
@@ -159,14 +161,14 @@ class FixedPointSolver:
             f"{int(solution.num_evaluations.max())} evaluations; the tolerance is "
             f"{tolerance:.1e}. The best iterate is returned. Raise max_evaluations, loosen the "
             "tolerance, or make f more contractive (Jacobian regularization, damping). Shown once; `converged` and "
-            "`residual` tell every time.",
+            "`residual` report every solve.",
             ConvergenceWarning,
             stacklevel=4,
         )
 
 
 def _image(f: SequenceMap, z: Tensor) -> Tensor:
-    """f(z), whose shape is that of z."""
+    """Return f(z), after a check that f keeps the shape of z."""
     f_z = f(z)
     if f_z.shape != z.shape:
         raise ValueError(f"f maps a state of shape {tuple(z.shape)} to {tuple(f_z.shape)}; it must keep the shape.")
@@ -174,7 +176,7 @@ def _image(f: SequenceMap, z: Tensor) -> Tensor:
 
 
 def _may_look(evaluation: int, z: Tensor) -> bool:
-    """Whether to read back, after so many evaluations, if the solve has finished."""
+    """Return whether the solver checks after this evaluation if all positions have stopped."""
     if torch.compiler.is_compiling():
         return False
     return z.device.type == "cpu" or evaluation % EVALUATIONS_BETWEEN_SYNCHRONISATIONS == 0
@@ -182,9 +184,9 @@ def _may_look(evaluation: int, z: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class PicardSolver(FixedPointSolver):
-    """Damped fixed-point iteration z <- z + damping (f(z) - z). Causal whatever the scope.
+    """Damped fixed-point iteration z <- z + damping (f(z) - z). Its steps are causal in every scope.
 
-    The scope only says which residuals decide when a position stops.
+    The scope only defines which residuals decide when a position stops.
     """
 
     def _iteration(self, z0, positions):
@@ -193,10 +195,10 @@ class PicardSolver(FixedPointSolver):
 
 @dataclass(frozen=True)
 class _RememberingSolver(FixedPointSolver):
-    """A solver that weighs past iterates.
+    """A solver that combines past iterates.
 
     Args:
-        history: how many of them, at least 1; 5 is a good choice. Memory grows with it, not with
+        history: number of past iterates, at least 1; 5 is a good choice. Memory grows with `history`, not with
             `max_evaluations`.
     """
 
@@ -213,9 +215,9 @@ class AndersonSolver(_RememberingSolver):
     """Anderson acceleration (Anderson 1965; Walker & Ni 2011): mix the last images of f.
 
     z <- sum_i a_i (f(z_i) - (1 - damping) r_i) with residuals r_i = f(z_i) - z_i and weights that
-    minimise ||sum_i a_i r_i|| under sum_i a_i = 1, for every position in its own inner product.
+    minimise ||sum_i a_i r_i|| under sum_i a_i = 1. Every position has its own weights and inner product.
 
-    `history` (default 5, at least 1) is the number of iterates mixed.
+    `history` (default 5, at least 1) is the number of iterates that are mixed.
     """
 
     def _iteration(self, z0, positions):
@@ -226,11 +228,11 @@ class AndersonSolver(_RememberingSolver):
 class BroydenSolver(_RememberingSolver):
     """Broyden's good method on f(z) - z = 0, limited memory, no line search (Broyden 1965).
 
-    The inverse Jacobian starts at minus identity, so the first step is f(z0). Its low-rank
-    update is evaluated in the compact form of Byrd, Nocedal & Schnabel (1994, theorem 6.2), which
-    needs inner products of steps only; every position takes them over its own prefix.
+    The inverse Jacobian starts at minus identity, so the first step leads to f(z0). Its low-rank
+    update is evaluated in the compact form of Byrd, Nocedal & Schnabel (1994, theorem 6.2). This form
+    needs only inner products with steps. Every position computes them over its own scope.
 
-    `history` (default 5, at least 1) is the number of steps the update remembers.
+    `history` (default 5, at least 1) is the number of steps that the update remembers.
     """
 
     def _iteration(self, z0, positions):
@@ -241,20 +243,20 @@ SOLVERS = {"anderson": AndersonSolver, "broyden": BroydenSolver, "picard": Picar
 
 
 class _Record:
-    """What a solve knows of every position: whether it still moves, and its best iterate.
+    """What a solve records for every position: whether it still moves, and its best iterate.
 
     A position moves until it is solved or has failed. From then on it keeps its best iterate. For a solved position
-    this is the last one, so the residual that was measured is the one of the returned state.
+    the best iterate is the last one, so the measured residual belongs to the returned state.
 
     Attributes, all `(batch, sequence, 1)`:
-        own: the relative residual of each position by itself.
-        worst: the largest of the positions that count for a position. At most the tolerance means solved, not a number
-            means failed.
+        own: the relative residual of each single position.
+        worst: the largest relative residual in the scope of each position. If it is at most the tolerance, the
+            position is solved. If it is not a number, the position has failed.
     """
 
     def __init__(self, z0: Tensor, tolerance: float, positions: Positions):
         shape = (*z0.shape[:2], 1)
-        # A little less than the tolerance, since residuals may be in single precision and are reported in double.
+        # A little below the tolerance: residuals may be computed in single precision, but are reported in double.
         self.tolerance, self.threshold = tolerance, tolerance * (1 - 2**-22)
         self.positions = positions
         self.best = z0.clone()
@@ -263,7 +265,7 @@ class _Record:
         self.moved = []
 
     def observe(self, z: Tensor, f_z: Tensor, residual_norm: Tensor) -> None:
-        """Take note of an iterate, its image, and the norm of their difference."""
+        """Record an iterate, its image, and the norm of their difference."""
         self.own = relative_residual(residual_norm, norm(f_z))
         self.worst = self.positions.worst(self.own)
         torch.where(self.worst <= self.lowest_worst, z, self.best, out=self.best)
@@ -272,18 +274,18 @@ class _Record:
         self.moving = self.moving & (self.worst > self.threshold)
 
     def keep_stopped(self, proposal: Tensor) -> Tensor:
-        """The proposal, overwritten by their best iterate where positions have stopped."""
+        """Return the proposal. Positions that have stopped get their best iterate instead (in place)."""
         return torch.where(self.moving, proposal, self.best, out=proposal)
 
     def finished(self) -> bool:
         return not bool(self.moving.any())
 
     def solution(self, f: SequenceMap, z: Tensor, f_z: Tensor) -> FixedPointSolution:
-        """The best state of all, f there, and the report. Where all is solved, that is the last state."""
+        """Return the best state, f at this state, and the report. If all positions are solved, it is the last state."""
         own, num_evaluations = self.own, torch.stack(self.moved).sum(0)
         if torch.compiler.is_compiling() or not bool((self.worst <= self.threshold).all()):
             at_best = (self.worst == self.lowest_worst) | ~self.moved[-1]
-            # Where the best state is not the last one, f is not known. One more call of f tells.
+            # Where the best state is not the last one, f at the best state is unknown. One more call computes it.
             unknown = self.positions.worst((~at_best).float()) > 0
             if torch.compiler.is_compiling() or bool(unknown.any()):
                 f_z = torch.where(unknown, f(self.best), f_z)

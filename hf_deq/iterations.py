@@ -1,10 +1,11 @@
-"""How Picard, Anderson and Broyden make the next iterate from those they remember.
+"""How Picard, Anderson and Broyden compute the next iterate from the iterates that they remember.
 
-The loop in `fixed_point.py` lets an iteration observe an iterate z and its image f(z), and then propose the next one.
+The loop in `fixed_point.py` lets an iteration observe an iterate z and its image f(z). Then the iteration proposes the
+next iterate.
 
-**Safeguard.** An accelerated step can make things worse. A position whose own residual reaches no new low for a few
-evaluations takes the plain step z <- f(z) instead. Its own residual depends on its own prefix alone, so the answer
-stays causal.
+**Safeguard.** An accelerated step can increase the residual. If the residual of a position reaches no new low for a
+few evaluations, this position takes the plain Picard step instead. The residual of a position depends on its prefix
+only, so the solution stays causal.
 """
 
 import torch
@@ -12,21 +13,22 @@ from torch import Tensor
 
 from .position_algebra import GRAM_REGULARIZATION, Positions, ProductMatrix, Ring, blend, norm
 
-# Measured on trained layers and on hard linear maps: Anderson takes the plain step from the second evaluation on that
-# brings no new low. Broyden, whose residuals rise and fall, takes it in the third, and then in every fourth.
+# Chosen by measurements on trained layers and on hard linear maps. Anderson takes the plain step after two or more
+# evaluations in a row without a new low. The residuals of Broyden rise and fall. So Broyden takes the plain step after
+# three evaluations in a row without a new low, and then after every fourth.
 ANDERSON_PATIENCE = 3
 BROYDEN_PATIENCE = 4
 
 
 class Iteration:
-    """What a solver knows of its iterates, and how it makes the next one."""
+    """What a solver remembers of its iterates, and how it computes the next iterate."""
 
     def observe(self, z: Tensor, f_z: Tensor) -> Tensor:
-        """Take note of an iterate and its image; returns the norm of their difference, `(batch, sequence, 1)`."""
+        """Record an iterate and its image, and return the norm of their difference, `(batch, sequence, 1)`."""
         raise NotImplementedError
 
     def propose(self, own: Tensor) -> Tensor:
-        """The next iterate, a new tensor; `own` is the relative residual of every position by itself."""
+        """Return the next iterate as a new tensor. `own` is the relative residual of each single position."""
         raise NotImplementedError
 
 
@@ -45,12 +47,12 @@ class PicardIteration(Iteration):
 
 
 class SafeguardedIteration(Iteration):
-    """Weighs past iterates, but takes the plain step where that does not help.
+    """An iteration that combines past iterates, but takes the plain step where the combination does not help.
 
     Attributes:
-        matrices: of inner products, one for each of `Positions.own_and_total`.
-        slot: where the rings hold the newest iterate (or step). `remembered` is the number of slots in use.
-        used: `used[n - 1]` has 1 for the n slots in use, and 0 for the others.
+        matrices: matrices of inner products, one for each entry of `Positions.own_and_total`.
+        slot: index of the newest iterate (or step) in the rings. `remembered` is the number of slots in use.
+        used: `used[n - 1]` has 1 for the n slots in use, and 0 for the other slots.
         unused: `unused[n - 1]` is a diagonal matrix with 1 where a slot is empty, so that the system can be solved.
     """
 
@@ -72,19 +74,19 @@ class SafeguardedIteration(Iteration):
         return self.slot
 
     def blended_matrix(self) -> Tensor:
-        """The matrix of inner products of every position, `(batch, sequence, history, history)`."""
+        """Return the matrix of inner products of every position, `(batch, sequence, history, history)`."""
         return blend([one.matrix for one in self.matrices], self.matrices)
 
     def evaluations_since_lowest(self, own: Tensor) -> Tensor:
-        """Evaluations since the residual of each position was at its lowest, counting that one."""
-        if self.positions.scope == "sequence":  # the literature's iterates, as they are
+        """Return the evaluations since each position had its lowest residual, including that evaluation."""
+        if self.positions.scope == "sequence":  # the iterates of the literature, without the safeguard
             return torch.ones_like(own)
         self.since_lowest = torch.where(own < self.lowest, 1, self.since_lowest + 1)
         self.lowest = torch.fmin(own, self.lowest)
         return self.since_lowest
 
     def rounded(self, state: Tensor) -> Tensor:
-        """A state in the dtype of f. What is too large for a half precision is clamped, and stays finite."""
+        """Return a state in the dtype of f. Values too large for a half precision are clamped, so they stay finite."""
         if state.dtype == self.dtype:
             return state
         largest = torch.finfo(self.dtype).max
@@ -92,7 +94,7 @@ class SafeguardedIteration(Iteration):
 
 
 class AndersonIteration(SafeguardedIteration):
-    """Rings of residuals and images, and the Gram matrices of the residuals."""
+    """Anderson acceleration: rings of residuals and images, and the Gram matrices of the residuals."""
 
     def __init__(self, z0, positions, history, damping):
         super().__init__(z0, positions, history, damping)
@@ -121,19 +123,19 @@ class AndersonIteration(SafeguardedIteration):
         return self.rounded(mixed)
 
     def regularized(self, gram: Tensor) -> Tensor:
-        """The Gram matrix `(batch, sequence, history, history)` with a larger diagonal, relative to what it is."""
+        """Return the Gram matrix `(batch, sequence, history, history)` with its diagonal enlarged by a small factor."""
         return gram.addcmul(gram, self.identity, value=GRAM_REGULARIZATION)
 
 
 class BroydenIteration(SafeguardedIteration):
-    """Rings of steps s and of the changes d of f along them, and a matrix of their inner products.
+    """Broyden's method: rings of steps s and of the changes d of f along them, and matrices of inner products.
 
     With y = d - s and K = S'Y + the strictly lower triangle of S'S (steps in order of time), the proposal is
-    z + r - D K^-1 S'r. This is the compact inverse update for an initial inverse Jacobian of -1. The newest step i
-    has the products s_i'd_j in its row, since s_i's_j + s_i'y_j = s_i'd_j, and s_j'y_i in its column.
+    z + r - D K^-1 S'r. This is the compact inverse update for an initial inverse Jacobian of -1. The row of the newest
+    step i holds the products s_i'd_j, because s_i's_j + s_i'y_j = s_i'd_j. Its column holds the products s_j'y_i.
     """
 
-    own_sizes = True  # those of the steps: the diagonal of K may have any sign
+    own_sizes = True  # sizes of the steps: the diagonal of K may have any sign
 
     def __init__(self, z0, positions, history, damping):
         super().__init__(z0, positions, history, damping)
@@ -168,7 +170,7 @@ class BroydenIteration(SafeguardedIteration):
         return self.rounded(self.previous[0] + self.damping * direction)
 
     def _weights(self) -> Tensor:
-        """Weights `(batch, sequence, history)` of the changes."""
+        """Return the weights `(batch, sequence, history)` of the changes."""
         residual = self.residual.to(self.steps.slots[0].dtype)
         kernel = self.blended_matrix()
         projections = blend(self.positions.own_and_total(self.steps.products(residual).to(kernel.dtype)), self.matrices)

@@ -1,7 +1,7 @@
-"""The Jacobian of f at the equilibrium, without ever forming it.
+"""The Jacobian of f at the equilibrium, without computing the full matrix.
 
-`jacobian_regularization` keeps f contractive during training; `spectral_radius` tells afterwards
-how contractive it is (below 1: plain iteration converges locally).
+`jacobian_regularization` keeps f contractive during training. `spectral_radius` measures afterwards
+how contractive f is (below 1: plain iteration converges locally).
 """
 
 import torch
@@ -11,22 +11,22 @@ from .fixed_point import SequenceMap
 
 
 def jacobian_regularization(f_z: Tensor, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Hutchinson estimate of ||J||_F^2 / numel(z), J = df/dz, with one Gaussian vector.
+    """Return the Hutchinson estimate of ||J||_F^2 / numel(z), J = df/dz, with one Gaussian vector.
 
-    Source: Bai, Koltun & Kolter 2021 (arXiv 2106.14342), equation 6. Differentiable to whatever
-    `f_z` depends on, so it can be added to a loss; the operations of f must then be twice
-    differentiable (for attention: the "math" backend of scaled dot product attention).
+    Source: Bai, Koltun & Kolter 2021 (arXiv 2106.14342), equation 6. The estimate is differentiable
+    with respect to everything that `f_z` depends on, so it can be added to a loss. Then the operations of f must
+    be twice differentiable (for attention: the "math" backend of scaled dot product attention).
 
     Args:
         f_z: f(z), shape `(batch, sequence, features)`, computed from `z` with gradients enabled.
         z: the state, a tensor that requires gradients.
-        generator: source of the random vector.
+        generator: random generator for the Gaussian vector.
 
     Returns:
-        A scalar, in expectation the mean squared row norm of J.
+        A scalar. Its expectation is the mean squared row norm of J.
 
     Raises:
-        ValueError: `f_z` was not computed from `z` with gradients.
+        ValueError: if `f_z` was not computed from `z` with gradients.
     """
     if not (f_z.requires_grad and z.requires_grad):
         raise ValueError(
@@ -38,19 +38,23 @@ def jacobian_regularization(f_z: Tensor, z: Tensor, generator: torch.Generator |
 
 
 def spectral_radius(f: SequenceMap, z: Tensor, steps: int = 50) -> Tensor:
-    """Spectral radius of df/dz at `z`, row by row, by power iteration with vector-Jacobian products.
+    """Estimate the spectral radius of df/dz at `z` for each row, by power iteration.
 
-    The estimate is the geometric mean growth over the second half of the steps, which also
-    settles when the dominant eigenvalues are a complex pair. The Jacobian of a causal f is block
-    triangular, far from normal: expect 50 steps to be off by a few per cent, in either direction.
+    Each step is one vector-Jacobian product. The estimate is the geometric mean growth over the second
+    half of the steps. It also converges when the dominant eigenvalues are a complex pair. The Jacobian of a
+    causal f is block triangular and far from normal: after 50 steps, expect an error of a few per cent in
+    either direction.
 
     Args:
-        f: maps a state `(batch, sequence, features)` to one of the same shape; rows independent.
-        z: where, usually an equilibrium.
-        steps: vector-Jacobian products, at least 2.
+        f: maps a state `(batch, sequence, features)` to a state of the same shape; rows must be independent.
+        z: the state at which to estimate, usually an equilibrium.
+        steps: number of vector-Jacobian products, at least 2.
 
     Returns:
         Shape `(batch,)`.
+
+    Raises:
+        ValueError: if `steps` is less than 2.
     """
     if steps < 2:
         raise ValueError(f"spectral_radius needs at least 2 steps, got {steps}.")

@@ -1,7 +1,7 @@
-"""What attention masks and positions say of the rows: where their tokens are, and which texts are packed into them.
+"""Read the structure of rows from attention masks and positions: where the tokens are, and which texts are packed.
 
-Transformers reads the same arguments to make attention masks. A deep equilibrium model needs more of them, because the
-solver has to know as well which positions belong together. What it cannot honour is refused.
+Transformers reads the same arguments to make attention masks. A deep equilibrium model needs more information from
+them, because the solver must also know which positions belong together. Unsupported structures raise an error.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,8 @@ class Rows(NamedTuple):
     """The structure of the new positions of a call.
 
     Attributes:
-        tokens: which of them are tokens, bool `(batch, sequence, 1)`; `None` if all are.
-        texts: which of them belong to one text; `None` if every row is one text.
+        tokens: which positions are tokens, bool `(batch, sequence, 1)`; `None` if all positions are tokens.
+        texts: which positions belong to the same text; `None` if every row is one text.
     """
 
     tokens: Tensor | None
@@ -26,17 +26,17 @@ class Rows(NamedTuple):
 
 
 def positions_of_texts(cumulative_lengths: Tensor) -> Tensor:
-    """`position_ids` `(1, sequence)` of texts packed into one row, from `cu_seq_lens_q` `(texts + 1,)`."""
+    """Return `position_ids` `(1, sequence)` of texts packed into one row, from `cu_seq_lens_q` `(texts + 1,)`."""
     starts, lengths = cumulative_lengths[:-1], cumulative_lengths.diff()
     positions = torch.arange(int(cumulative_lengths[-1]), device=cumulative_lengths.device)
     return (positions - starts.repeat_interleave(lengths))[None]
 
 
 def check_mask(attention_mask: Tensor | None, batch: int, length: int, past_length: int | Tensor) -> Tensor | None:
-    """The mask, of as many columns as there are tokens. As in Llama, columns after the last token do not count.
+    """Return the checked mask. A 2D mask is cut after column `past + sequence`: as in Llama, later columns are ignored.
 
     Raises:
-        ValueError: the mask is of another shape, or a 4D mask of integers.
+        ValueError: if the mask has a wrong shape, or is a 4D mask of integers.
     """
     if attention_mask is None or (torch.compiler.is_compiling() and isinstance(past_length, Tensor)):
         return attention_mask
@@ -66,21 +66,21 @@ def read_rows(
     length: int,
     sliding_window: int | None = None,
 ) -> Rows:
-    """The structure that a checked mask and positions describe.
+    """Return the structure that a checked mask and positions describe.
 
-    Texts are packed where a 4D mask is block-diagonal; or, without mask and past, where `position_ids` start again,
-    as Transformers has it.
+    Texts are packed if a 4D mask is block-diagonal. Without mask and past, texts are packed if `position_ids` start
+    again, as in Transformers.
 
     Args:
         attention_mask: `(batch, past + sequence)`, or 4D.
         position_ids: `(batch, sequence)`, as the caller gave them.
-        has_past: whether a cache or a memory comes before.
-        first_query: in the columns of the mask, where the first new position stands.
-        length: new positions.
-        sliding_window: positions that a 4D mask lets each position attend to.
+        has_past: whether a cache or a memory precedes the new positions.
+        first_query: column of the mask that belongs to the first new position.
+        length: number of new positions.
+        sliding_window: number of positions that a 4D mask lets each position attend to.
 
     Raises:
-        ValueError: a packed row after a cache or memory, or a 4D mask of another structure.
+        ValueError: if a packed row follows a cache or memory, or if a 4D mask has an unsupported structure.
     """
     tokens = texts = None
     if attention_mask is None:
@@ -100,15 +100,15 @@ def read_rows(
 
 
 def token_mask(attention_mask: Tensor, first_query: int | Tensor, length: int) -> Tensor:
-    """Which of the new positions are tokens, bool `(batch, length)`; arguments as in `read_rows`."""
-    if attention_mask.dim() == 4:  # padding does not attend to itself
+    """Return which of the new positions are tokens, bool `(batch, length)`. Arguments as in `read_rows`."""
+    if attention_mask.dim() == 4:  # a token attends to itself, padding does not
         return _allowed(attention_mask)[:, 0].diagonal(first_query, -2, -1)[:, :length]
     columns = first_query + torch.arange(length, device=attention_mask.device)
     return attention_mask.index_select(1, columns).bool()
 
 
 def _allowed(mask: Tensor) -> Tensor:
-    """What a 4D mask lets attend, bool."""
+    """Return a 4D mask as bool: True where a query attends to a key."""
     return mask if mask.dtype == torch.bool else mask == 0
 
 
@@ -116,7 +116,7 @@ def refuse_inner_padding(rows: Rows) -> None:
     """Refuse padding between tokens of one text, for models whose state passes through every position.
 
     Raises:
-        ValueError: there is such padding.
+        ValueError: if there is such padding.
     """
     if rows.tokens is not None and rows.tokens.shape[1] > 1:
         _refuse_inner_padding(rows)
@@ -138,11 +138,11 @@ def _refuse_inner_padding(rows: Rows) -> None:
 
 
 def _restarts(position_ids: Tensor | None, length: int) -> Texts | None:
-    """The texts of rows without mask, by Transformers' own rule."""
+    """Return the texts of rows without a mask, by the rule of Transformers; `None` if every row is one text."""
     return None if position_ids is None or length == 1 else _texts_of_positions(position_ids)
 
 
-# How many texts there are decides on shapes, so a compiled model leaves its graph for the functions below.
+# The number of texts determines tensor shapes. So a compiled model leaves its graph to run the functions below.
 @torch.compiler.disable
 def _texts_of_positions(position_ids: Tensor) -> Texts | None:
     numbers = find_packed_sequence_indices(position_ids)
@@ -151,10 +151,10 @@ def _texts_of_positions(position_ids: Tensor) -> Texts | None:
 
 @torch.compiler.disable
 def _blocks(allowed: Tensor, tokens: Tensor, sliding_window: int | None) -> Texts | None:
-    """The texts of a 4D mask `(batch, heads, sequence, sequence)`.
+    """Return the texts of a 4D mask `(batch, heads, sequence, sequence)`; `None` if every row is one text.
 
     Raises:
-        ValueError: a token attends to anything but all tokens of its text up to itself.
+        ValueError: if a token does not attend to exactly the tokens of its text up to itself (within the window).
     """
     previous, length = _previous_token(tokens), tokens.shape[1]
     attends_previous = allowed[:, 0].gather(2, previous.clamp_min(0)[..., None])[..., 0]
@@ -172,7 +172,7 @@ def _blocks(allowed: Tensor, tokens: Tensor, sliding_window: int | None) -> Text
 
 
 def _previous_token(tokens: Tensor) -> Tensor:
-    """Index of the last token before each position, -1 where there is none, `(batch, sequence)`."""
+    """Return the index of the last token before each position, `(batch, sequence)`; -1 if there is none."""
     indices = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     latest = indices.where(tokens, -1).cummax(1).values
     return torch.nn.functional.pad(latest[:, :-1], (1, 0), value=-1)

@@ -1,4 +1,4 @@
-"""Packed rows: several texts behind each other in one row, none of which knows of the others."""
+"""Packed rows: one row holds several texts, one after the other. No text depends on another text."""
 
 from collections.abc import Callable
 
@@ -8,16 +8,16 @@ from torch.nn import functional as F
 
 
 class Texts:
-    """Which positions of packed rows belong to one text.
+    """The texts of packed rows: which positions belong to the same text.
 
     Args:
-        numbers: `(batch, sequence)`, the number of the text that each position belongs to. A change of the number
-            along a row starts a new text.
+        numbers: `(batch, sequence)`, the number of the text that each position belongs to. A new text starts where
+            the number changes along a row.
     """
 
     def __init__(self, numbers: Tensor):
         starts = numbers[:, 1:] != numbers[:, :-1]
-        self.numbers = F.pad(starts, (1, 0)).cumsum(1)  # a number that comes back is that of another text
+        self.numbers = F.pad(starts, (1, 0)).cumsum(1)  # a number that returns later is another text
         is_last = F.pad(starts, (0, 1), value=True)
         self.lasts = is_last.flatten().nonzero()[:, 0]
         lengths = self.lasts.diff(prepend=self.lasts.new_full((1,), -1))
@@ -26,14 +26,14 @@ class Texts:
         self._together: dict[int, Tensor] = {}
 
     def flip(self) -> "Texts":
-        """The same texts, read backwards."""
+        """Return the same texts, read backwards."""
         return Texts(self.numbers.flip(1))
 
     def together(self, distance: int) -> Tensor:
-        """Whether the positions from `distance` on belong to the text of the position so far before them.
+        """Return whether a position belongs to the same text as the position `distance` before it.
 
         Returns:
-            Bool `(batch, sequence - distance, 1)`.
+            Bool `(batch, sequence - distance, 1)`, for the positions from `distance` on.
         """
         if distance not in self._together:
             length = max(self.numbers.shape[1] - distance, 0)
@@ -42,10 +42,10 @@ class Texts:
         return self._together[distance]
 
     def scan(self, values: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Running sum or maximum `(batch, sequence, n)` that starts anew with each text (Hillis & Steele 1986).
+        """Return a running sum or maximum `(batch, sequence, n)` that restarts with each text (Hillis & Steele 1986).
 
-        `combine` joins two pieces of a text; zero must be its neutral element. Another text's values are selected
-        away, not subtracted: they may be infinite or not a number.
+        `combine` joins two pieces of a text. Zero must be its neutral element. Values of other texts are replaced by
+        zero, not subtracted, because they may be infinite or not a number.
         """
         reach = 1
         while reach < self.longest:
@@ -56,11 +56,12 @@ class Texts:
 
 
 def within_text(before: Tensor, distance: int, texts: Texts | None) -> Tensor:
-    """Values of the positions that lie `distance` before others; zero where the two belong to different texts.
+    """Return earlier values, set to zero where the earlier and the later position belong to different texts.
 
     Args:
-        before: `(batch, sequence - distance, features)`.
-        distance: in positions, at least 1.
-        texts: the texts of packed rows; `None` where every row is one text.
+        before: for each position from `distance` on, the value `distance` positions earlier,
+            `(batch, sequence - distance, features)`.
+        distance: at least 1.
+        texts: the texts of packed rows; `None` if every row is one text.
     """
     return before if texts is None else torch.where(texts.together(distance), before, 0)

@@ -1,8 +1,8 @@
-"""The small linear algebra of causal solvers: every position has inner products of its own.
+"""The small linear algebra of causal solvers: every position has its own inner products.
 
-Anderson and Broyden weigh a few past iterates by inner products. Here every position has its own inner product,
-made of the positions in its *scope*. All small quantities have the shape `(batch, sequence, n)`. They are kept in
-double precision where the device has it, because small differences decide.
+Anderson and Broyden weight a few past iterates by inner products. Here every position has its own inner product,
+computed from the positions in its *scope*. All small quantities have the shape `(batch, sequence, n)`. They are kept
+in double precision where the device has it, because small differences matter.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from .packed_texts import Texts
 
 SCOPES = ("causal", "anticausal", "sequence")
 
-# Weight of the prefix against the position itself in causal inner products. On 120 windows of 256 tokens, twice the
-# length that the model was trained on, a trained transformer layer takes 13.4 evaluations to 1e-3 at weight 2 and
-# 13.7 at 8. A weight of 0 is unsafe: a position that has only its own few residuals can wander forever.
+# Weight of the prefix relative to the position itself in causal inner products. Measured on 120 windows of 256 tokens,
+# twice the training length: a trained transformer layer needs 13.4 evaluations to reach 1e-3 at weight 2, and 13.7 at
+# weight 8. A weight of 0 is unsafe: a position that uses only its own few residuals may never converge.
 PREFIX_WEIGHT = 2.0
 
 # Added to the diagonal of the Gram matrix, relative to that diagonal.
@@ -24,32 +24,33 @@ GRAM_REGULARIZATION = 1e-8
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """Double precision, except on MPS, which has none."""
+    """Return double precision, or single precision on MPS, which has no double precision."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def norm(state: Tensor) -> Tensor:
-    """Norm over features, `(batch, sequence, 1)`, in single precision at least."""
+    """Return the norm over features, `(batch, sequence, 1)`, in single precision or wider."""
     return torch.linalg.vector_norm(state, dim=-1, keepdim=True, dtype=torch.promote_types(state.dtype, torch.float32))
 
 
 def relative_residual(residual_norm: Tensor, image_norm: Tensor) -> Tensor:
-    """||f(z) - z|| / ||f(z)||; zero over zero (as on padding) counts as solved."""
+    """Return ||f(z) - z|| / ||f(z)||. Zero divided by zero (as on padding) gives zero, which counts as solved."""
     return residual_norm / image_norm.clamp_min(torch.finfo(image_norm.dtype).tiny)
 
 
 def own_residuals(z: Tensor, f_z: Tensor) -> Tensor:
-    """The relative residual of every position by itself, `(batch, sequence, 1)`."""
+    """Return the relative residual of each single position, `(batch, sequence, 1)`."""
     return relative_residual(norm(f_z - z), norm(f_z))
 
 
 class Positions:
-    """Which positions count for which in a solve.
+    """The scope of every position: the positions that influence it in a solve.
 
     Args:
-        length: positions in a row.
-        scope: positions up to each (`"causal"`), from it on (`"anticausal"`), or all (`"sequence"`) of its text.
-        texts: the texts of packed rows; `None` where every row is one text.
+        length: number of positions in a row.
+        scope: within its text, the positions up to each position (`"causal"`), the positions from it on
+            (`"anticausal"`), or all positions (`"sequence"`).
+        texts: the texts of packed rows; `None` if every row is one text.
     """
 
     def __init__(self, length: int, scope: str, texts: Texts | None = None):
@@ -58,27 +59,30 @@ class Positions:
         self._reading = texts.flip() if texts is not None and scope == "anticausal" else texts
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum over the positions that count, `(batch, sequence, n)`, in double precision."""
+        """Return the sum over the scope of each position, `(batch, sequence, n)`, in `widest_dtype`."""
         return self._over_scope(values.to(widest_dtype(values.device)), torch.cumsum, torch.add)
 
     def worst(self, values: Tensor) -> Tensor:
-        """Largest of the positions that count; values are not negative, and one that is not a number stays so."""
+        """Return the largest value in the scope of each position. Values must not be negative. NaN is passed on."""
         return self._over_scope(values, lambda values, dim: values.cummax(dim).values, torch.maximum)
 
     def at_ends(self, values: Tensor) -> Tensor:
-        """The value at the position that all others of its text count for, `(texts,)`, of `(batch, sequence, 1)`."""
+        """Return for each text the value where the scope is the whole text, `(texts,)` from `(batch, sequence, 1)`."""
         backwards = self.scope == "anticausal"
         if self.texts is None:
             return values[:, 0 if backwards else -1, 0]
         return values.flatten()[self.texts.firsts if backwards else self.texts.lasts]
 
     def residuals(self, relative: Tensor) -> Tensor:
-        """The report on each text: the relative residual of its worst position, infinite where that is no number."""
+        """Return the relative residual of the worst position of each text, `(texts,)`; infinite instead of NaN."""
         worst = self.at_ends(self.worst(relative)).to(widest_dtype(relative.device))
         return worst.nan_to_num(nan=float("inf"), posinf=float("inf"))
 
     def own_and_total(self, products: Tensor) -> list[Tensor]:
-        """The inner products that a position blends: its own, and the total over its scope; one where they are one."""
+        """Return the inner products that `blend` combines: those of the position itself, and the total over its scope.
+
+        The list has one entry if a row has one position, or if the scope is `"sequence"` (only the total).
+        """
         if self.length == 1:
             return [products]
         return [self.total(products)] if self.scope == "sequence" else [products, self.total(products)]
@@ -94,7 +98,7 @@ class Positions:
         return running.flip(1) if backwards else running
 
     def _everywhere(self, running: Tensor) -> Tensor:
-        """What has come together at the last position of each text, at all its positions."""
+        """Return the value at the last position of each text, repeated for all positions of the text."""
         if self.texts is None:
             return running[:, -1:].expand_as(running)
         lengths = self.texts.lasts - self.texts.firsts + 1
@@ -103,10 +107,10 @@ class Positions:
 
 
 class Ring:
-    """The last few states of every position, in single precision at least; zeros where there is none yet.
+    """The last few states of every position, in single precision or wider. Empty slots hold zeros.
 
     Attributes:
-        slots: the states, views `(batch, sequence, features)` to be written to.
+        slots: the states, as writable views `(batch, sequence, features)`.
     """
 
     def __init__(self, like: Tensor, history: int):
@@ -116,23 +120,23 @@ class Ring:
         self.slots = self._states.view(batch, length, history, features).unbind(2)
 
     def products(self, state: Tensor) -> Tensor:
-        """Inner products over features of a state with all in the ring, `(batch, sequence, history)`."""
+        """Return the inner products of `state` with all states in the ring, `(batch, sequence, history)`."""
         return torch.bmm(state.reshape(-1, 1, state.shape[2]), self._transposed).view(*state.shape[:2], -1)
 
     def combine(self, weights: Tensor) -> Tensor:
-        """sum_i weights_i state_i, `(batch, sequence, features)`; weights `(batch, sequence, history)`."""
-        # Contiguous, because a strided factor would be multiplied row by row.
+        """Return sum_i weights_i state_i, `(batch, sequence, features)`; weights are `(batch, sequence, history)`."""
+        # Contiguous, because `bmm` would multiply a strided factor row by row.
         rows = weights.to(self._states.dtype).contiguous().view(-1, 1, weights.shape[2])
         return torch.bmm(rows, self._states).view(*weights.shape[:2], -1)
 
 
 class ProductMatrix:
-    """A matrix of inner products for every position, written line by line; zeros where there is nothing yet.
+    """A matrix of inner products for every position, written one row or column at a time. Empty entries are zero.
 
     Attributes:
-        matrix: `(batch, sequence, history, history)`, with views on its `rows` and `columns`.
-        sizes: squared norms `(batch, sequence, history)`. `blend` divides the matrix by their sum. They are its
-            diagonal, or are written apart where the diagonal is something else (`own_sizes`).
+        matrix: `(batch, sequence, history, history)`. `rows` and `columns` are views of it.
+        sizes: squared norms `(batch, sequence, history)`. `blend` divides the matrix by their sum. They are the
+            diagonal of the matrix, or a separate tensor if the diagonal holds other values (`own_sizes`).
     """
 
     def __init__(self, like: Tensor, history: int, own_sizes: bool = False):
@@ -145,9 +149,10 @@ class ProductMatrix:
 
 
 def blend(products: list[Tensor], matrices: list[ProductMatrix]) -> Tensor:
-    """One inner product for every position: its own plus its scope's, each divided by the size of its matrix first.
+    """Return one inner product for every position: its own, plus `PREFIX_WEIGHT` times the total over its scope.
 
-    So neither the length of the prefix nor the size of its residuals tips the balance.
+    Each is first divided by the size of its matrix. So neither the length of the prefix nor the size of its residuals
+    changes the balance.
     """
     if len(products) == 1:
         return products[0]

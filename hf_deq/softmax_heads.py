@@ -1,8 +1,8 @@
-"""Output layers: states to distributions over a vocabulary.
+"""Output layers: they map states to distributions over a vocabulary.
 
-nn.Linear               a full softmax; gives logits
-AdaptiveSoftmax         frequent ids first, rare ones by way of their cluster; log-probabilities (`adaptive.py`)
-MixtureOfSoftmaxes      several softmaxes, mixed per position; log-probabilities
+nn.Linear               a full softmax; returns logits
+AdaptiveSoftmax         frequent ids directly, rare ids through their cluster; log-probabilities (`adaptive.py`)
+MixtureOfSoftmaxes      several softmaxes, mixed at each position; log-probabilities
 """
 
 import math
@@ -14,29 +14,29 @@ from transformers import initialization as init
 
 
 class LogProbabilityHead(nn.Module):
-    """An output layer that gives log-probabilities, in single precision at least.
+    """An output layer that returns log-probabilities, in single precision or wider.
 
-    `head(states)` maps `(..., features)` to `(..., vocab_size)`; `head(states, targets)` gives the negative
+    `head(states)` maps `(..., features)` to `(..., vocab_size)`. `head(states, targets)` returns the negative
     log-likelihood in nats `(tokens,)` of target ids `(tokens,)`, given states `(tokens, features)`.
-    Parameters with a row per id can be tied to the token embeddings. Subclasses set `vocab_size`.
+    Parameters with one row per id can be tied to the token embeddings. Subclasses set `vocab_size`.
     """
 
     vocab_size: int
 
     def forward(self, states: Tensor, targets: Tensor | None = None) -> Tensor:
-        """As above.
+        """Return log-probabilities, or the negative log-likelihood of `targets`; see the class for shapes.
 
         Raises:
-            ValueError: a target is not an id of the vocabulary.
+            ValueError: if a target is not an id of the vocabulary.
         """
         if targets is None:
             return self._all(states)
-        # A clustered vocabulary would count an id beyond it to some cluster.
+        # Without this check, an adaptive softmax would accept an id beyond the vocabulary.
         check_ids("labels", targets, self.vocab_size, " (or be -100)")
         return self._negative_log_likelihood(states, targets)
 
     def initialize(self, std: float) -> None:
-        """Fill in whatever parameter was not loaded; rows of ids get that standard deviation."""
+        """Initialise the parameters that were not loaded. Rows of ids get the standard deviation `std`."""
         raise TypeError(f"{type(self).__name__} must define initialize.")
 
     def _all(self, states: Tensor) -> Tensor:
@@ -49,13 +49,13 @@ class LogProbabilityHead(nn.Module):
 class MixtureOfSoftmaxes(LogProbabilityHead):
     """log(sum_j prior_j softmax(W tanh(L_j s)) + 1e-8): a softmax of higher rank (Yang et al. 2018).
 
-    The small constant is the reference implementation's; probabilities sum to 1 + 1e-8 vocab_size.
+    The constant 1e-8 comes from the reference implementation. The probabilities sum to 1 + 1e-8 vocab_size.
 
     Args:
         features: size of the states.
         vocab_size: number of ids.
-        num_experts: softmaxes that are mixed.
-        latent_size: size of the state that each of them sees; columns of the weight.
+        num_experts: number of softmaxes that are mixed.
+        latent_size: size of the latent state of each softmax, and number of columns of the weight.
     """
 
     def __init__(self, features: int, vocab_size: int, num_experts: int, latent_size: int):
@@ -67,7 +67,10 @@ class MixtureOfSoftmaxes(LogProbabilityHead):
         self.latent = nn.Linear(features, num_experts * latent_size)
 
     def initialize(self, std: float) -> None:
-        """The weight of that standard deviation, biases of zero; the linear maps are initialised on their own."""
+        """Initialise the weight with standard deviation `std` and the bias with zero.
+
+        The linear maps are initialised separately, like any other `nn.Linear`.
+        """
         init.normal_(self.weight, std=std)
         init.zeros_(self.bias)
 
@@ -80,10 +83,10 @@ class MixtureOfSoftmaxes(LogProbabilityHead):
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int, exception: str = "") -> None:
-    """Refuse ids that are not of the vocabulary; `exception` says in the message what else is allowed.
+    """Refuse ids outside of the vocabulary. `exception` tells in the message what else is allowed.
 
     Raises:
-        ValueError: there are some.
+        ValueError: if there are such ids.
     """
     if torch.compiler.is_compiling() or not ids.numel():
         return
@@ -96,5 +99,5 @@ def check_ids(name: str, ids: Tensor, vocab_size: int, exception: str = "") -> N
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Over the last dimension, in single precision at least."""
+    """Return the log-softmax over the last dimension, in single precision or wider."""
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
