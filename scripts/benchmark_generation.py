@@ -40,7 +40,7 @@ from transformers import (
 )
 
 import hf_deq
-from hf_deq.command_line import run_script
+from hf_deq.commands import run
 from hf_deq.evaluation import format_table
 
 SIZES = {
@@ -223,4 +223,4 @@ def compare_with_gpt2(arguments: BenchmarkArguments) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_script(main, BenchmarkArguments, __doc__)
+    run(main, __doc__, BenchmarkArguments)

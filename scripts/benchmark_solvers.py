@@ -20,16 +20,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import hf_deq
-from hf_deq.command_line import run_script
-from hf_deq.convergence import captured_map, held_out_windows
+from hf_deq.commands import run
+from hf_deq.data import read_recipe
 from hf_deq.evaluation import format_table
+from hf_deq.evaluation.convergence import captured_map
+from hf_deq.evaluation.operation_counts import CountOperations, LiveBytes
 from hf_deq.fixed_point import SOLVERS
-from hf_deq.operation_counts import CountOperations, LiveBytes
 from hf_deq.position_algebra import own_residuals
-from hf_deq.tasks import read_recipe, read_stream
+from hf_deq.tasks import TextArguments, held_out_text
+from hf_deq.weight_tying import keeping_weights
 
 TORCHDEQ_NAMES = {"anderson": "anderson", "broyden": "broyden", "picard": "fixed_point_iter"}
 SHIPPED = ("model_cards/deq-transformer-tiny", "model_cards/deq-trellisnet-tiny")
@@ -54,14 +56,15 @@ def main(arguments: SolverBenchmarkArguments) -> None:
     warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
     rows = []
     for folder in arguments.models:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-        ids = read_stream(tokenizer, "validation", read_recipe(folder)).ids
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
         for state in arguments.states:
             batch, length = (int(size) for size in state.split("x"))
-            f, z0 = captured_map(model, held_out_windows(ids, batch, length))
+            text = held_out_text(folder, read_recipe(folder), TextArguments(length=length))
+            f, z0 = captured_map(model, text.windows(batch))
             for tolerance in arguments.tolerances:
-                for row in compare(f, z0, tolerance, arguments):
-                    rows.append({"model": folder.rpartition("/")[2], "state": state, "tolerance": tolerance} | row)
+                named = {"model": folder.rpartition("/")[2], "state": state, "tolerance": tolerance}
+                with keeping_weights():
+                    rows += [named | row for row in compare(f, z0, tolerance, arguments)]
     print(format_table(rows))
     if arguments.output:
         with open(arguments.output, "w") as file:
@@ -141,4 +144,4 @@ def measure(solve: Callable, f: Callable, z0: Tensor) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main, SolverBenchmarkArguments, __doc__)
+    run(main, __doc__, SolverBenchmarkArguments)

@@ -13,13 +13,14 @@ import warnings
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import hf_deq
-from hf_deq.command_line import run_script
-from hf_deq.convergence import Divergence, divergences, held_out_windows
+from hf_deq.commands import run
+from hf_deq.data import read_recipe
 from hf_deq.evaluation import format_table
-from hf_deq.tasks import read_recipe, read_stream
+from hf_deq.evaluation.convergence import Divergence, divergences
+from hf_deq.tasks import TextArguments, held_out_text
 
 SHIPPED = ("model_cards/deq-transformer-tiny", "model_cards/deq-trellisnet-tiny")
 TOKENS_AT_ONCE = 4096
@@ -40,11 +41,10 @@ def main(arguments: ToleranceArguments) -> None:
     warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
     rows = []
     for folder in arguments.models:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        ids = read_stream(tokenizer, "validation", read_recipe(folder)).ids
+        model = AutoModelForCausalLM.from_pretrained(folder)
         for length in arguments.lengths:
-            windows = held_out_windows(ids, arguments.windows, length)
-            batches = windows.split(max(1, TOKENS_AT_ONCE // length))
+            text = held_out_text(folder, read_recipe(folder), TextArguments(length=length))
+            batches = text.windows(arguments.windows).split(max(1, TOKENS_AT_ONCE // length))
             measured = [divergences(model, batch, arguments.tolerances) for batch in batches]
             for tolerance in arguments.tolerances:
                 parts = zip(*(batch[tolerance] for batch in measured), strict=True)
@@ -69,4 +69,4 @@ def summary(measured: Divergence) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main, ToleranceArguments, __doc__)
+    run(main, __doc__, ToleranceArguments)

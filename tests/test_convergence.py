@@ -12,7 +12,7 @@ from families import TRANSFORMER, TRELLISNET, random_ids
 from test_scripts import TINY, script
 
 from hf_deq import AndersonSolver, ConvergenceWarning, PicardSolver
-from hf_deq.convergence import (
+from hf_deq.evaluation.convergence import (
     activations_by_depth,
     captured_map,
     divergences,
@@ -26,7 +26,7 @@ from hf_deq.convergence import (
     token_trajectories,
 )
 from hf_deq.fixed_point import SOLVERS
-from hf_deq.word_level import train_word_tokenizer
+from hf_deq.data.words import train_word_tokenizer
 
 FAMILIES = pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
 

@@ -10,7 +10,7 @@ from families import application_of_f
 from safetensors.torch import load_file
 
 from hf_deq import AndersonSolver, BroydenSolver
-from hf_deq.conversion import FAMILIES, convert_checkpoint
+from hf_deq.hub.conversion import FAMILIES, convert_checkpoint
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 VARIANTS = {

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_deq.copy_memory import CopyMemory
+from hf_deq.tasks.copy_memory import CopyMemory
 
 
 @pytest.mark.parametrize("variant, signs", [("deq", [9] + [0] * 10), ("tcn", [9] * 11)])

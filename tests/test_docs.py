@@ -27,7 +27,7 @@ from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from hf_deq import training
-from hf_deq.conversion import FAMILIES
+from hf_deq.hub.conversion import FAMILIES
 from hf_deq.fixed_point import SOLVERS
 from hf_deq.training_arguments import DataArguments, TrainingArguments
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_deq import AndersonSolver, BroydenSolver, ConvergenceWarning, PicardSolver
-from hf_deq.operation_counts import CountOperations, LiveBytes
+from hf_deq.evaluation.operation_counts import CountOperations, LiveBytes
 from hf_deq.packed_texts import Texts
 from hf_deq.position_algebra import Positions
 

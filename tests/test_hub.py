@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 import hf_deq
 from hf_deq import hub, model_card
 from hf_deq.hub import export_hub_folder, find_auto_classes
-from hf_deq.model_card import make_card
+from hf_deq.hub.card import make_card
 
 ROOT = Path(__file__).parents[1]
 EXPORTED = {

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_deq.data import encode_corpus, load_corpus
 from hf_deq.evaluation import evaluate_perplexity
 from hf_deq.hub import export_hub_folder, load_model
-from hf_deq.word_level import encode_words, load_word_corpus
+from hf_deq.data.words import encode_words, load_word_corpus
 
 pytest.importorskip("lm_eval", reason='lm-eval is not installed: pip install -e ".[harness]"')
 from lm_eval import evaluate

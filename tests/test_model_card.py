@@ -18,7 +18,7 @@ from test_scripts import TINY, script
 from transformers import GPT2Config
 
 from hf_deq import hub
-from hf_deq.model_card import RunRecord, make_card, read_record
+from hf_deq.hub.card import RunRecord, make_card, read_record
 
 ROOT = Path(__file__).parents[1]
 

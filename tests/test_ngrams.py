@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_deq.data import TokenStream
-from hf_deq.ngrams import ngram_bits_per_byte
+from hf_deq.evaluation.ngrams import ngram_bits_per_byte
 
 
 def slow_witten_bell(train, valid, start, vocab_size, order):

@@ -8,7 +8,7 @@ from families import TRANSFORMER, TRELLISNET, random_ids
 from transformers import Trainer, TrainingArguments
 
 from hf_deq import ConvergenceWarning, DEQTransformerForSequenceClassification
-from hf_deq.trainer_callback import EquilibriumCallback
+from hf_deq.training import EquilibriumCallback
 
 peft = pytest.importorskip("peft", reason="adapters need peft: pip install peft")
 

@@ -11,7 +11,7 @@ import evaluate
 import pytest
 
 import hf_deq
-from hf_deq.perplexity.formula import perplexity_of
+from hf_deq.evaluation.perplexity.formula import perplexity_of
 
 FOLDER = Path(hf_deq.__file__).parent / "perplexity"
 

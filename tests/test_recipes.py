@@ -11,8 +11,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_deq.conversion import FAMILIES
-from hf_deq.optimizers import make_optimizer, make_schedule
+from hf_deq.hub.conversion import FAMILIES
+from hf_deq.training.optimizers import make_optimizer, make_schedule
 
 ROOT = Path(__file__).parents[1]
 

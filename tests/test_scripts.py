@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from hf_deq import data
-from hf_deq.training_arguments import TrainingArguments
+from hf_deq.training import RunArguments
 
 ROOT = Path(__file__).parents[1]
 TINY_TRELLISNET = [

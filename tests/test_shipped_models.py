@@ -11,11 +11,11 @@ from test_scripts import script
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_deq.convergence import held_out_windows
+from hf_deq.evaluation.convergence import held_out_windows
 from hf_deq.data import BUILT_IN_CORPUS, encode_corpus, load_corpus
 from hf_deq.hub import read_config
 from hf_deq.iterations import SafeguardedIteration
-from hf_deq.model_card import read_record
+from hf_deq.hub.card import read_record
 
 FOLDERS = [Path(__file__).parents[1] / "model_cards" / name for name in ("deq-transformer-tiny", "deq-trellisnet-tiny")]
 shipped = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

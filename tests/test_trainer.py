@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_deq import DEQTransformerForSequenceClassification
-from hf_deq.trainer_callback import EquilibriumCallback
+from hf_deq.training import EquilibriumCallback
 
 both = pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["deq_transformer", "deq_trellisnet"])
 

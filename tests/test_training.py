@@ -19,12 +19,13 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_deq import DEQTransformerForCausalLM, DEQTrellisNetForCausalLM, training_log
-from hf_deq.optimizers import make_optimizer, make_schedule
+from hf_deq.training.optimizers import make_optimizer, make_schedule
 from hf_deq.tasks import LanguageModeling
 from hf_deq.training import Interrupted, train
-from hf_deq.training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
-from hf_deq.training_log import parse_metrics
-from hf_deq.training_models import parameter_groups
+from hf_deq.tasks import CopyMemoryArguments, LanguageModelingArguments
+from hf_deq.training import RunArguments
+from hf_deq.training.log import parse_metrics
+from hf_deq.training.models import parameter_groups
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

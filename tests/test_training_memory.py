@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_deq.training_memory import CarriedMemory
+from hf_deq.training.memory import CarriedMemory
 
 
 class Processes:

@@ -12,7 +12,7 @@ from hf_deq import word_level
 from hf_deq.data import SequenceBlocks, train_tokenizer
 from hf_deq.tasks import LanguageModeling
 from hf_deq.training_arguments import DataArguments
-from hf_deq.word_level import (
+from hf_deq.data.words import (
     PENN_TREEBANK,
     WIKITEXT_103,
     KnownCorpus,

@@ -13,14 +13,12 @@ lm-eval hands its metadata to the functions of a task, and the model's arguments
 is read before the model is loaded: importing hf_deq here lets it load what scripts/train.py writes.
 """
 
+from dataclasses import fields
+
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from hf_deq.data import encode_corpus
-from hf_deq.tasks import read_recipe, read_split
-from hf_deq.word_level import encode_words
-
-READING = ("corpus", "corpus_config", "validation_file", "word_level")
+from hf_deq.data import CorpusArguments, read_corpus_of, read_recipe
 
 
 def as_one_document(pretrained: str, split: str = "validation", **arguments) -> DatasetDict:
@@ -36,13 +34,12 @@ def as_one_document(pretrained: str, split: str = "validation", **arguments) -> 
     Raises:
         ValueError: the corpus is not there, has no such split, or no text in it.
     """
-    texts, word_level = read_split(
-        split, read_recipe(pretrained), **{name: arguments[name] for name in READING if name in arguments}
-    )
+    names = [field.name for field in fields(CorpusArguments)]
+    corpus = read_corpus_of(read_recipe(pretrained), {name: arguments.get(name) for name in names})
     tokenizer = AutoTokenizer.from_pretrained(arguments.get("tokenizer", pretrained))
-    stream = (encode_words if word_level else encode_corpus)(texts, tokenizer)
-    end = "\n" if word_level else tokenizer.eos_token
-    text = "".join(document + end for document in texts["text"] if document or word_level)
+    stream = corpus.encode(split, tokenizer)
+    end = "\n" if corpus.word_level else tokenizer.eos_token
+    text = "".join(document + end for document in corpus.split(split)["text"] if document or corpus.word_level)
     rows = {"text": [text], "num_words": [stream.num_words], "num_bytes": [stream.num_bytes]}
     return DatasetDict({"test": Dataset.from_dict(rows)})
 

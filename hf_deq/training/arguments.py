@@ -1,11 +1,7 @@
-"""What a recipe may say: the names in recipe.yaml and the flags of `scripts/train.py`, besides the model's own."""
+"""How a run trains: names of a recipe and flags of `hf-deq train`, besides those of the task and of the model."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar
-
-from .data import BUILT_IN_CORPUS
-from .word_level import ID_ORDERS
 
 OPTIMIZERS = ("adamw", "sgd")
 LR_SCHEDULER_TYPES = ("cosine", "constant", "multistep")
@@ -13,67 +9,12 @@ MIXED_PRECISIONS = ("no", "fp16", "bf16")
 
 
 @dataclass
-class DataArguments:
-    """What text to train on, and how it is read."""
+class RunArguments:
+    """How to train.
 
-    task: ClassVar[str] = "language_modeling"
-    corpus: str = field(
-        default=BUILT_IN_CORPUS,
-        metadata={
-            "help": "cpython_docs (built in, no network), a local text file, or a Hub dataset; with word_level a local "
-            "folder of train.txt, valid.txt and test.txt, or a Hub dataset of lines."
-        },
-    )
-    corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    validation_file: str | None = field(default=None, metadata={"help": "Local text file to validate on."})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "An existing tokenizer (folder or Hub name); default: train one of vocab_size."}
-    )
-    word_level: bool = field(
-        default=False,
-        metadata={
-            "help": "Whitespace-separated words as tokens, one <eos> a line, vocabulary of the training files, as the "
-            "paper reads Penn Treebank and WikiText-103."
-        },
-    )
-    id_order: str = field(
-        default="frequency",
-        metadata={"help": "Ids of words by falling frequency (as Transformer-XL) or by appearance (as TrellisNet)."},
-    )
-    sequence_length: int = field(default=128, metadata={"help": "Predicted tokens per training sequence."})
-    carry_memory: bool = field(
-        default=False,
-        metadata={
-            "help": "Read the text as batch_size contiguous streams and hand the model's memory of each sequence on to "
-            "the next (truncated backpropagation through time); validation does so too."
-        },
-    )
-
-    def __post_init__(self):
-        if self.id_order not in ID_ORDERS:
-            raise ValueError(f"id_order must be one of {', '.join(ID_ORDERS)}, got {self.id_order!r}.")
-        if self.word_level and self.validation_file:
-            raise ValueError(
-                f"validation_file={self.validation_file!r} goes with a single text file: with word_level put valid.txt "
-                "into the folder that corpus names."
-            )
-
-
-@dataclass
-class CopyMemoryArguments:
-    """The copy memory task: ten symbols to recall."""
-
-    task: ClassVar[str] = "copy_memory"
-    copy_delay: int = field(default=400, metadata={"help": "Positions from the last symbol to the sign, T."})
-    copy_variant: str = field(
-        default="deq",
-        metadata={"help": "deq (a single sign; 20,000 sequences) or tcn (eleven signs; 10,000 sequences)."},
-    )
-
-
-@dataclass
-class TrainingArguments:
-    """How to train."""
+    Raises:
+        ValueError: if an argument is out of its range, or arguments do not go together.
+    """
 
     output_dir: str = field(
         default="deq-model", metadata={"help": "Folder for the model, metrics.jsonl and checkpoints."}
@@ -113,34 +54,29 @@ class TrainingArguments:
     eval_steps: int = field(default=0, metadata={"help": "Steps between validations; 0 validates at the end only."})
     save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0 saves on interruption only."})
     report_to: str | None = field(default=None, metadata={"help": "An accelerate tracker: tensorboard, wandb, ..."})
-    sample_prompt: str = field(default="The ", metadata={"help": "Prompt of the text sample at the end."})
-    sample_tokens: int = field(default=80, metadata={"help": "Tokens of the text sample at the end."})
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "shallow_depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in (
-            "learning_rate",
-            "weight_decay",
-            "max_grad_norm",
-            "warmup_steps",
-            "save_steps",
-            "eval_steps",
-            "shallow_steps",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+            self._check_at_least(1, name)
+        if self.num_threads is not None:
+            self._check_at_least(1, "num_threads")
+        not_negative = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps")
+        for name in (*not_negative, "shallow_steps"):
+            self._check_at_least(0, name)
+        if self.train_solver_tolerance is not None:
+            self._check_at_least(0, "train_solver_tolerance")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"adam_beta2 must lie in [0, 1), got {self.adam_beta2}.")
         self._check_choice("optimizer", OPTIMIZERS)
         self._check_choice("lr_scheduler_type", LR_SCHEDULER_TYPES)
         self._check_choice("mixed_precision", MIXED_PRECISIONS)  # in YAML it is "no" in quotes: a bare no is false
         self._check_milestones()
-        if self.sample_tokens and not self.sample_prompt:
-            raise ValueError(
-                "sample_prompt is empty: give the sample something to continue, or set sample_tokens to 0."
-            )
-        if self.train_solver_tolerance is not None and self.train_solver_tolerance < 0:
-            raise ValueError(f"train_solver_tolerance must not be negative, got {self.train_solver_tolerance}.")
+
+    def _check_at_least(self, smallest: int, name: str) -> None:
+        value = getattr(self, name)
+        if not smallest <= value < float("inf"):  # also if it is not a number
+            bound = "must not be negative" if smallest == 0 and value < 0 else f"must be finite and at least {smallest}"
+            raise ValueError(f"{name} {bound}, got {value}.")
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
@@ -157,6 +93,3 @@ class TrainingArguments:
             )
         if any(start >= end for start, end in pairwise([0, *(milestones or ())])):
             raise ValueError(f"lr_milestones must rise strictly from 1 or more, got {milestones}.")
-
-
-TASKS = {arguments.task: arguments for arguments in (DataArguments, CopyMemoryArguments)}

@@ -4,23 +4,21 @@
     record = read_record("deq-model", model.config)
     export_hub_folder(model, "folder", tokenizer, repo_id="user/name", record=record)
 
-The folder holds the modeling code beside the weights, so that Transformers can load it with `trust_remote_code=True`,
-and the model's card.
+The folder holds the weights, the modeling code and the model's card. Transformers loads it with
+`trust_remote_code=True`.
 """
 
 import copy
-import importlib
-import json
 import shutil
 import sys
 from pathlib import Path
 
-import yaml
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .configuration_deq import DEQConfig
-from .model_card import SUFFIXES, RunRecord, make_card
+from ..configuration_deq import DEQConfig
+from .card import SUFFIXES, make_card
+from .record import RunRecord
 
 
 def export_hub_folder(
@@ -36,17 +34,16 @@ def export_hub_folder(
 
     Args:
         model: any model of this package.
-        folder: where to; made if it is not there.
-        tokenizer: saved beside the model; by default there is none.
-        repo_id: what the card calls the model, by default the folder's name.
-        record: what the card tells of the run (`read_record`); by default nothing.
+        folder: where to write. It is made if it does not exist.
+        tokenizer: is saved beside the model; by default there is none.
+        repo_id: the name of the model in the card; by default the name of the folder.
+        record: what the card says about the run, see `read_record`; by default nothing.
         license: identifier of the weights' license on the Hub.
-        language: ISO 639 code of what the model reads; by default English for the corpora known to be English, and
-            otherwise left out.
+        language: ISO 639 code of the text that the model reads; by default `en` for a corpus that is known to be
+            English, and otherwise left out.
 
     Raises:
-        ValueError: the model's class is not one of this package, or its code imports what cannot travel.
-        FileNotFoundError: the template of the card is not there.
+        ValueError: if the class of the model is not one of this package, or its code imports what cannot travel.
     """
     folder = Path(folder)
     auto_classes, files = find_auto_classes(model), code_files(model)
@@ -60,15 +57,15 @@ def export_hub_folder(
     for file in files:
         shutil.copyfile(file, folder / file.name)
     if record is not None:
-        _save_record(record, folder)
+        record.save(folder)
     card.save(folder / "README.md")
 
 
 def find_auto_classes(model: PreTrainedModel) -> dict[str, str]:
-    """The `auto_map` of a model: what each Auto class loads, of those that the model's file defines.
+    """The `auto_map` of a model: the classes in the model's file that each Auto class loads.
 
     Raises:
-        ValueError: the model's class is not among them.
+        ValueError: if the class of the model is not among them.
     """
     module, config_class = sys.modules[type(model).__module__], type(model.config)
     family = config_class.__name__.removesuffix("Config")
@@ -86,7 +83,7 @@ def code_files(model: PreTrainedModel) -> list[Path]:
     """The file of a model and every sibling that it needs, as Transformers will look for them.
 
     Raises:
-        ValueError: an import names no sibling: only `from .name import ...` can travel.
+        ValueError: if an import does not name a sibling. Only `from .name import ...` can travel.
     """
     file = sys.modules[type(model).__module__].__file__
     files = sorted({Path(file), *map(Path, get_relative_import_files(file))})
@@ -99,47 +96,20 @@ def code_files(model: PreTrainedModel) -> list[Path]:
     return files
 
 
-def load_model(folder: str | Path) -> PreTrainedModel:
-    """The model of a folder, of the class that was saved there.
-
-    Raises:
-        ValueError, OSError: as for `read_config`; the folder has no weights.
-    """
-    config = read_config(folder)
-    modeling = importlib.import_module(f".modeling_{config.model_type}", __package__)
-    return getattr(modeling, config.architectures[0]).from_pretrained(folder)
-
-
 def read_config(folder: str | Path) -> DEQConfig:
-    """The configuration of a folder, if a model of this package is in it.
+    """The configuration of a folder with a model of this package.
 
     Raises:
-        ValueError: it is not a model folder, or one of another package's model.
+        ValueError: if it is not a model folder, or the model is of another package.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{str(folder)!r} is not a model folder: it has no config.json. scripts/train.py writes one.")
+        raise ValueError(f"{str(folder)!r} is not a model folder: it has no config.json. `hf-deq train` writes one.")
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, DEQConfig) or not config.architectures:
         raise ValueError(
             f"{str(folder)!r} holds a {config.model_type} that hf_deq did not save: use the model's own push_to_hub."
         )
     return config
-
-
-def _save_record(record: RunRecord, folder: Path) -> None:
-    """What the card is made of, beside it."""
-    if record.recipe:
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(record.recipe, sort_keys=False))
-    if record.results:
-        results = {
-            "arguments": record.evaluation,
-            "measured": record.measured,
-            "spectral_radius": record.spectral_radius,
-            "rows": record.results,
-        }
-        (folder / "results.json").write_text(json.dumps(results, indent=1))
-    for figure in record.figures:
-        shutil.copyfile(figure, folder / figure.name)
 
 
 def _reference(cls: type) -> str:

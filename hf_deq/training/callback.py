@@ -6,7 +6,7 @@ trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Eq
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .layer_deq import DEQLayer, DEQLayerOutput
+from ..layer_deq import DEQLayer, DEQLayerOutput
 
 
 class EquilibriumCallback(TrainerCallback):

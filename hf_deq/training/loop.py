@@ -1,20 +1,17 @@
-"""Train a deep equilibrium language model with accelerate: the loop behind `scripts/train.py`.
+"""Train a model on a task with accelerate.
 
-    result = train(DataArguments(), TrainingArguments(output_dir="out"), model_fields)
-    baseline = train(DataArguments(), TrainingArguments(output_dir="gpt2"), {"n_layer": 4}, "gpt2")
+    result = train(LanguageModelingArguments(), RunArguments(output_dir="out"), model_fields)
+    baseline = train(LanguageModelingArguments(), RunArguments(output_dir="gpt2"), {"n_layer": 4}, "gpt2")
 
-What is learnt is a task of `tasks.py`: a corpus for `DataArguments`, copy memory for `CopyMemoryArguments`. What is
-asked of a model and read from it is in `training_models.py`: an explicit one takes the same steps as one of ours.
+Which task to learn follows from the class of its arguments, see `hf_deq.tasks`. What the loop asks of a model is in
+`models.py`: an explicit model takes the same steps as one of ours.
 
-The run is a function of its arguments: the batch of step k depends on the seed and k alone, so a
-run that stops and resumes takes the same steps as one that does not, and several processes take
-the steps of one.
+The run is a function of its arguments. The batch of step k depends on the seed and k alone, so a run that stops and
+resumes takes the same steps as one that does not stop, and several processes take the steps of one.
 """
 
-import json
 import math
 import os
-import shutil
 import signal
 import sys
 from dataclasses import asdict, dataclass
@@ -33,25 +30,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..tasks import Task, make_task
+from .arguments import RunArguments
+from .checkpoints import Checkpoints
+from .log import BAR, Clock, Meter, MetricsFile, Summary
+from .memory import CarriedMemory
+from .models import EquilibriumModel, ExplicitModel, model_kind
 from .optimizers import make_optimizer, make_schedule
-from .tasks import CopyMemoryTask, LanguageModeling, make_task
-from .training_arguments import CopyMemoryArguments, DataArguments, TrainingArguments
-from .training_log import BAR, Clock, Meter, MetricsFile, Summary
-from .training_memory import CarriedMemory
-from .training_models import EquilibriumModel, ExplicitModel, model_kind
-
-# What may differ between a run and its continuation.
-FREE_ON_RESUME = (
-    "output_dir",
-    "resume",
-    "num_threads",
-    "logging_steps",
-    "save_steps",
-    "eval_steps",
-    "report_to",
-    "sample_prompt",
-    "sample_tokens",
-)
 
 
 class Interrupted(Exception):
@@ -59,83 +44,84 @@ class Interrupted(Exception):
 
 
 def train(
-    data: DataArguments | CopyMemoryArguments,
-    training: TrainingArguments,
+    task_arguments,
+    run: RunArguments,
     model_fields: dict,
     model_type: str = "deq_transformer",
 ) -> dict:
     """Train, save, evaluate against the task's baselines and show a sample.
 
     Args:
-        data, training: see there; `data` says which task it is.
+        task_arguments: of the task to learn, such as `LanguageModelingArguments`.
+        run: how to train.
         model_fields: fields of the model's configuration that differ from the defaults.
         model_type: which configuration, as registered with `AutoConfig`: one of ours, or that of an explicit causal
             language model such as "gpt2".
 
     Returns:
-        The last line of metrics.jsonl: validation metrics, baselines, parameters, tokens trained on, and the seconds
+        The last line of metrics.jsonl: validation scores, baselines, parameters, tokens trained on, and the seconds
         that training took, without validations and checkpoints.
 
     Raises:
-        ValueError: arguments that do not fit each other, or a checkpoint of other arguments.
-        OSError: `output_dir` cannot be written to; found out before anything else is done.
+        ValueError: if arguments do not fit each other, or a checkpoint has other arguments.
+        OSError: if `output_dir` cannot be written to. This is checked before anything else is done.
         Interrupted: after a checkpoint was saved on SIGINT or SIGTERM.
     """
-    folder = _writable_folder(training.output_dir)
-    accelerator = _make_accelerator(training, folder)
+    folder = _writable_folder(run.output_dir)
+    accelerator = _make_accelerator(run, folder)
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(training.num_threads or _cores_per_process())
-    set_seed(training.seed)
+        torch.set_num_threads(run.num_threads or _cores_per_process())
+    set_seed(run.seed)
     with accelerator.main_process_first():
-        run = _prepare(data, training, model_fields, model_type, accelerator.print)
-    _check_divisible(training, accelerator.num_processes)
-    set_seed(training.seed, device_specific=True)  # from here on: dropout, which processes must not share
-    return _Trainer(run, training, folder, accelerator).run()
+        prepared = _prepare(task_arguments, run, model_fields, model_type)
+    accelerator.print(f"{prepared.task}; {model_type} with {prepared.model.num_parameters():,} parameters")
+    _check_divisible(run, accelerator.num_processes)
+    set_seed(run.seed, device_specific=True)  # from here on: dropout, which processes must not share
+    return _Trainer(prepared, run, folder, accelerator).run()
 
 
-@dataclass
-class _Run:
-    """What a run has before it starts; the recipe says all that made it so."""
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run has before it starts. The recipe holds all arguments."""
 
-    task: LanguageModeling | CopyMemoryTask
+    task: Task
     model: torch.nn.Module
     kind: EquilibriumModel | ExplicitModel
     recipe: dict
 
 
-def _prepare(data, training: TrainingArguments, model_fields: dict, model_type: str, say) -> _Run:
-    task = make_task(data, model_fields)
+def _prepare(task_arguments, run: RunArguments, model_fields: dict, model_type: str) -> _Prepared:
+    task = make_task(task_arguments, model_fields)
     config = AutoConfig.for_model(model_type, **(model_fields | task.model_fields))
-    task.adapt_to(config)
-    kind = model_kind(config, training)
-    kind.check(task, training)
+    kind = model_kind(config, run)
+    kind.check(task)
     model = AutoModelForCausalLM.from_config(config)
-    say(f"{task}; {model_type} with {model.num_parameters():,} parameters")
-    recipe = {"task": data.task, "model_type": model_type} | task.recipe | asdict(data) | asdict(training)
+    recipe = {"task": task.name, "model_type": model_type} | task.recorded | asdict(task_arguments) | asdict(run)
     recipe = {name: value for name, value in (recipe | model_fields).items() if value is not None}
-    return _Run(task, model, kind, recipe)
+    return _Prepared(task, model, kind, recipe)
 
 
 class _Trainer:
-    """One run: optimizer, data and progress, the steps, checkpoints, and the report at the end."""
+    """One run: optimizer, data, progress, the steps, and the report at the end."""
 
-    def __init__(self, run: _Run, training: TrainingArguments, folder: Path, accelerator: Accelerator):
-        self.task, self.kind, self.recipe = run.task, run.kind, run.recipe
-        self.num_parameters = run.model.num_parameters()  # before it is shared out among processes
-        self.arguments, self.folder, self.accelerator = training, folder, accelerator
+    def __init__(self, prepared: _Prepared, arguments: RunArguments, folder: Path, accelerator: Accelerator):
+        self.task, self.kind, self.recipe = prepared.task, prepared.kind, prepared.recipe
+        self.num_parameters = prepared.model.num_parameters()  # before processes share the parameters
+        self.arguments, self.folder, self.accelerator = arguments, folder, accelerator
         self.step = 0
-        self.memory = CarriedMemory(accelerator, training.gradient_accumulation_steps)
+        self.memory = CarriedMemory(accelerator, arguments.gradient_accumulation_steps)
+        self.checkpoints = Checkpoints(folder, accelerator, self.memory, self.recipe)
         self.stop_requested = False
-        optimizer = make_optimizer(run.model, training)
-        schedule = make_schedule(optimizer, training)
-        self.model, self.optimizer, self.schedule = accelerator.prepare(run.model, optimizer, schedule)
+        optimizer = make_optimizer(prepared.model, arguments)
+        schedule = make_schedule(optimizer, arguments)
+        self.model, self.optimizer, self.schedule = accelerator.prepare(prepared.model, optimizer, schedule)
         self.metrics, self.clock = MetricsFile(folder, accelerator), Clock()
         self.meter = Meter(accelerator.device, self.clock)
         self.summary = Summary(getattr(sys.stderr, "encoding", None))
 
     @property
     def bare_model(self) -> torch.nn.Module:
-        """The model without what accelerate wraps around it."""
+        """The model without the wrapper of accelerate."""
         return self.accelerator.unwrap_model(self.model)
 
     def run(self) -> dict:
@@ -174,7 +160,9 @@ class _Trainer:
         bar.close()
 
     def _loader(self) -> DataLoader:
-        self.sampler = self.task.batches(self.arguments, self.step)
+        arguments = self.arguments
+        steps, pieces = range(self.step, arguments.max_steps), arguments.gradient_accumulation_steps
+        self.sampler = self.task.batches(steps, arguments.batch_size, pieces, arguments.seed)
         # A generator of its own: a loader draws one number when it starts, which would shift dropout on resuming.
         loader = DataLoader(self.task.examples, batch_sampler=self.sampler, generator=torch.Generator())
         return self.accelerator.prepare(loader)
@@ -187,9 +175,9 @@ class _Trainer:
                 outputs = self.model(
                     batch["input_ids"],
                     labels=batch["labels"],
-                    shift_labels=batch["labels"],  # they belong to the inputs of the same place already
+                    shift_labels=batch["labels"],  # they belong to the inputs at the same place already
                     use_cache=False,
-                    **self.kind.arguments(self.step, self.memory.pieces[piece], self.arguments),
+                    **self.kind.forward_arguments(self.step, self.memory.pieces[piece]),
                 )
                 ends = self.sampler.starts_anew_at(self.step + 1)
                 self.memory.pieces[piece] = None if ends else self.kind.memory(outputs)
@@ -229,68 +217,43 @@ class _Trainer:
                     f"stopped at step {self.step} of {self.arguments.max_steps}; saved {path}; continue with --resume"
                 )
 
-    # Checkpoints: accelerate saves model, optimizer, schedule and random states; the step is the data position.
-
     def _save_checkpoint(self) -> Path:
-        path, fresh = self.folder / "checkpoint", self.folder / "checkpoint.new"
-        meter, seconds = self.meter.totals(), self.clock.seconds()
-        self.accelerator.save_state(str(fresh))
-        self.memory.save(fresh)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            state = {"step": self.step, "seconds": seconds, "meter": meter, "recipe": self.recipe}
-            (fresh / "run.json").write_text(json.dumps(state, indent=1))
-            shutil.rmtree(path, ignore_errors=True)  # only now that the new one is complete
-            fresh.rename(path)
-        self.accelerator.wait_for_everyone()
-        return path
+        return self.checkpoints.save({"step": self.step, "seconds": self.clock.seconds(), "meter": self.meter.totals()})
 
     def _load_checkpoint(self) -> None:
-        path = self.folder / "checkpoint"
-        if not path.exists():  # killed just before the new one took its place
-            path = self.folder / "checkpoint.new"
-        if not (path / "run.json").is_file():
-            raise ValueError(f"resume: {self.folder} holds no checkpoint. Check output_dir, or start without --resume.")
-        state = json.loads((path / "run.json").read_text())
-        theirs, ours = state["recipe"], self.recipe
-        different = {n for n in theirs.keys() | ours.keys() if theirs.get(n) != ours.get(n)} - set(FREE_ON_RESUME)
-        if different:
-            changes = ", ".join(f"{name}: {theirs.get(name)} -> {ours.get(name)}" for name in sorted(different))
-            raise ValueError(
-                f"resume: {path} belongs to a run with other arguments ({changes}); use those, or another output_dir."
-            )
-        self.accelerator.load_state(str(path))
-        self.memory.load(path)
-        self.step = state["step"]
-        self.clock.resume(state["seconds"])
+        progress = self.checkpoints.load()
+        self.step = progress["step"]
+        self.clock.resume(progress["seconds"])
         self.meter.reset()
         if self.accelerator.is_main_process:  # it holds the sums of all processes
-            self.meter.resume(state["meter"])
+            self.meter.resume(progress["meter"])
 
     def _save_model(self) -> None:
         if self.accelerator.is_main_process:
             self.bare_model.save_pretrained(self.folder)
-            self.task.save(self.folder)
+            self.task.save(self.folder, self.bare_model.config)
             (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
         self.accelerator.wait_for_everyone()
 
     def _validate(self) -> dict[str, float]:
-        return self.kind.validation(self.task.validate(self.bare_model, self.accelerator))
+        scores = self.task.held_out.score(self.bare_model, self.accelerator, progress=True)
+        return self.kind.scores(scores)
 
     @property
     def num_tokens(self) -> int:
-        """Predictions trained on so far; every example has the same number."""
+        """Predictions trained on so far. Every example has the same number."""
         return self.step * self.arguments.batch_size * len(self.task.examples[0]["labels"])
 
     def _report(self, seconds: float) -> dict:
-        say, metrics, baselines = self.accelerator.print, self._validate(), self.task.baselines()
+        say, scores, baselines = self.accelerator.print, self._validate(), self.task.baselines()
         size = {"num_parameters": self.num_parameters, "num_tokens": self.num_tokens}
         say(
-            f"\nvalidation: {self.task.describe(metrics, baselines)}\n{self.kind.describe(metrics)}"
+            f"\nvalidation: {self.task.describe(scores, baselines, self.bare_model.config)}\n"
+            f"{self.kind.describe(scores)}"
             f"training: {self.num_parameters:,} parameters, {self.num_tokens:,} tokens in {seconds / 60:.1f} minutes"
         )
         line = {"step": self.step, "seconds": seconds, "num_processes": self.accelerator.num_processes} | size
-        line |= _prefixed("validation", metrics) | baselines
+        line |= _prefixed("validation", scores) | baselines
         self.metrics.write(line)
         self._say_sample()
         say(
@@ -302,7 +265,7 @@ class _Trainer:
         return line
 
     def _end(self) -> None:
-        """Let go of the wrapped model before the process group goes: the other way round, gloo can deadlock."""
+        """Release the wrapped model before the process group ends. In the other order, gloo can deadlock."""
         self.model, self.optimizer, self.schedule = self.accelerator.free_memory(
             self.model, self.optimizer, self.schedule
         )
@@ -310,13 +273,15 @@ class _Trainer:
         self.accelerator.end_training()
 
     def _say_sample(self) -> None:
-        if not self.accelerator.is_main_process or not self.arguments.sample_tokens:
+        if not self.accelerator.is_main_process:
             return
-        self.accelerator.print(f"\nsample:\n{self.task.sample(self.bare_model.eval(), self.arguments)}")
+        sample = self.task.sample(self.bare_model.eval())
+        if sample is not None:
+            self.accelerator.print(f"\nsample:\n{sample}")
 
 
 class _signals_as_requests:
-    """Within this context SIGINT and SIGTERM ask the trainer to stop after the step; a second one kills as usual."""
+    """Within this context SIGINT and SIGTERM ask the trainer to stop after the step. A second signal kills as usual."""
 
     def __init__(self, trainer: _Trainer):
         self.trainer, self.previous = trainer, {}
@@ -334,25 +299,25 @@ class _signals_as_requests:
             signal.signal(number, handler)
 
 
-def _make_accelerator(training: TrainingArguments, folder: Path) -> Accelerator:
+def _make_accelerator(run: RunArguments, folder: Path) -> Accelerator:
     accelerator = Accelerator(
-        mixed_precision=training.mixed_precision,
-        # Micro-batches are fetched a step at a time, so the loader's end must not cut its last step into pieces.
+        mixed_precision=run.mixed_precision,
+        # Micro-batches are fetched step by step, so the end of the loader must not split its last step.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=training.gradient_accumulation_steps, sync_with_dataloader=False
+            num_steps=run.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        # A batch is split over the processes: their number changes speed, not the run.
+        # A batch is split among the processes, so their number changes the speed and not the batches.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        log_with=training.report_to,
+        log_with=run.report_to,
         project_config=ProjectConfiguration(project_dir=str(folder)),
     )
-    if training.report_to:
-        accelerator.init_trackers("hf_deq", config={k: v for k, v in asdict(training).items() if v is not None})
+    if run.report_to:
+        accelerator.init_trackers("hf_deq", config={k: v for k, v in asdict(run).items() if v is not None})
     return accelerator
 
 
 def _cores_per_process() -> int:
-    """Launchers set one thread a process where they see no GPU, which wastes the other cores."""
+    """Cores for each process. Without a GPU, launchers set one thread per process, which wastes the other cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -369,12 +334,12 @@ def _writable_folder(output_dir: str) -> Path:
     return folder
 
 
-def _check_divisible(training: TrainingArguments, num_processes: int) -> None:
-    pieces = training.gradient_accumulation_steps * num_processes
-    if training.batch_size % pieces:
+def _check_divisible(run: RunArguments, num_processes: int) -> None:
+    pieces = run.gradient_accumulation_steps * num_processes
+    if run.batch_size % pieces:
         raise ValueError(
-            f"batch_size={training.batch_size} must be divisible by gradient_accumulation_steps * processes = "
-            f"{training.gradient_accumulation_steps} * {num_processes}."
+            f"batch_size={run.batch_size} must be divisible by gradient_accumulation_steps * processes = "
+            f"{run.gradient_accumulation_steps} * {num_processes}."
         )
 
 

@@ -1,12 +1,11 @@
-"""Word-level corpora, read as the literature reads Penn Treebank and WikiText-103.
+"""Words as tokens, as the literature reads Penn Treebank and WikiText-103.
 
-    corpus = load_word_corpus("path/to/ptb")                # DatasetDict, one line per row
-    tokenizer = train_word_tokenizer(corpus, "frequency")   # every word of the corpus is a token
-    stream = encode_words(corpus["train"], tokenizer)       # the same TokenStream as of any other corpus
+    tokenizer = train_word_tokenizer(splits, "frequency")   # every word of the corpus is a token
+    stream = encode_words(splits["train"], tokenizer)       # a TokenStream like that of any other corpus
 
-A token is what white space separates; case is kept, `<unk>` is a word like any other, and `<eos>` ends every line, the
-empty ones too. A perplexity per token is then what papers quote, which counts `<eos>` as a token; it must not be set
-beside a perplexity per token of another tokenizer.
+White space separates tokens. Case is kept, `<unk>` is a word like any other, and `<eos>` ends every line, also an empty
+one. A perplexity per token is then the one that papers quote: it counts `<eos>` as a token. Do not compare it with a
+perplexity per token of another tokenizer.
 """
 
 from collections import Counter
@@ -15,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .data import TokenStream, as_given, batches_of_documents, load_corpus
+from .documents import batches_of_documents
+from .tokens import TokenStream
 
 END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
@@ -77,32 +77,6 @@ def known_corpus(name: str, config_name: str | None = None) -> KnownCorpus | Non
     """The published corpus that a configuration, or else the last part of a path or name, claims to be."""
     claim = config_name or Path(name).name
     return KNOWN_CORPORA.get(claim.lower().replace("_", "-"))
-
-
-def load_word_corpus(name: str, config_name: str | None = None) -> DatasetDict:
-    """A corpus of lines, one a row in the column `text`, with the splits `train`, `validation` and mostly `test`.
-
-    Args:
-        name: a local folder with `train.txt`, `valid.txt` and `test.txt` (or `wiki.train.tokens`, `ptb.train.txt` and
-            so on), or a dataset of lines for `datasets.load_dataset`, such as `"Salesforce/wikitext"`.
-        config_name: configuration of a Hub dataset, such as `"wikitext-103-v1"`.
-
-    Raises:
-        ValueError: a single file, a folder without a training or validation part, or a corpus that is called Penn
-            Treebank or WikiText-103 (see `KNOWN_CORPORA`) and does not have its number of tokens.
-    """
-    if Path(name).is_file():
-        raise ValueError(
-            f"corpus {name!r} is a file: word_level reads a folder with train.txt, valid.txt and test.txt, or a Hub "
-            "dataset of lines."
-        )
-    files = _files(Path(name))
-    files = {split: as_given(file) for split, file in files.items()}
-    corpus = load_dataset("text", data_files=files) if files else load_corpus(name, config_name)
-    known = known_corpus(name, config_name)
-    if known is not None:
-        _check_counts(known, corpus, name)
-    return corpus
 
 
 def train_word_tokenizer(
@@ -179,7 +153,7 @@ def encode_words(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenStr
     return TokenStream(torch.from_numpy(np.concatenate(pieces)), num_bytes, num_words)
 
 
-def _files(folder: Path) -> dict[str, str]:
+def word_files(folder: Path) -> dict[str, str]:
     """The file of each split in a local folder; empty if it has none of them."""
     found = {
         split: [folder / name for name in names if (folder / name).is_file()] for split, names in FILE_NAMES.items()
@@ -191,7 +165,7 @@ def _files(folder: Path) -> dict[str, str]:
     return present
 
 
-def _check_counts(known: KnownCorpus, corpus: DatasetDict, name: str) -> None:
+def check_counts(known: KnownCorpus, corpus: DatasetDict, name: str) -> None:
     for split in [split for split in known.num_tokens if split in corpus]:
         batches = batches_of_documents(corpus[split], f"check {split}")
         counted = sum(len(_words(lines)) for lines in batches)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .data import TokenStream, with_progress
+from ..data import TokenStream, with_progress
 
 
 def ngram_bits_per_byte(train: TokenStream, valid: TokenStream, start_id: int, vocab_size: int, order: int) -> float:

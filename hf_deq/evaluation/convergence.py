@@ -1,23 +1,18 @@
-"""How an equilibrium is approached, and what training through it keeps: the measurements behind the paper's figures.
+"""How an equilibrium is approached: the measurements behind the paper's figures.
 
     windows = held_out_windows(stream.ids, count=16, length=128)
     residual_trajectories(model, windows, ["anderson", "picard"], budget=30)      # figures 2 (right) and 4
     evaluations_to_tolerance(token_trajectories(model, ids, budget=30), 1e-3)     # what every token of a text took
     spectral_radii(model, windows)                                                # how contractive f is there
-    activations_by_depth(model, windows, [1, 2, 4, 8])                            # the claim of figure 1
-    evaluations_over_training("deq-model/metrics.jsonl")                          # figure 2 (left)
 
-Figures are those of Bai, Kolter & Koltun 2019 (arXiv 1909.01377); figure 3 is `evaluation.dial_table`. A measurement
-leaves the model as it was: weights, mode and random state. `scripts/plot_convergence.py` draws what is measured here.
+Figures are those of Bai, Kolter & Koltun 2019 (arXiv 1909.01377); figure 3 is `reports.evaluate_dial`. A measurement
+leaves the model as it was: weights, mode and random state. `figures.py` draws what is measured here.
 """
 
-import math
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,16 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .equilibrium import equilibrium
-from .evaluation import evaluating
-from .fixed_point import SOLVERS, ConvergenceWarning, FixedPointSolver, PicardSolver, SequenceMap
-from .jacobian import spectral_radius
-from .layer_deq import make_solver
-from .modeling_deq import DEQForCausalLM, DEQPreTrainedModel
-from .position_algebra import own_residuals
-from .training_log import parse_metrics
-
-TRAINING_COLUMNS = ("step", "forward_evaluations", "backward_evaluations", "residual", "loss")
+from ..equilibrium import equilibrium
+from ..fixed_point import SOLVERS, ConvergenceWarning, FixedPointSolver, PicardSolver, SequenceMap
+from ..jacobian import spectral_radius
+from ..layer_deq import make_solver
+from ..modeling_deq import DEQForCausalLM, DEQPreTrainedModel
+from ..position_algebra import own_residuals
+from .scoring import evaluating
 
 
 def held_out_windows(ids: Tensor, count: int, length: int) -> Tensor:
@@ -82,7 +74,7 @@ def residual_trajectories(
     input_ids, trajectories = input_ids.to(model.device), {}
     for name in solvers:
         solver = _configured(name, model.config, budget, damping=1.0 if name == "picard" else None)
-        with evaluating(model), _unconverged_on_purpose(), recorded_residuals(model, solver) as residuals:
+        with evaluating(model), unconverged_on_purpose(), recorded_residuals(model, solver) as residuals:
             model.base_model(input_ids, use_cache=False)
         trajectories[name] = _stacked([residual.amax(1) for residual in residuals], budget, dim=1)
     return trajectories
@@ -113,7 +105,7 @@ def token_trajectories(model: DEQPreTrainedModel, input_ids: Tensor, budget: int
     if not len(input_ids):
         raise ValueError("there is no token: give a text of at least one.")
     solver = _configured(model.config.solver, model.config, budget)
-    with evaluating(model), _unconverged_on_purpose(), recorded_residuals(model, solver) as residuals:
+    with evaluating(model), unconverged_on_purpose(), recorded_residuals(model, solver) as residuals:
         model.base_model(input_ids[None].to(model.device), use_cache=False)
     return _stacked([residual[0] for residual in residuals], budget, dim=0)
 
@@ -183,7 +175,7 @@ def captured_map(model: DEQPreTrainedModel, input_ids: Tensor) -> tuple[Sequence
         captured.append((f, z0))
         return equilibrium(f, z0, PicardSolver(0.0, 1)), None
 
-    with evaluating(model), _unconverged_on_purpose(), _solved_by(model, solve):
+    with evaluating(model), unconverged_on_purpose(), _solved_by(model, solve):
         model.base_model(input_ids.to(model.device), use_cache=False)
     return captured[0]
 
@@ -216,7 +208,7 @@ def divergences(model: DEQForCausalLM, input_ids: Tensor, tolerances: Sequence[f
         ValueError: the equilibrium of a row is not found within 1,000 evaluations.
     """
     input_ids = input_ids.to(model.device)
-    with evaluating(model), _unconverged_on_purpose():
+    with evaluating(model), unconverged_on_purpose():
         dial = dict(solver_tolerance=1e-7, solver_max_evaluations=1_000)
         exact = deepcopy(model).double()(input_ids, use_cache=False, **dial)
         if not exact.converged.all():
@@ -248,84 +240,9 @@ def spectral_radii(model: DEQPreTrainedModel, input_ids: Tensor, steps: int = 50
         radii.append(spectral_radius(f, solution.value, steps))
         return solution, jacobian_loss
 
-    with evaluating(model), torch.no_grad(), _same_random_numbers(model), _solved_by(model, measured):
+    with evaluating(model), torch.no_grad(), same_random_numbers(model), _solved_by(model, measured):
         model.base_model(input_ids.to(model.device), use_cache=False)
     return radii[0].double().cpu().numpy()
-
-
-def activations_by_depth(model: DEQPreTrainedModel, input_ids: Tensor, depths: Sequence[int]) -> dict[str, list[int]]:
-    """Bytes that a training step keeps for backward: the model's own gradient against the explicit stack's.
-
-    Args:
-        model: a deep equilibrium language model.
-        input_ids: `(batch, sequence)`; the labels too.
-        depths: evaluations of f, each at least 1: the solver's whole budget, or so many unrolled steps.
-
-    Returns:
-        `saved_activation_bytes` at each depth, under the name of the configured estimator (`config.gradient`) and
-        under `"unrolled"`.
-    """
-    own = [
-        saved_activation_bytes(model, input_ids, solver_max_evaluations=depth, solver_tolerance=0.0) for depth in depths
-    ]
-    unrolled = [saved_activation_bytes(model, input_ids, unroll_steps=depth) for depth in depths]
-    return {model.config.gradient: own, "unrolled": unrolled}
-
-
-def saved_activation_bytes(model: DEQPreTrainedModel, input_ids: Tensor, **dial) -> int:
-    """Bytes that autograd holds between the forward and the backward pass of one training step.
-
-    Counted are the distinct storages of all tensors that the graph of the loss has saved, those of parameters and
-    buffers left out. Not counted is what a solver needs while it runs, which its history bounds, and the one state by
-    which the implicit gradient remembers f(z).
-
-    Args:
-        model: a deep equilibrium language model; taken in training mode, dropout and regularization as configured and
-            drawn alike in every call.
-        input_ids: `(batch, sequence)`; the labels too.
-        dial: `solver_tolerance`, `solver_max_evaluations` or `unroll_steps` for the model's forward.
-
-    Raises:
-        ValueError: the budget or the number of steps is not positive.
-    """
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    input_ids, held = input_ids.to(model.device), weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
-        held.add(saved)  # weakly: what the graph lets go of during the forward pass is not kept
-        return saved
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor)
-    with _training(model), _unconverged_on_purpose(), torch.enable_grad(), hooks:
-        outputs = model(input_ids, labels=input_ids, use_cache=False, **dial)
-    storages = [saved.tensor.untyped_storage() for saved in held]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in weights}
-    del outputs  # until here, since it owns the graph
-    return sum(sizes.values())
-
-
-def evaluations_over_training(metrics_file: str | Path) -> dict[str, np.ndarray]:
-    """What a training run logged of its solves.
-
-    Args:
-        metrics_file: the `metrics.jsonl` of a run; lines of validation are skipped.
-
-    Returns:
-        Arrays of one length: `step`; `forward_evaluations` (calls of f) and `backward_evaluations` (vector-Jacobian
-        products), means per sequence; `residual`, relative; `loss`, nats. Not a number where a step did not log a
-        value: shallow pretraining has no backward solve.
-
-    Raises:
-        ValueError: the file is not there, or has no line of training.
-    """
-    metrics_file = Path(metrics_file)
-    if not metrics_file.is_file():
-        raise ValueError(f"there is no metrics file {metrics_file}: name a metrics.jsonl that scripts/train.py wrote.")
-    lines = [line for line in parse_metrics(metrics_file.read_text()) if "forward_evaluations" in line]
-    if not lines:
-        raise ValueError(f"{metrics_file} has no line with forward_evaluations: train for more steps than it logs.")
-    return {name: np.array([line.get(name, math.nan) for line in lines]) for name in TRAINING_COLUMNS}
 
 
 @contextmanager
@@ -342,15 +259,6 @@ def _solved_by(model: DEQPreTrainedModel, solve: Callable) -> Iterator[None]:
             layer.solve = before
 
 
-class _Saved:
-    """A saved tensor that can be referred to weakly."""
-
-    __slots__ = ("__weakref__", "tensor")
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-
-
 def _configured(name: str, config, budget: int, damping: float | None = None) -> FixedPointSolver:
     """A solver with the model's settings, that goes on until its budget is spent."""
     undamped = {} if damping is None else {"damping": damping}
@@ -365,7 +273,7 @@ def _stacked(residuals: list[Tensor], budget: int, dim: int) -> np.ndarray:
 
 
 @contextmanager
-def _unconverged_on_purpose() -> Iterator[None]:
+def unconverged_on_purpose() -> Iterator[None]:
     """No warning for a solve that is cut short; one that should converge can still give its first one later."""
     warned = set(FixedPointSolver._warned)
     with warnings.catch_warnings():
@@ -377,19 +285,7 @@ def _unconverged_on_purpose() -> Iterator[None]:
 
 
 @contextmanager
-def _training(model: torch.nn.Module) -> Iterator[None]:
-    """Within this context the model is in training mode and draws the same random numbers every time."""
-    was_training = model.training
-    with _same_random_numbers(model):
-        model.train()
-        try:
-            yield
-        finally:
-            model.train(was_training)
-
-
-@contextmanager
-def _same_random_numbers(model: torch.nn.Module) -> Iterator[None]:
+def same_random_numbers(model: torch.nn.Module) -> Iterator[None]:
     """Within this context random numbers are the same every time, and outside as if there had been none."""
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """What a training run says about itself: means over steps, metrics.jsonl, the progress bar's text."""
 
 import json
+import math
 import sys
 import time
 from collections import deque
@@ -8,10 +9,12 @@ from collections.abc import Collection
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+TRAINING_COLUMNS = ("step", "forward_evaluations", "backward_evaluations", "residual", "loss")
 # How the progress bar says what a line may have.
 SUMMARY = {
     "loss": "loss {:.3g}",
@@ -158,3 +161,26 @@ def sparkline(values: Collection[float]) -> str:
     low, high = min(values, default=0), max(values, default=0)
     steps = (len(BLOCKS) - 1) / max(1, high - low)
     return "".join(BLOCKS[round((value - low) * steps)] for value in values)
+
+
+def evaluations_over_training(metrics_file: str | Path) -> dict[str, np.ndarray]:
+    """Read what a training run logged of its solves.
+
+    Args:
+        metrics_file: the `metrics.jsonl` of a run. Lines of validation are skipped.
+
+    Returns:
+        Arrays of one length: `step`; `forward_evaluations` (calls of f) and `backward_evaluations` (vector-Jacobian
+        products), means per sequence; `residual`, relative; `loss`, nats. They are not a number where a step did not
+        log a value, because shallow pretraining has no backward solve.
+
+    Raises:
+        ValueError: if the file is missing, or has no line of training.
+    """
+    metrics_file = Path(metrics_file)
+    if not metrics_file.is_file():
+        raise ValueError(f"there is no metrics file {metrics_file}: name a metrics.jsonl that scripts/train.py wrote.")
+    lines = [line for line in parse_metrics(metrics_file.read_text()) if "forward_evaluations" in line]
+    if not lines:
+        raise ValueError(f"{metrics_file} has no line with forward_evaluations: train for more steps than it logs.")
+    return {name: np.array([line.get(name, math.nan) for line in lines]) for name in TRAINING_COLUMNS}

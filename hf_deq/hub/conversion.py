@@ -17,12 +17,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from .configuration_deq import require_one_of
-from .configuration_deq_transformer import DEQTransformerConfig
-from .configuration_deq_trellisnet import DEQTrellisNetConfig
-from .modeling_deq import DEQForCausalLM
-from .modeling_deq_transformer import DEQTransformerForCausalLM
-from .modeling_deq_trellisnet import DEQTrellisNetForCausalLM
+from ..configuration_deq import require_one_of
+from ..configuration_deq_transformer import DEQTransformerConfig
+from ..configuration_deq_trellisnet import DEQTrellisNetConfig
+from ..modeling_deq import DEQForCausalLM
+from ..modeling_deq_transformer import DEQTransformerForCausalLM
+from ..modeling_deq_trellisnet import DEQTrellisNetForCausalLM
 
 # What local_size stands for in the authors' attention when it is 0 or None.
 DEFAULT_WINDOW = 1000

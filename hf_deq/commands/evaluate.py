@@ -1,0 +1,97 @@
+"""Perplexity of a trained model, and what the equilibrium contributes: the dial as a table.
+
+    hf-deq evaluate deq-model
+    hf-deq evaluate deq-model --corpus my_text.txt --tolerances 1e-2 1e-3 --budgets 1 2 4
+    hf-deq evaluate deq-model --split test --drop_remainder --batch_size 10 --memory_length 300
+
+The first row bypasses the solver: it is one application of f to the zero state. The rows by budget stop after a number
+of evaluations, the rows by tolerance at a residual. What the model was trained on, how the text was read, and whether
+memory was carried, is read from its recipe.yaml. A model that is not solved, such as an explicit baseline, has a single
+row. The file of --output also has the arguments that decide the numbers.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from ..data import read_recipe
+from ..evaluation import HeldOut, dial_settings, evaluate_dial, format_table, load_model
+from ..evaluation.reports import RADIUS_WINDOWS
+from ..tasks import LanguageModeling, task_of
+from . import first_argument, parse, with_errors_in_a_line
+
+PLACES = ("output", "device")  # arguments that do not decide the numbers
+ROWS = ("budgets", "tolerances")
+
+
+@dataclass
+class EvaluateArguments:
+    """At which settings of the dial a model is evaluated."""
+
+    tolerances: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3], metadata={"help": "Rows by tolerance."})
+    budgets: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Rows by evaluations of f."})
+    memory_length: int | None = field(
+        default=None, metadata={"help": "Tokens that a DEQ-Transformer remembers in this evaluation; default: its own."}
+    )
+    output: str | None = field(default=None, metadata={"help": "Also write the table to this JSON file."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu, cuda, mps."})
+
+
+def main() -> None:
+    """Evaluate as the command line says."""
+    with_errors_in_a_line(lambda: evaluate(*parse_for_folder(__doc__, EvaluateArguments)))
+
+
+def parse_for_folder(description: str, arguments: type) -> tuple:
+    """Read a command line that begins with a model's folder. The task that it was trained on has flags of its own.
+
+    Returns:
+        The folder, an instance of `arguments`, and one of the task's `evaluation_arguments`.
+    """
+    folder = first_argument(sys.argv[1:])
+    task = LanguageModeling if folder is None else task_of(read_recipe(folder))
+    folder, flags, task_flags = parse(
+        description, arguments, task.evaluation_arguments, model="Model folder or Hub repository; the first argument."
+    )
+    return folder, flags, task_flags
+
+
+def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
+    """Print the table of a model."""
+    model = load_model(folder, arguments.device, arguments.memory_length)
+    evaluation = evaluate_dial(
+        model,
+        held_out_of(folder, task_arguments),
+        dial_settings(model.config, arguments.budgets, arguments.tolerances),
+    )
+    print(f"{folder} on {evaluation.measured}\n")
+    print(format_table(evaluation.table()))
+    if evaluation.spectral_radius is not None:
+        radius = f"{evaluation.spectral_radius:.2f} (an estimate, the mean of {RADIUS_WINDOWS} windows)"
+        print(f"\nspectral radius of the Jacobian of f at the equilibrium: {radius}")
+    if arguments.output:
+        is_solved = "solver_tolerance" in evaluation.rows[0]
+        results = {"arguments": given_arguments(arguments, task_arguments, always=ROWS if is_solved else ())}
+        results |= asdict(evaluation)
+        del results["metrics"]
+        Path(arguments.output).write_text(json.dumps(results, indent=1))
+
+
+def held_out_of(folder: str, task_arguments) -> HeldOut:
+    """What to judge the model of a folder on."""
+    recipe = read_recipe(folder)
+    return task_of(recipe).judge(folder, recipe, task_arguments)
+
+
+def given_arguments(*arguments, always: tuple[str, ...] = ()) -> dict:
+    """The arguments that decide the numbers: those that are not at their defaults, and `always` some of them."""
+    defaults = {name: value for one in arguments for name, value in asdict(type(one)()).items()}
+    given = {one.name: getattr(part, one.name) for part in arguments for one in fields(part) if one.name not in PLACES}
+    return {name: value for name, value in given.items() if name in always or value != defaults[name]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Continue a text with a trained model, and say how many evaluations of f it took.
+
+hf-deq generate deq-model --prompt "The iterator " --max_new_tokens 100
+hf-deq generate deq-model --prompt "The iterator " --solver_tolerance 1e-2 --do_sample false
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoTokenizer, TextStreamer, set_seed
+
+from ..evaluation import load_model
+from . import run
+
+
+@dataclass
+class GenerateArguments:
+    """What to continue and how."""
+
+    prompt: str = field(default="The ", metadata={"help": "Text to continue."})
+    max_new_tokens: int = field(default=100, metadata={"help": "Length of the continuation."})
+    do_sample: bool = field(default=True, metadata={"help": "Sample; false takes the likeliest token."})
+    temperature: float = field(default=0.8, metadata={"help": "Sampling temperature."})
+    top_p: float = field(default=0.9, metadata={"help": "Nucleus sampling mass."})
+    top_k: int = field(default=0, metadata={"help": "Sample among this number of tokens; 0: all."})
+    num_beams: int = field(default=1, metadata={"help": "Beams of beam search; 1 does not search."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    solver_tolerance: float | None = field(
+        default=None, metadata={"help": "Tolerance of the solver; default: the model's."}
+    )
+    solver_max_evaluations: int | None = field(
+        default=None, metadata={"help": "Budget of the solver; default: the model's."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ...; auto is what was saved."})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu, cuda, mps."})
+
+
+def main() -> None:
+    """Generate as the command line says."""
+    run(generate, __doc__, GenerateArguments, model="Model folder or Hub repository.")
+
+
+def generate(model_folder: str, arguments: GenerateArguments) -> None:
+    """Print the continuation of a prompt."""
+    set_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = load_model(model_folder, arguments.device, dtype=arguments.dtype).eval()
+    inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("the prompt is empty; give at least one character with --prompt")
+    sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
+    dial = {"solver_tolerance": arguments.solver_tolerance, "solver_max_evaluations": arguments.solver_max_evaluations}
+    started = time.perf_counter()
+    output = model.generate(
+        **inputs,
+        max_new_tokens=arguments.max_new_tokens,
+        do_sample=arguments.do_sample,
+        num_beams=arguments.num_beams,
+        return_dict_in_generate=True,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True) if arguments.num_beams == 1 else None,
+        **(sampling if arguments.do_sample else {}),
+        **{name: value for name, value in dial.items() if value is not None},
+    )
+    seconds = time.perf_counter() - started
+    if arguments.num_beams > 1:
+        print(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
+    new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+    prefill, *steps = (evaluations.float().mean().item() for evaluations in output.num_evaluations)
+    per_token = sum(steps) / len(steps) if steps else float("nan")
+    print(
+        f"\n{new} tokens in {seconds:.1f} s ({new / seconds:.1f} tokens/s); "
+        f"evaluations of f: {prefill:.1f} for the prompt, {per_token:.1f} per new token; "
+        + ("all solves converged" if torch.cat(output.converged).all() else "NOT all solves converged"),
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    main()

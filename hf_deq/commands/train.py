@@ -1,0 +1,111 @@
+"""Train a deep equilibrium language model.
+
+    hf-deq train                                               # the built-in corpus, minutes on a CPU
+    hf-deq train --model_type deq_trellisnet                   # the same with a DEQ-TrellisNet
+    hf-deq train --task copy_memory                            # the copy memory task
+    hf-deq train --model_type gpt2 --n_embd 192 --n_layer 4 --n_head 6     # an explicit baseline
+    hf-deq train deq-transformer-small --max_steps 500         # a recipe of this package, or a file of your own
+    hf-deq train --corpus my_text.txt --hidden_size 256
+    accelerate launch -m hf_deq.training ...                   # the same with several processes or GPUs
+    accelerate launch scripts/train.py ...                     # the same in a clone
+
+A recipe is a YAML file of the same names as the flags. Flags win over the recipe. Without a recipe, the smallest one
+for the model type and the task is taken. Every field of the model's configuration is a flag too (`--help` lists them).
+An explicit baseline takes the recipe of the DEQ-Transformer, so that it sees the same tokens, optimizer and schedule,
+without the names that it does not have. Its size and its dropout are flags, with the defaults of its own configuration.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import field, fields, make_dataclass
+from typing import get_args
+
+from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
+
+from ..configuration_deq import DEQConfig
+from ..data import find_recipe, parse_recipe
+from ..tasks import TASKS, LanguageModeling
+from ..training import SOLVER_ARGUMENTS, Interrupted, RunArguments, train
+from . import first_argument, with_errors_in_a_line
+
+DEFAULT_MODEL_TYPE = "deq_transformer"
+EXPLICIT_MODEL_TYPES = ["gpt2"]  # of Transformers, to compare with
+
+
+def main() -> None:
+    """Train as the command line says."""
+    # With one process and few cores, tokenizer threads next to data loading only produce warnings.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        with_errors_in_a_line(lambda: train(*parse(sys.argv[1:])))
+    except Interrupted as interrupted:
+        print(f"\n{interrupted}")
+        sys.exit(130)
+
+
+def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
+    """Turn recipe and flags into the arguments of `train`.
+
+    Raises:
+        ValueError: if there is no such recipe, or it has names that do not exist.
+    """
+    name = first_argument(arguments)
+    recipe = {} if name is None else parse_recipe(find_recipe(name))
+    first = argparse.ArgumentParser(add_help=False)
+    model_types = [config_class.model_type for config_class in DEQConfig.__subclasses__()] + EXPLICIT_MODEL_TYPES
+    first.add_argument("--model_type", default=recipe.get("model_type", DEFAULT_MODEL_TYPE), choices=model_types)
+    first.add_argument("--task", default=recipe.get("task", LanguageModeling.name), choices=TASKS)
+    chosen, flags = first.parse_known_args(arguments if name is None else arguments[1:])
+    parser = HfArgumentParser(
+        (TASKS[chosen.task].arguments, RunArguments, model_arguments(chosen.model_type)),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[first],
+    )
+    names = {action.dest for action in parser._actions}
+    if name is None:
+        recipe = default_recipe(chosen.model_type, chosen.task, names)
+    recipe.pop("corpus_fingerprint", None)  # a saved run records it; it is not an argument
+    unknown = sorted(set(recipe) - names)
+    if unknown:
+        raise ValueError(f"{name or 'the default recipe'}: unknown names {unknown}; see --help for those that exist.")
+    parser.set_defaults(**(recipe | vars(chosen)))
+    task, run, model, _ = parser.parse_args_into_dataclasses(flags)
+    model_fields = {name: value for name, value in vars(model).items() if value is not None}
+    return task, run, model_fields, chosen.model_type
+
+
+def model_arguments(model_type: str) -> type:
+    """Make a dataclass with a flag for every field of a model type's configuration; `None` keeps the default."""
+    config_class = type(AutoConfig.for_model(model_type))
+    flags = []
+    for config_field in fields(config_class):
+        kind = flag_type(config_field.type)
+        from_elsewhere = config_field.name in PreTrainedConfig.__dataclass_fields__ or "token_id" in config_field.name
+        if kind is not None and not from_elsewhere:
+            help_text = f"{config_class.__name__}.{config_field.name}, default {config_field.default}."
+            flags.append((config_field.name, kind | None, field(default=None, metadata={"help": help_text})))
+    return make_dataclass("ModelArguments", flags)
+
+
+def flag_type(annotation) -> type | None:
+    """The widest of the plain types in an annotation; `None` if a flag cannot express its structure."""
+    kinds = set(get_args(annotation) or (annotation,)) - {type(None)}
+    if kinds == {list[int]}:
+        return list[int]
+    if not kinds <= {bool, float, int, str}:
+        return None
+    return next(kind for kind in (str, float, int, bool) if kind in kinds)
+
+
+def default_recipe(model_type: str, task: str, names: set[str]) -> dict:
+    """The smallest recipe for a model type and a task; for an explicit model the names that it has of another's."""
+    if model_type in EXPLICIT_MODEL_TYPES:
+        recipe = default_recipe(DEFAULT_MODEL_TYPE, task, names)
+        return {name: value for name, value in recipe.items() if name in names.difference(SOLVER_ARGUMENTS)}
+    return parse_recipe(find_recipe(f"{model_type.replace('_', '-')}-{TASKS[task].recipe}"))
+
+
+if __name__ == "__main__":
+    main()

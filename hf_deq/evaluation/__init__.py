@@ -1,0 +1,27 @@
+"""How good a model is, and what its equilibrium contributes."""
+
+from .held_out import HeldOut, HeldOutText
+from .model_folders import load_model
+from .protocol import Protocol, solver_settings
+from .reports import METRICS, Evaluation, by_budget, by_tolerance, dial_settings, evaluate_dial, format_table
+from .scoring import PerplexityReport, evaluate_perplexity, evaluating, solve_sums, summed
+
+__all__ = [
+    "METRICS",
+    "Evaluation",
+    "HeldOut",
+    "HeldOutText",
+    "PerplexityReport",
+    "Protocol",
+    "by_budget",
+    "by_tolerance",
+    "dial_settings",
+    "evaluate_dial",
+    "evaluate_perplexity",
+    "evaluating",
+    "format_table",
+    "load_model",
+    "solve_sums",
+    "solver_settings",
+    "summed",
+]

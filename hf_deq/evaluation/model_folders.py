@@ -1,0 +1,37 @@
+"""The model in a folder or Hub repository, of the class that was saved there."""
+
+import importlib
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..configuration_deq import DEQConfig
+
+
+def load_model(folder: str | Path, device: str = "cpu", memory_length: int | None = None, **arguments):
+    """Load a model: one of this package by its own class, any other as a causal language model.
+
+    Args:
+        folder: of the model, or a Hub repository.
+        device: where the model goes.
+        memory_length: how many tokens a DEQ-Transformer remembers, if not as configured.
+        arguments: others of `from_pretrained`, such as `dtype`.
+
+    Raises:
+        ValueError: if `memory_length` is negative, or the model's memory has no length.
+        OSError: if the folder or repository has no model.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if memory_length is not None:
+        if not hasattr(config, "memory_length"):
+            raise ValueError(f"memory_length: a {config.model_type} has a memory of fixed size; leave it out.")
+        if memory_length < 0:
+            raise ValueError(f"memory_length must not be negative, got {memory_length}.")
+        config.memory_length = memory_length
+    return _class_of(config).from_pretrained(folder, config=config, **arguments).to(device)
+
+
+def _class_of(config) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:
+    if not isinstance(config, DEQConfig) or not config.architectures:
+        return AutoModelForCausalLM
+    return getattr(importlib.import_module(f"hf_deq.modeling_{config.model_type}"), config.architectures[0])

@@ -1,0 +1,113 @@
+"""What an evaluation says: quality against compute as rows of a table, and the settings behind them.
+
+evaluation = evaluate_dial(model, held_out, dial_settings(model.config, budgets=[1, 2], tolerances=[1e-2]))
+print(format_table(evaluation.table()))
+"""
+
+from dataclasses import dataclass
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..configuration_deq import DEQConfig
+from ..generation_deq import REPORTED
+from .convergence import spectral_radii
+from .held_out import HeldOut
+
+# What evaluations measure, and what a card or a figure calls it.
+METRICS = {
+    "perplexity": "perplexity",
+    "word_perplexity": "perplexity per word",
+    "bits_per_byte": "bits per byte",
+    "loss": "loss (nats per position)",
+    "recalled": "share of the symbols recalled",
+}
+RADIUS_WINDOWS = 8
+
+
+def by_budget(budgets: list[int]) -> list[dict]:
+    """Settings of the dial that stop after a number of evaluations."""
+    return [{"solver_max_evaluations": budget, "solver_tolerance": 0.0} for budget in budgets]
+
+
+def by_tolerance(tolerances: list[float]) -> list[dict]:
+    """Settings of the dial that stop at a tolerance, within the model's own budget."""
+    return [{"solver_max_evaluations": None, "solver_tolerance": tolerance} for tolerance in tolerances]
+
+
+def dial_settings(config: PreTrainedConfig, budgets: list[int], tolerances: list[float]) -> list[dict]:
+    """The settings of a table: first budgets, then tolerances.
+
+    An unrolled model has no tolerance, so its last row is its own number of applications. A model without an
+    equilibrium has a single row.
+    """
+    if not isinstance(config, DEQConfig):
+        return [{}]
+    if config.gradient == "unrolled":
+        return by_budget([*budgets, config.solver_max_evaluations])
+    return by_budget(budgets) + by_tolerance(tolerances)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of a model.
+
+    Attributes:
+        measured: what the model was judged on, and how, in words.
+        rows: a setting of the dial and its scores in each.
+        dataset, split, metrics: as in `HeldOut`.
+        spectral_radius: of the Jacobian of f at the equilibrium, the mean over windows; `None` without an equilibrium.
+    """
+
+    measured: str
+    rows: list[dict]
+    dataset: str
+    split: str
+    metrics: tuple[str, ...]
+    spectral_radius: float | None = None
+
+    def table(self) -> list[dict]:
+        """The rows with the columns that are shown, for `format_table`."""
+        columns = [*self.metrics, *(REPORTED if "solver_tolerance" in self.rows[0] else ())]
+        return [{"dial": _label(row)} | {name: row[name] for name in columns} for row in self.rows]
+
+
+def evaluate_dial(model: PreTrainedModel, held_out: HeldOut, settings: list[dict]) -> Evaluation:
+    """Score a model at every setting of the dial (`solver_tolerance`, `solver_max_evaluations`)."""
+    rows = [setting | held_out.score(model, progress=True, **setting) for setting in _with_bar(settings)]
+    solves = getattr(model.config, "gradient", "unrolled") != "unrolled"
+    return Evaluation(
+        measured=held_out.describe(rows[0], model.config),
+        rows=rows,
+        dataset=held_out.dataset,
+        split=held_out.split,
+        metrics=held_out.metrics,
+        spectral_radius=spectral_radii(model, held_out.windows(RADIUS_WINDOWS)).mean().item() if solves else None,
+    )
+
+
+def format_table(rows: list[dict]) -> str:
+    """Format rows with the same keys as an aligned text table."""
+    cells = [list(rows[0])] + [[_format(value) for value in row.values()] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+
+
+def _label(row: dict) -> str:
+    """The first column of a row."""
+    if "solver_max_evaluations" not in row:
+        return "no solver"
+    if row["solver_max_evaluations"] is None:
+        return f"tolerance {row['solver_tolerance']:.0e}"
+    budget = row["solver_max_evaluations"]
+    return "no solver, f(0)" if budget == 1 else f"{budget} evaluations"
+
+
+def _with_bar(settings: list[dict]) -> tqdm:
+    return tqdm(settings, desc="rows", leave=False)
+
+
+def _format(value) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,44 @@
+"""What there is to learn.
+
+    task = make_task(LanguageModelingArguments(), {"hidden_size": 192})
+
+A new task is a file with a `Task`, and its name in the list below.
+"""
+
+from .copy_memory import CopyMemoryArguments, CopyMemoryTask
+from .language_modeling import LanguageModeling, LanguageModelingArguments, TextArguments, held_out_text
+from .task import Task
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (LanguageModeling, CopyMemoryTask)}
+
+
+def make_task(arguments, model_fields: dict) -> Task:
+    """Make the task that these arguments belong to."""
+    task_class = next(task for task in TASKS.values() if task.arguments is type(arguments))
+    return task_class(arguments, model_fields)
+
+
+def task_of(recipe: dict) -> type[Task]:
+    """The task that a model was trained on; language modeling if its recipe does not say.
+
+    Raises:
+        ValueError: if there is no such task.
+    """
+    name = recipe.get("task", LanguageModeling.name)
+    if name not in TASKS:
+        raise ValueError(f"the recipe says task: {name}, which does not exist; there are {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+__all__ = [
+    "TASKS",
+    "CopyMemoryArguments",
+    "CopyMemoryTask",
+    "LanguageModeling",
+    "LanguageModelingArguments",
+    "Task",
+    "TextArguments",
+    "held_out_text",
+    "make_task",
+    "task_of",
+]

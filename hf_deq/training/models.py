@@ -1,0 +1,145 @@
+"""What the training loop asks of a model: of a deep equilibrium model, or of an explicit model to compare with.
+
+    kind = model_kind(config, run)
+    outputs = model(ids, labels=labels, shift_labels=labels, **kind.forward_arguments(step, memory))
+    kind.measures(outputs, step, model)          # what the log says of the step
+
+Any causal language model of Transformers can be the explicit one. It gets the same tokens, optimizer and schedule.
+"""
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..configuration_deq import DEQConfig
+from ..generation_deq import REPORTED
+from ..tasks import Task
+from .arguments import RunArguments
+
+SOLVER_ARGUMENTS = ("train_solver_tolerance", "shallow_steps", "shallow_depth")  # of RunArguments
+
+
+class EquilibriumModel:
+    """A model of this package. It has a dial and a memory, and reports its solves."""
+
+    def __init__(self, config: DEQConfig, run: RunArguments):
+        self.config, self.run = config, run
+
+    def check(self, task: Task) -> None:
+        """Refuse what the model cannot learn.
+
+        Raises:
+            ValueError: if memory is to be carried, and the model has none.
+        """
+        if task.carries_memory and getattr(self.config, "memory_length", None) == 0:
+            raise ValueError("carry_memory needs a model that remembers: set memory_length, say to sequence_length.")
+
+    def forward_arguments(self, step: int, memory: tuple | None) -> dict:
+        """Arguments of `forward` besides tokens and labels. Shallow pretraining unrolls; afterwards f is solved."""
+        dial = {"unroll_steps": self.run.shallow_depth} if self._is_shallow(step) else {}
+        if self.run.train_solver_tolerance is not None:
+            dial["solver_tolerance"] = self.run.train_solver_tolerance
+        return {"memory": memory} | dial
+
+    def memory(self, outputs) -> tuple | None:
+        """What is handed on to the next segment."""
+        return outputs.memory
+
+    def measures(self, outputs, step: int, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """Scalars for the log, after the backward pass. Their `loss` is the cross-entropy alone."""
+        measures = {
+            "loss": outputs.loss.detach(),
+            "forward_evaluations": outputs.num_evaluations.float().mean(),
+            "residual": outputs.residual.mean(),
+            "converged": outputs.converged.float().mean(),
+        }
+        if outputs.jacobian_loss is not None:
+            measures["jacobian_loss"] = outputs.jacobian_loss.detach()
+            measures["loss"] = measures["loss"] - self.config.jacobian_loss_weight * measures["jacobian_loss"]
+        backward = model.model.layers[0].backward_evaluations
+        if backward is not None and not self._is_shallow(step):
+            measures["backward_evaluations"] = backward.float().mean()
+        return measures
+
+    def scores(self, scores: dict[str, float]) -> dict[str, float]:
+        """The scores of a validation that say something about the model: all of them."""
+        return scores
+
+    def describe(self, scores: dict[str, float]) -> str:
+        """Say in a line how the solves of a validation went."""
+        what = "unrolled" if self.config.gradient == "unrolled" else "equilibrium"
+        return (
+            f"{what}: {scores['num_evaluations']:.1f} evaluations to a residual of {scores['residual']:.1e}, "
+            f"{scores['converged']:.0%} of the sequences converged\n"
+        )
+
+    def _is_shallow(self, step: int) -> bool:
+        return step < self.run.shallow_steps
+
+
+class ExplicitModel:
+    """A causal language model without an equilibrium, such as GPT-2. The loop needs only its loss."""
+
+    def __init__(self, config: PreTrainedConfig, run: RunArguments):
+        self.config, self.run = config, run
+
+    def check(self, task: Task) -> None:
+        """Refuse what the model cannot learn.
+
+        Raises:
+            ValueError: if an argument is for a solver, memory is to be carried, or sequences are longer than the model
+                can read.
+        """
+        model_type = self.config.model_type
+        for name in SOLVER_ARGUMENTS:
+            if getattr(self.run, name) != getattr(RunArguments, name):
+                raise ValueError(f"{name} is for models that solve for an equilibrium: {model_type} does not; omit it.")
+        if task.carries_memory:
+            raise ValueError(f"carry_memory needs a model that remembers: {model_type} does not; set it to false.")
+        self._check_length("the training sequences (sequence_length)", len(task.examples[0]["input_ids"]))
+        self._check_length("the sample's prompt and sample_tokens", task.sample_length)
+
+    def _check_length(self, name: str, length: int) -> None:
+        field = self.config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        positions = getattr(self.config, field, None)
+        if positions is not None and length > positions:
+            raise ValueError(f"{field}={positions} must cover {name} ({length}): raise {field} to {length} or more.")
+
+    def forward_arguments(self, step: int, memory: None) -> dict:
+        """No arguments besides tokens and labels."""
+        return {}
+
+    def memory(self, outputs) -> None:
+        """Nothing is remembered."""
+
+    def measures(self, outputs, step: int, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The loss."""
+        return {"loss": outputs.loss.detach()}
+
+    def scores(self, scores: dict[str, float]) -> dict[str, float]:
+        """All scores except those of solves."""
+        return {name: value for name, value in scores.items() if name not in REPORTED}
+
+    def describe(self, scores: dict[str, float]) -> str:
+        """Nothing: there are no solves."""
+        return ""
+
+
+def model_kind(config: PreTrainedConfig, run: RunArguments) -> EquilibriumModel | ExplicitModel:
+    """The only place that asks which of the two a model is."""
+    return (EquilibriumModel if isinstance(config, DEQConfig) else ExplicitModel)(config, run)
+
+
+def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict]:
+    """Group parameters: weight decay for linear maps and convolutions, none for norms, biases and vocabulary tables.
+
+    For a normalised weight, decay shrinks the magnitude. For its direction, it only changes the effective learning
+    rate.
+    """
+    lookups = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]  # positions, too
+    vocabulary = (*lookups, model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {id(parameter) for module in vocabulary for parameter in module.parameters()}
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in model.named_parameters():
+        spared = parameter.dim() < 2 or name.endswith("bias") or id(parameter) in tables
+        groups[spared]["params"].append(parameter)
+    return groups

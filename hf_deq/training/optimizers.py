@@ -1,0 +1,43 @@
+"""The optimizer and the learning rate of a training run.
+
+    optimizer = make_optimizer(model, run)
+    schedule = make_schedule(optimizer, run)
+
+The schedule is stepped once after every step of the optimizer.
+"""
+
+from bisect import bisect_right
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+from .arguments import RunArguments
+from .models import parameter_groups
+
+MILESTONE_FACTOR = 0.1  # of the learning rate, at every milestone
+
+
+def make_optimizer(model: PreTrainedModel, run: RunArguments) -> torch.optim.Optimizer:
+    """AdamW (with `weight_decay` 0 it is Adam), or plain stochastic gradient descent without momentum.
+
+    AdamW's weight decay is decoupled from the gradient, SGD's is part of it.
+    """
+    groups = parameter_groups(model, run.weight_decay)
+    if run.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=run.learning_rate)
+    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, run.adam_beta2))
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, run: RunArguments) -> LambdaLR:
+    """Linear warm-up, then a cosine to zero at `max_steps`, nothing, or a tenth at every milestone."""
+    if run.lr_scheduler_type == "cosine":
+        return get_cosine_schedule_with_warmup(optimizer, run.warmup_steps, run.max_steps)
+    if run.lr_scheduler_type == "constant":
+        return get_constant_schedule_with_warmup(optimizer, run.warmup_steps)
+
+    def factor(step: int) -> float:
+        warm = min(1.0, step / run.warmup_steps) if run.warmup_steps else 1.0
+        return warm * MILESTONE_FACTOR ** bisect_right(run.lr_milestones, step)
+
+    return LambdaLR(optimizer, factor)
