@@ -362,7 +362,7 @@ class GenerationLaws:
         assert [text[0]["generated_text"] for text in batched] == [text[0]["generated_text"] for text in alone]
         assert batched[0][0]["generated_text"].startswith("w5 w6 w7")
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-        inputs = tokenizer(prompts[0], return_tensors="pt", return_token_type_ids=False)
+        inputs = tokenizer(prompts[0], return_tensors="pt")
         ids = model.generate(**inputs, **GREEDY, streamer=streamer)
         assert "".join(streamer).split() == tokenizer.decode(ids[0, 3:]).split()
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_deq import ConvergenceWarning
-from hf_deq.evaluation.convergence import saved_activation_bytes
+from hf_deq.evaluation.activations import saved_activation_bytes
 
 
 @pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")

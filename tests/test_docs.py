@@ -4,6 +4,7 @@ A page's snippets share a namespace and a folder with what a reader would have b
 `my_text.txt`, and a checkpoint of the authors' code.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -26,10 +27,11 @@ from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
-from hf_deq import training
-from hf_deq.hub.conversion import FAMILIES
+from hf_deq.commands import COMMANDS
 from hf_deq.fixed_point import SOLVERS
-from hf_deq.training_arguments import DataArguments, TrainingArguments
+from hf_deq.hub.conversion import FAMILIES
+from hf_deq.tasks import LanguageModelingArguments
+from hf_deq.training import RunArguments, loop, train
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -69,9 +71,9 @@ def belongings(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     text = folder / "my_text.txt"
     text.write_text("\n\n".join(f"The iterator {n} has a number, and its number is {n}: no more." for n in range(200)))
-    how = TrainingArguments(output_dir=str(folder / "deq-model"), max_steps=3, sample_tokens=0, num_threads=1)
+    how = RunArguments(output_dir=str(folder / "deq-model"), max_steps=3, num_threads=1)
     model = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, vocab_size=300, memory_length=8)
-    training.train(DataArguments(corpus=str(text), sequence_length=32), how, model)
+    train(LanguageModelingArguments(corpus=str(text), sequence_length=32, sample_tokens=0), how, model)
     AcceleratorState._reset_state(True)
     arguments = dict(n_token=50, n_layer=2, n_head=2, d_model=16, d_head=8, d_inner=32)
     (folder / "arguments.json").write_text(json.dumps(arguments))
@@ -94,7 +96,7 @@ def checkpoint_of_the_authors_code(arguments: dict) -> dict[str, torch.Tensor]:
 def reader(belongings, tmp_path, monkeypatch):
     """A fresh copy of the belongings as working folder, and nothing left behind in this process."""
     solvers = dict(SOLVERS)
-    monkeypatch.setattr(training, "_cores_per_process", lambda: 1)  # other tests run on the other cores
+    monkeypatch.setattr(loop, "_cores_per_process", lambda: 1)  # other tests run on the other cores
     shutil.copytree(belongings, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     AcceleratorState._reset_state(True)
@@ -140,7 +142,7 @@ class Parsed(Exception):
 
 @pytest.fixture
 def begin(monkeypatch):
-    """A function that runs a script of the repository until it has parsed its arguments."""
+    """A function that runs a script of the repository, or a command of `hf-deq`, until it has parsed its arguments."""
     parse = HfArgumentParser.parse_args_into_dataclasses
 
     def parse_and_stop(*arguments, **how):
@@ -152,7 +154,10 @@ def begin(monkeypatch):
     def run(script: str, arguments: list[str]) -> None:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         try:
-            runpy.run_path(script, run_name="__main__")
+            if script in COMMANDS:
+                importlib.import_module(f"hf_deq.commands.{script}").main()
+            else:
+                runpy.run_path(script, run_name="__main__")
         except Parsed:
             return
         except SystemExit as stop:
@@ -186,7 +191,7 @@ def test_command_lines_parse(page, begin):
         elif launcher == "lm_eval":  # tests/test_lm_eval.py runs such a line
             assert (ROOT / arguments[arguments.index("--tasks") + 1]).is_file()
             continue
-        elif launcher == "python":
+        elif launcher in ("python", "hf-deq"):
             begin(arguments[0], arguments[1:])
             continue
         else:
@@ -231,7 +236,7 @@ def test_every_page_is_in_the_navigation():
 def test_every_module_is_in_the_reference_once():
     named = re.findall(r"^::: (.*)$", "\n".join(page.read_text() for page in DOCS.glob("reference/*.md")), re.M)
     files = (file.relative_to(ROOT).with_suffix("") for file in (ROOT / "hf_deq").rglob("*.py"))
-    assert sorted(named) == sorted(".".join(file.parts) for file in files if file.name != "__init__")
+    assert sorted(named) == sorted(".".join(file.parts) for file in files if file.name not in ("__init__", "__main__"))
 
 
 def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):

@@ -1,8 +1,6 @@
 """Published recipes: their models have the published sizes, switch by switch, and their cards say what is built."""
 
 import re
-import runpy
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +9,9 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_deq.commands.train import parse
 from hf_deq.hub.conversion import FAMILIES
-from hf_deq.training.optimizers import make_optimizer, make_schedule
+from hf_deq.training import make_optimizer, make_schedule
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,14 +64,6 @@ OF_THE_SOLVER = re.compile("^(solver|backward|phantom|jacobian)_|^(solver|gradie
 each = pytest.mark.parametrize("name", PUBLISHED)
 
 
-@pytest.fixture(scope="module")
-def parse():
-    """Flags of the training script to the arguments of `train`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
-        return runpy.run_path(str(ROOT / "scripts" / "train.py"))["parse"]
-
-
 def recipe_file(name: str) -> Path:
     return ROOT / "model_cards" / name / "recipe.yaml"
 
@@ -81,7 +72,7 @@ def vocabulary(name: str) -> int:
     return PENN_TREEBANK if name.endswith("ptb") else WIKITEXT_103
 
 
-def configuration(name: str, parse):
+def configuration(name: str):
     """The recipe's, with the vocabulary that its corpus has."""
     *_, fields, model_type = parse([str(recipe_file(name))])
     return AutoConfig.for_model(model_type, **fields, vocab_size=vocabulary(name))
@@ -98,10 +89,10 @@ def test_every_published_recipe_is_checked():
 
 
 @each
-def test_sizes_are_the_published_ones_and_the_card_says_so(name, parse):
+def test_sizes_are_the_published_ones_and_the_card_says_so(name):
     published = PUBLISHED[name]
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(configuration(name, parse)).num_parameters()
+        built = AutoModelForCausalLM.from_config(configuration(name)).num_parameters()
     assert built == pytest.approx(published.millions * 1e6, rel=published.tolerance)
     assert card_row(name, "parameters built here") == f"{built:,}"
     difference = built / (published.millions * 1e6) - 1
@@ -109,20 +100,20 @@ def test_sizes_are_the_published_ones_and_the_card_says_so(name, parse):
 
 
 @each
-def test_every_switch_is_that_of_the_authors_constructor(name, parse):
+def test_every_switch_is_that_of_the_authors_constructor(name):
     """What `convert_checkpoint` makes of the arguments in the published scripts, but for how it is solved."""
     published = PUBLISHED[name]
     arguments = {"n_token": WIKITEXT_103} | ARGUMENTS[published.family] | published.arguments
     state_dict = {"weight_v": None}  # torchdeq's weight norm shows in the names alone
     expected = FAMILIES[published.family][0](arguments, state_dict, {}).to_dict()
-    ours = configuration(name, parse).to_dict()
+    ours = configuration(name).to_dict()
     different = {field: (ours[field], value) for field, value in expected.items() if ours[field] != value}
     assert {field: values for field, values in different.items() if not OF_THE_SOLVER.search(field)} == {}
 
 
 @each
-def test_the_recipe_says_everything_and_where_it_is_from(name, parse):
-    data, training, *_ = parse([str(recipe_file(name))])
+def test_the_recipe_says_everything_and_where_it_is_from(name):
+    data, run, *_ = parse([str(recipe_file(name))])
     lines = recipe_file(name).read_text().splitlines()
     unexplained = [line for line in lines if ": " in line and "#" not in line]
     assert {line.split(":")[0] for line in unexplained} <= {"model_type", "task"}
@@ -132,29 +123,29 @@ def test_the_recipe_says_everything_and_where_it_is_from(name, parse):
     assert wanted <= recipe.keys()
     card = (ROOT / "model_cards" / name / "README.md").read_text()
     assert f"model_cards/{name}/recipe.yaml" in card and re.search(r"needs about [\d.]+ GPU-days", card)
-    segment = training.batch_size * data.sequence_length
-    assert card_row(name, "training") == f"{training.max_steps:,} steps of {segment:,} tokens"
+    segment = run.batch_size * data.sequence_length
+    assert card_row(name, "training") == f"{run.max_steps:,} steps of {segment:,} tokens"
 
 
 @pytest.mark.slow
 @each
-def test_full_width_takes_steps(name, parse):
+def test_full_width_takes_steps(name):
     """At the published sizes: a row of 16 random words, shallow pretraining and the equilibrium, memory carried."""
-    _, training, _, _ = parse([str(recipe_file(name))])
+    _, run, _, _ = parse([str(recipe_file(name))])
     torch.manual_seed(0)
-    config = configuration(name, parse)
+    config = configuration(name)
     model = AutoModelForCausalLM.from_config(config).train()
-    optimizer = make_optimizer(model, training)
-    schedule = make_schedule(optimizer, training)
+    optimizer = make_optimizer(model, run)
+    schedule = make_schedule(optimizer, run)
     before, memory = next(model.model.layers[0].parameters()).detach().clone(), None
     for step in range(3):
         ids = torch.randint(config.vocab_size, (1, 17))
-        unroll = {"unroll_steps": config.shallow_depth} if step == 0 and config.shallow_steps else {}
+        unroll = {"unroll_steps": run.shallow_depth} if step == 0 and run.shallow_steps else {}
         outputs = model(
             ids[:, :-1], labels=ids[:, 1:], shift_labels=ids[:, 1:], memory=memory, use_cache=False, **unroll
         )
         outputs.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.max_grad_norm)
         assert torch.isfinite(outputs.loss) and torch.isfinite(norm) and norm > 0
         optimizer.step()
         schedule.step()

@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 
 import hf_deq
 
-SAVED = Path(__file__).parent / "saved_by_0_1"  # by export_hub_folder, without the code; the fields say which f it is
+SAVED = (
+    Path(__file__).parent / "fixtures" / "saved_by_0_1"
+)  # by export_hub_folder, without the code; the fields say which f it is
 
 
 @pytest.mark.parametrize(

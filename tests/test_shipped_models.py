@@ -2,28 +2,26 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from test_scripts import script
+from command_line import ROOT, script
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_deq.data import CorpusArguments, read_corpus
 from hf_deq.evaluation.convergence import held_out_windows
-from hf_deq.data import BUILT_IN_CORPUS, encode_corpus, load_corpus
-from hf_deq.hub import read_config
+from hf_deq.hub import read_config, read_record
 from hf_deq.iterations import SafeguardedIteration
-from hf_deq.hub.card import read_record
 
-FOLDERS = [Path(__file__).parents[1] / "model_cards" / name for name in ("deq-transformer-tiny", "deq-trellisnet-tiny")]
+FOLDERS = [ROOT / "model_cards" / name for name in ("deq-transformer-tiny", "deq-trellisnet-tiny")]
 shipped = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
 @pytest.fixture(scope="module")
 def built_in_corpus():
-    return load_corpus(BUILT_IN_CORPUS)
+    return read_corpus(CorpusArguments())
 
 
 @shipped
@@ -46,7 +44,7 @@ def test_the_folder_is_small_and_its_card_says_what_was_measured(folder):
 def test_it_predicts_as_well_as_its_card_says(folder, built_in_corpus):
     """On this Python's own documentation, which differs a little from the one that it was trained on."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    stream = encode_corpus(built_in_corpus["validation"], tokenizer)
+    stream = built_in_corpus.encode("validation", tokenizer)
     windows = held_out_windows(stream.ids, count=32, length=128)
     output = model(windows, labels=windows)
     bits_per_byte = output.loss / torch.log(torch.tensor(2.0)) * len(stream.ids) / stream.num_bytes
@@ -60,7 +58,7 @@ def test_it_predicts_as_well_as_its_card_says(folder, built_in_corpus):
 @torch.no_grad()
 def test_converged_means_converged_on_a_text_that_misleads_anderson():
     """Twice as long as those it was trained on: one position's residual swings to and fro without the safeguard."""
-    folder, text = FOLDERS[0], (Path(__file__).parent / "data" / "long_text.txt").read_text()
+    folder, text = FOLDERS[0], (ROOT / "tests" / "fixtures" / "long_text.txt").read_text()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(text, return_tensors="pt").input_ids
     assert ids.shape == (1, 256)
@@ -89,7 +87,7 @@ def test_converged_means_converged_on_a_text_that_misleads_anderson():
 @shipped
 def test_it_generates_the_same_with_and_without_a_cache(folder):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer("The iterator ", return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer("The iterator ", return_tensors="pt")
     how = dict(max_new_tokens=20, do_sample=False, solver_tolerance=1e-5)
     ids = model.generate(**inputs, **how)
     assert torch.equal(ids, model.generate(**inputs, **how, use_cache=False))
@@ -107,6 +105,6 @@ def test_it_is_ready_to_push(folder, tmp_path):
         "## Training",
         "spectral radius",
         "| minutes |",
-        "![Perplexity against",
+        "![Quality against",
     ):
         assert part in card

@@ -89,7 +89,7 @@ def plot(folder: str, arguments: PlotArguments, task_arguments) -> None:
     others = [load(other, arguments, task_arguments)[0] for other in arguments.others]
     files = [Path(file) for file in arguments.metrics] or [Path(folder) / "metrics.jsonl"]
     if arguments.metrics or files[0].is_file():
-        runs = {file.resolve().parent.name: evaluations_over_training(file) for file in files}
+        runs = {str(file): evaluations_over_training(file) for file in files}
         save("training", figures.draw_training(runs))
     else:
         print(f"note: {folder} has no metrics.jsonl, so training is not drawn; name one by --metrics.")

@@ -74,6 +74,11 @@ class Corpus:
     word_level: bool = False
     known: KnownCorpus | None = None
 
+    @property
+    def title(self) -> str:
+        """The name without a place on this machine, for logs and cards."""
+        return Path(self.name).name if self.name != BUILT_IN_CORPUS and is_local(self.name) else self.name
+
     @cached_property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that change with any character of any split, for logs and cards."""

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,10 +50,11 @@ class Trained:
 
 
 def draw_training(runs: dict[str, dict[str, np.ndarray]]) -> tuple[Figure, dict]:
-    """Draw what runs logged of their solves: by the name of each, what `evaluations_over_training` returns."""
+    """Draw what runs logged of their solves: by metrics file, what `evaluations_over_training` returns."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     evaluations, residuals = axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    for (name, run), color in zip(runs.items(), cycle(COLORS), strict=False):
+    for (file, run), color in zip(runs.items(), cycle(COLORS), strict=False):
+        name = Path(file).resolve().parent.name
         evaluations.plot(run["step"], run["forward_evaluations"], color=color, label=f"{name}: forward (calls of f)")
         if np.isfinite(run["backward_evaluations"]).any():
             label = f"{name}: backward\n(vector-Jacobian products)"
@@ -61,7 +63,7 @@ def draw_training(runs: dict[str, dict[str, np.ndarray]]) -> tuple[Figure, dict]
     evaluations.set(ylabel="evaluations per sequence", title="Evaluations of f over training", ylim=(0, None))
     residuals.set(xlabel="optimizer steps", ylabel="relative residual,\nforward", yscale="log")
     _finish(figure, *axes)
-    return figure, {name: {key: column.tolist() for key, column in run.items()} for name, run in runs.items()}
+    return figure, {file: {key: column.tolist() for key, column in run.items()} for file, run in runs.items()}
 
 
 def draw_residuals(trained: Trained, others: Sequence[Trained], budget: int) -> tuple[Figure, dict]:

@@ -124,9 +124,9 @@ def _card_data(record, repo_id, pipeline_tag, config, license, language) -> Mode
     )
 
 
-def _is_own_file(dataset: str | None) -> bool:
+def _is_own_file(dataset: str) -> bool:
     """Whether a dataset is a file or folder of the one who trained; of such a dataset a record keeps only the name."""
-    return dataset is not None and dataset not in (BUILT_IN_CORPUS, *TASKS) and "/" not in dataset
+    return dataset not in (BUILT_IN_CORPUS, *TASKS) and "/" not in dataset
 
 
 def _cost(record: RunRecord) -> str | None:

@@ -50,8 +50,8 @@ class RunRecord:
     cost: dict = field(default_factory=dict)
     results: list[dict] = field(default_factory=list)
     evaluation: dict = field(default_factory=dict)
-    dataset: str | None = None
-    split: str | None = None
+    dataset: str = BUILT_IN_CORPUS
+    split: str = "validation"
     measured: str = ""
     spectral_radius: float | None = None
     figures: dict[Path, dict] = field(default_factory=dict)

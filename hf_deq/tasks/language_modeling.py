@@ -114,7 +114,7 @@ class LanguageModeling(Task):
         self.train = self.corpus.encode("train", self.tokenizer)
         self.examples = SequenceBlocks(self.train.ids, arguments.sequence_length)
         self.held_out = HeldOutText(
-            dataset=arguments.corpus,
+            dataset=self.corpus.title,
             split="validation",
             stream=self.corpus.encode("validation", self.tokenizer),
             start_id=self.tokenizer.eos_token_id,
@@ -198,4 +198,4 @@ def held_out_text(folder: str, recipe: dict, arguments: TextArguments | None = N
     protocol, tokenizer = arguments.protocol(recipe), AutoTokenizer.from_pretrained(folder)
     corpus = read_corpus_of(recipe, {one.name: getattr(arguments, one.name) for one in fields(CorpusArguments)})
     stream = corpus.encode(arguments.split, tokenizer)
-    return HeldOutText(corpus.name, arguments.split, stream, tokenizer.eos_token_id, protocol)
+    return HeldOutText(corpus.title, arguments.split, stream, tokenizer.eos_token_id, protocol)

@@ -74,9 +74,11 @@ class RunArguments:
 
     def _check_at_least(self, smallest: int, name: str) -> None:
         value = getattr(self, name)
-        if not smallest <= value < float("inf"):  # also if it is not a number
-            bound = "must not be negative" if smallest == 0 and value < 0 else f"must be finite and at least {smallest}"
+        if not value >= smallest:  # also if it is not a number
+            bound = "must not be negative" if smallest == 0 else f"must be at least {smallest}"
             raise ValueError(f"{name} {bound}, got {value}.")
+        if value == float("inf"):
+            raise ValueError(f"{name} must be finite, got {value}.")
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:

@@ -13,24 +13,15 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import hf_deq
-from hf_deq import hub, model_card
-from hf_deq.hub import export_hub_folder, find_auto_classes
-from hf_deq.hub.card import make_card
+from hf_deq.hub import code_files, export, export_hub_folder
+from hf_deq.hub.export import find_auto_classes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXPORTED = {
     "transformer": (TRANSFORMER, {}),
     "adaptive": (TRANSFORMER, TRANSFORMER.variants["adaptive"]),
     "trellisnet": (TRELLISNET, {}),
     "split": (TRELLISNET, {"cutoffs": [9, 30]}),
-}
-# What may travel; everything else of the package stays at home.
-CODE = {
-    *("fixed_point", "position_algebra", "equilibrium", "jacobian", "weight_tying", "cache_deq", "softmax_heads"),
-    *("adaptive", "positions_deq", "layer_deq", "classification_deq", "configuration_deq", "modeling_deq"),
-    *("generation_deq", "masking_deq", "packed_texts", "iterations"),
-    *("configuration_deq_transformer", "modeling_deq_transformer"),
-    *("configuration_deq_trellisnet", "modeling_deq_trellisnet"),
 }
 WITHOUT_THE_PACKAGE = """
 import sys
@@ -126,11 +117,18 @@ def test_without_trust_the_library_asks_for_it(exported, tmp_path):
     assert "contains custom code" in finished.stderr and "trust_remote_code=True" in finished.stderr
 
 
+def test_the_root_of_the_package_is_what_travels():
+    """A reader sees in the tree which code goes to the Hub with a model."""
+    travels = {file.stem for family in (TRANSFORMER, TRELLISNET) for file in code_files(family.model())}
+    assert {file.stem for file in ROOT.joinpath("hf_deq").glob("*.py")} == travels | {"__init__"}
+
+
 def test_only_what_the_model_needs_travels(exported):
+    root = {file.stem for file in ROOT.joinpath("hf_deq").glob("*.py")}
     for name in EXPORTED:
         travelled = {file.stem for file in (exported / name).glob("*.py")}
         other = "trellisnet" if EXPORTED[name][0] is TRANSFORMER else "transformer"
-        assert travelled <= CODE and not any(stem.endswith(other) for stem in travelled)
+        assert travelled <= root and not any(stem.endswith(other) for stem in travelled)
         for file in (exported / name).glob("*.py"):
             assert file.read_bytes() == (Path(hf_deq.__file__).parent / file.name).read_bytes()
         auto_map = json.loads((exported / name / "config.json").read_text())["auto_map"]
@@ -154,10 +152,7 @@ def test_models_whose_code_cannot_travel_are_refused(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="Mine is not a model of hf_deq"):
         find_auto_classes(Mine(TRANSFORMER.config()))
-    monkeypatch.setattr(hub, "get_relative_import_files", lambda file: [str(tmp_path / "nested.formula.py")])
+    monkeypatch.setattr(export, "get_relative_import_files", lambda file: [str(tmp_path / "nested.formula.py")])
     with pytest.raises(ValueError, match=r"nested.formula.py is imported .* import siblings only"):
         export_hub_folder(TRANSFORMER.model(), tmp_path)
-    monkeypatch.setattr(model_card, "TEMPLATE", tmp_path / "template.md")
-    with pytest.raises(FileNotFoundError, match="from a clone"):
-        make_card(TRANSFORMER.model(), "model")
     assert not any(tmp_path.iterdir())

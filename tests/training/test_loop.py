@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,16 +19,15 @@ from families import TRANSFORMER, TRELLISNET
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_deq import DEQTransformerForCausalLM, DEQTrellisNetForCausalLM, training_log
-from hf_deq.training.optimizers import make_optimizer, make_schedule
-from hf_deq.tasks import LanguageModeling
-from hf_deq.training import Interrupted, train
+from hf_deq import DEQTransformerForCausalLM, DEQTrellisNetForCausalLM
+from hf_deq.evaluation import HeldOutText
 from hf_deq.tasks import CopyMemoryArguments, LanguageModelingArguments
-from hf_deq.training import RunArguments
+from hf_deq.training import Interrupted, RunArguments, log, train
 from hf_deq.training.log import parse_metrics
 from hf_deq.training.models import parameter_groups
+from hf_deq.training.optimizers import make_optimizer, make_schedule
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 MODEL = dict(
     vocab_size=300,
@@ -35,8 +35,6 @@ MODEL = dict(
     intermediate_size=64,
     num_attention_heads=2,
     solver_tolerance=1e-3,
-    shallow_steps=4,
-    shallow_depth=2,
 )
 MODELS = {
     "deq_transformer": MODEL,
@@ -45,7 +43,7 @@ MODELS = {
 }
 both = pytest.mark.parametrize("model_type", ["deq_transformer", "deq_trellisnet"])
 # The weight-tied explicit twin of a deep equilibrium model.
-UNROLLED = dict(gradient="unrolled", solver_max_evaluations=3, shallow_steps=0)
+UNROLLED = dict(gradient="unrolled", solver_max_evaluations=3)
 SOLVER_COLUMN = re.compile("evaluations|residual|converged|jacobian")
 # With these, training carries a memory over segments.
 REMEMBERING = {
@@ -53,13 +51,13 @@ REMEMBERING = {
     "deq_trellisnet": dict(carry_memory=True),
 }
 # Solved so well that runs which differ by rounding only do not drift apart visibly.
-TIGHT = dict(max_steps=6, train_solver_tolerance=1e-6, model=dict(backward_tolerance=1e-6, shallow_steps=3))
+TIGHT = dict(max_steps=6, train_solver_tolerance=1e-6, shallow_steps=3, model=dict(backward_tolerance=1e-6))
+DATA = dict(sequence_length=16, sample_tokens=0)
 TRAINING = dict(
     max_steps=12,
     batch_size=8,
     warmup_steps=2,
     logging_steps=1,
-    sample_tokens=0,
     learning_rate=1e-2,
     num_threads=1,  # other tests run on the other cores
 )
@@ -82,10 +80,13 @@ def corpus(tmp_path_factory):
     return str(file)
 
 
-def run(corpus, folder, model=None, model_type="deq_transformer", sequence_length=16, carry_memory=False, **training):
-    arguments = TrainingArguments(**(TRAINING | {"output_dir": str(folder)} | training))
-    data = DataArguments(corpus=corpus, sequence_length=sequence_length, carry_memory=carry_memory)
-    return train(data, arguments, MODELS[model_type] | (model or {}), model_type)
+def run(corpus, folder, model=None, model_type="deq_transformer", **how):
+    """Train; `how` has names of the run and of the task."""
+    named = DATA | TRAINING | {"output_dir": str(folder), "shallow_steps": 0 if model_type == "gpt2" else 4} | how
+    of_task = {field.name for field in fields(LanguageModelingArguments)}
+    task = LanguageModelingArguments(corpus, **{name: value for name, value in named.items() if name in of_task})
+    arguments = RunArguments(**{name: value for name, value in named.items() if name not in of_task})
+    return train(task, arguments, MODELS[model_type] | (model or {}), model_type)
 
 
 def losses(folder) -> dict[int, float]:
@@ -128,20 +129,20 @@ def test_learns_reports_and_saves(model_type, corpus, tmp_path, capsys):
 def test_the_progress_bar_shows_the_course_of_the_evaluations():
     """As far as the terminal can say it, and in 100 columns."""
     line = {"loss": 4.9123, "perplexity": 136.02, "residual": 0.021, "tokens_per_second": 12345.6, "step": 50}
-    say, plainly = training_log.Summary("utf-8"), [training_log.Summary(name) for name in (None, "cp1252", "cp437")]
+    say, plainly = log.Summary("utf-8"), [log.Summary(name) for name in (None, "cp1252", "cp437")]
     for evaluations in (2.0, 9.0, 2.0, 4.0, 5.5, 9.0, 7.5, 9.04):  # two more than are shown
         course = {"forward_evaluations": evaluations, "backward_evaluations": 8.1}
         said, plain = say(line | course), {summary(line | course) for summary in plainly}
     assert said == "loss 4.91 ppl 136 evals 9.0 ▁▃▄█▆█ back 8.1 res 2e-02 12346 tok/s"
     assert plain == {said.replace(" ▁▃▄█▆█", "")}
     assert say(line) == "loss 4.91 ppl 136 res 2e-02 12346 tok/s"  # an explicit model's has no evaluations
-    bar = tqdm.format_meter(1000, 2000, 800, ncols=100, bar_format=training_log.BAR, postfix=said)
+    bar = tqdm.format_meter(1000, 2000, 800, ncols=100, bar_format=log.BAR, postfix=said)
     assert len(bar) <= 100 and bar.startswith(" 50%|") and bar.endswith("[13:20<13:20, " + said + "]")
 
 
 def test_a_sparkline_does_not_magnify_noise():
-    assert training_log.sparkline([5.0, 5.02, 5.0]) == "▁▁▁" and training_log.sparkline([]) == ""
-    assert training_log.sparkline([1, 8, 4.5, 2]) in ("▁█▄▂", "▁█▅▂")
+    assert log.sparkline([5.0, 5.02, 5.0]) == "▁▁▁" and log.sparkline([]) == ""
+    assert log.sparkline([1, 8, 4.5, 2]) in ("▁█▄▂", "▁█▅▂")
 
 
 def test_an_explicit_model_takes_the_same_steps(corpus, tmp_path, capsys):
@@ -165,15 +166,15 @@ def test_an_explicit_model_takes_the_same_steps(corpus, tmp_path, capsys):
 @pytest.mark.parametrize("model_type", MODELS)
 def test_size_tokens_and_time_are_reported(model_type, corpus, tmp_path, capsys, monkeypatch):
     """Time is that of training, without the validations in between, which take hours here."""
-    validate, hours = LanguageModeling.validate, []
+    score, hours = HeldOutText.score, []
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 3600 * len(hours))
 
     def slow(*args, **kwargs):
         hours.append(1)
-        return validate(*args, **kwargs)
+        return score(*args, **kwargs)
 
-    monkeypatch.setattr(training_log, "time", clock)
-    monkeypatch.setattr(LanguageModeling, "validate", slow)
+    monkeypatch.setattr(log, "time", clock)
+    monkeypatch.setattr(HeldOutText, "score", slow)
     report = run(corpus, tmp_path, None, model_type, max_steps=4, eval_steps=1, save_steps=2)
     assert len(hours) == 4 and 0 < report["seconds"] < 3600
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -200,7 +201,17 @@ def test_the_loss_is_the_cross_entropy_of_the_labels_given(model_type):
 @both
 def test_the_unrolled_twin_trains(model_type, corpus, tmp_path):
     """Weight-tied layers without an equilibrium: validation and the sample do without a cache."""
-    run(corpus, tmp_path, UNROLLED, model_type, max_steps=40, logging_steps=20, eval_steps=20, sample_tokens=3)
+    run(
+        corpus,
+        tmp_path,
+        UNROLLED,
+        model_type,
+        shallow_steps=0,
+        max_steps=40,
+        logging_steps=20,
+        eval_steps=20,
+        sample_tokens=3,
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     first, last = (line for line in lines if "loss" in line)
     assert last["loss"] < 0.8 * first["loss"] and last["forward_evaluations"] == 3
@@ -302,7 +313,7 @@ def test_accumulation_does_not_change_the_run(corpus, tmp_path, carry_memory):
 @pytest.mark.parametrize("model_type, remember", [("deq_transformer", False), ("deq_trellisnet", True)])
 def test_two_processes_take_the_steps_of_one(corpus, tmp_path, model_type, remember):
     how = dict(TIGHT, carry_memory=remember, model_type=model_type)
-    flags = {**TRAINING, **MODELS[model_type], **TIGHT["model"], **how, "corpus": corpus, "sequence_length": 16}
+    flags = {**TRAINING, **DATA, **MODELS[model_type], **TIGHT["model"], **how, "corpus": corpus}
     del flags["model"]
     arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -326,9 +337,7 @@ def test_mixed_precision_trains(corpus, tmp_path):
 def test_an_existing_tokenizer_is_used(corpus, tmp_path):
     run(corpus, tmp_path / "first", max_steps=1)
     AcceleratorState._reset_state(True)
-    arguments = TrainingArguments(**(TRAINING | {"output_dir": str(tmp_path / "second"), "max_steps": 1}))
-    data = DataArguments(corpus=corpus, sequence_length=16, tokenizer=str(tmp_path / "first"))
-    train(data, arguments, MODEL | {"vocab_size": 999})
+    run(corpus, tmp_path / "second", {"vocab_size": 999}, max_steps=1, tokenizer=str(tmp_path / "first"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "second").config.vocab_size == 300
 
 
@@ -358,7 +367,10 @@ def test_bad_input_is_refused_before_training(corpus, tmp_path):
 
 def test_explicit_models_refuse_what_they_cannot_do(corpus, tmp_path):
     explicit = dict(folder=tmp_path, model_type="gpt2")
-    with pytest.raises(ValueError, match="n_positions=64 must cover sequence_length .65.: raise n_positions to 65"):
+    with pytest.raises(
+        ValueError,
+        match="n_positions=64 must cover the training sequences .sequence_length. .65.: raise n_positions to 65",
+    ):
         run(corpus, **explicit, sequence_length=65)
     with pytest.raises(ValueError, match="n_positions=64 must cover the sample's prompt and sample_tokens"):
         run(corpus, **explicit, sample_tokens=64)
@@ -366,8 +378,15 @@ def test_explicit_models_refuse_what_they_cannot_do(corpus, tmp_path):
         run(corpus, **explicit, carry_memory=True)
     with pytest.raises(ValueError, match="train_solver_tolerance is for models that solve"):
         run(corpus, **explicit, train_solver_tolerance=1e-2)
-    with pytest.raises(ValueError, match="copy_memory task reports on a solver: train gpt2 on language_modeling"):
-        train(CopyMemoryArguments(copy_delay=3), TrainingArguments(output_dir=str(tmp_path)), {}, "gpt2")
+    with pytest.raises(ValueError, match="shallow_steps is for models that solve"):
+        run(corpus, **explicit, shallow_steps=2)
+
+
+def test_an_explicit_model_learns_any_task(tmp_path):
+    arguments = RunArguments(**(TRAINING | {"output_dir": str(tmp_path), "max_steps": 30}))
+    report = train(CopyMemoryArguments(copy_delay=3, copy_variant="tcn"), arguments, MODELS["gpt2"], "gpt2")
+    assert losses(tmp_path)[30] < 0.5 * losses(tmp_path)[1] and report["validation_loss"] < 1.5
+    assert not [name for name in report if SOLVER_COLUMN.search(name)]
 
 
 def test_resume_refuses_another_config(corpus, tmp_path):
@@ -395,7 +414,7 @@ def test_weight_decay_spares_what_is_not_a_map():
 
 def learning_rates(steps=12, **training) -> list[float]:
     """Of each step."""
-    arguments = TrainingArguments(learning_rate=1.0, max_steps=steps, **training)
+    arguments = RunArguments(learning_rate=1.0, max_steps=steps, **training)
     optimizer = make_optimizer(TRANSFORMER.model(), arguments)
     schedule, rates = make_schedule(optimizer, arguments), []
     for _ in range(steps):
@@ -425,7 +444,7 @@ def test_schedules_of_the_learning_rate():
 def test_optimizers_are_those_of_the_papers(training, reference):
     ours, theirs = TRANSFORMER.model(), TRANSFORMER.model()
     theirs.load_state_dict(ours.state_dict())
-    arguments = TrainingArguments(learning_rate=0.1, **training)
+    arguments = RunArguments(learning_rate=0.1, **training)
     for model, optimizer in ((ours, make_optimizer(ours, arguments)), (theirs, reference(theirs.parameters()))):
         for step in range(3):
             for parameter in model.parameters():
@@ -467,7 +486,7 @@ def test_sgd_trains_and_resumes_in_the_middle_of_its_schedule(corpus, tmp_path):
 )
 def test_optimizers_and_schedules_are_checked(training, message):
     with pytest.raises(ValueError, match=message):
-        TrainingArguments(**training)
+        RunArguments(**training)
 
 
 def test_a_diverging_loss_stops_with_advice(corpus, tmp_path, monkeypatch):
@@ -505,7 +524,7 @@ def test_memory_goes_from_step_to_step(model_type, corpus, tmp_path, monkeypatch
 
 @both
 def test_copy_memory_trains(model_type, tmp_path, capsys):
-    arguments = TrainingArguments(**(TRAINING | {"output_dir": str(tmp_path), "sample_tokens": 1, "max_steps": 40}))
+    arguments = RunArguments(**(TRAINING | {"output_dir": str(tmp_path), "shallow_steps": 4, "max_steps": 40}))
     fields = {name: value for name, value in MODELS[model_type].items() if name != "vocab_size"}
     report = train(CopyMemoryArguments(copy_delay=3, copy_variant="tcn"), arguments, fields, model_type)
     assert losses(tmp_path)[40] < 0.5 * losses(tmp_path)[1]

@@ -7,26 +7,25 @@ import sys
 import numpy as np
 import pytest
 import torch
+from command_line import TINY, script
 from datasets import Dataset, DatasetDict
 from families import TRANSFORMER, TRELLISNET, random_ids
-from test_scripts import TINY, script
 
-from hf_deq import AndersonSolver, ConvergenceWarning, PicardSolver
+from hf_deq import AndersonSolver, ConvergenceWarning, PicardSolver, evaluation
+from hf_deq.data.words import train_word_tokenizer
+from hf_deq.evaluation.activations import activations_by_depth, saved_activation_bytes
 from hf_deq.evaluation.convergence import (
-    activations_by_depth,
     captured_map,
     divergences,
-    evaluations_over_training,
     evaluations_to_tolerance,
     held_out_windows,
     recorded_residuals,
     residual_trajectories,
-    saved_activation_bytes,
     spectral_radii,
     token_trajectories,
 )
 from hf_deq.fixed_point import SOLVERS
-from hf_deq.data.words import train_word_tokenizer
+from hf_deq.training import evaluations_over_training
 
 FAMILIES = pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
 
@@ -370,7 +369,6 @@ def test_the_script_refuses_in_a_line(runs, plot, tmp_path, monkeypatch):
             [runs / "deq", "--metrics", "missing.jsonl", "--output", tmp_path, "--length", 16],
             "there is no metrics file",
         ),
-        ([runs / "deq", "--length", 10**6], "lower length"),
         ([runs / "deq", "--text", " \n"], "error: the text is empty"),
         ([runs / "deq", "--text", "the " * 600], "the model and a figure take 512: shorten it"),
         ([runs / "stack", "--text", "the number"], "solves nothing"),
@@ -378,5 +376,8 @@ def test_the_script_refuses_in_a_line(runs, plot, tmp_path, monkeypatch):
         finished = plot(*arguments)
         assert finished.returncode != 0 and message in finished.stderr and "Traceback" not in finished.stderr
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for module in ("hf_deq.evaluation.figures", "hf_deq.commands.plot"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr(evaluation, "figures")
     finished = plot(runs / "deq")
     assert finished.returncode != 0 and 'pip install "hf_deq[plot]"' in finished.stderr

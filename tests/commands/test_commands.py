@@ -1,61 +1,27 @@
-"""The command lines and the README's example, run as a user would."""
+"""The command lines, run as a user would."""
 
 import dataclasses
-import io
 import json
 import re
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
+from command_line import ROOT, TINY, TINY_TRELLISNET, script
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from hf_deq import data
+from hf_deq.commands.train import parse
+from hf_deq.data import documents
+from hf_deq.tasks import TASKS
 from hf_deq.training import RunArguments
-
-ROOT = Path(__file__).parents[1]
-TINY_TRELLISNET = [
-    *("--max_steps", "30", "--warmup_steps", "2", "--sample_tokens", "8", "--shallow_steps", "0"),
-    *("--hidden_size", "32", "--intermediate_size", "64", "--vocab_size", "300", "--sequence_length", "16"),
-    *("--num_threads", "1"),  # other tests run on the other cores
-]
-TINY = [*TINY_TRELLISNET, "--num_attention_heads", "2"]
-
-
-class Finished(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def script(name, *arguments) -> Finished:
-    """Run a script in this process, which has paid for the imports already."""
-    AcceleratorState._reset_state(True)
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    argv, sys.argv = sys.argv, [str(ROOT / "scripts" / name), *map(str, arguments)]
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-        err.write("" if isinstance(stop.code, int) else str(stop.code))
-    finally:
-        sys.argv = argv
-        AcceleratorState._reset_state(True)
-    return Finished(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +103,14 @@ def test_evaluate_turns_the_dial(trained, tmp_path):
 
 def test_long_work_says_how_far_it_is(monkeypatch, capsys):
     """Over the batches of a large corpus; at once here, and elsewhere after five seconds."""
-    monkeypatch.setattr(data, "tqdm", lambda *arguments, **how: tqdm(*arguments, **how | {"delay": 0, "leave": True}))
+    monkeypatch.setattr(
+        documents, "tqdm", lambda *arguments, **how: tqdm(*arguments, **how | {"delay": 0, "leave": True})
+    )
     split = Dataset.from_dict({"text": ["a line"] * 2500})
-    assert [len(texts) for texts in data.batches_of_documents(split, "encode words")] == [1000, 1000, 500]
+    assert [len(texts) for texts in documents.batches_of_documents(split, "encode words")] == [1000, 1000, 500]
     assert "encode words: 100%|" in (said := capsys.readouterr().err) and "3/3" in said
     monkeypatch.setenv("LOCAL_RANK", "1")  # a second process is silent
-    assert len(list(data.batches_of_documents(split, "encode words"))) == 3 and not capsys.readouterr().err
+    assert len(list(documents.batches_of_documents(split, "encode words"))) == 3 and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -160,7 +128,10 @@ def test_long_work_says_how_far_it_is(monkeypatch, capsys):
         (["--task", "translation"], "invalid choice: 'translation'"),
         (["--model_type", "deq_mamba"], "invalid choice: 'deq_mamba'"),
         (["--model_type", "gpt2", "--hidden_size", "32"], "--hidden_size"),
-        (["--model_type", "gpt2", "--n_positions", "64"], "n_positions=64 must cover sequence_length (128)"),
+        (
+            ["--model_type", "gpt2", "--n_positions", "64"],
+            "n_positions=64 must cover the training sequences (sequence_length) (128)",
+        ),
     ],
 )
 def test_train_refuses_bad_flags_in_a_line(arguments, message, corpus, tmp_path):
@@ -211,40 +182,33 @@ def scaled_down(recipe: dict) -> list:
     "recipe", sorted((ROOT / "model_cards").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
 def test_recipes_take_their_first_steps(recipe, corpus, word_corpus, tmp_path):
-    flags = ["--output_dir", tmp_path, "--max_steps", 2, "--sample_tokens", 0, "--batch_size", 2, "--num_threads", 1]
+    flags = ["--output_dir", tmp_path, "--max_steps", 2, "--batch_size", 2, "--num_threads", 1]
     content = yaml.safe_load(recipe.read_text())
     if content.get("task") == "copy_memory":
         flags += ["--copy_delay", 1, "--copy_variant", "tcn", "--solver_max_evaluations", 2]
     elif content.get("word_level"):
-        flags += ["--corpus", word_corpus, "--corpus_config", "", *scaled_down(content)]
+        flags += ["--sample_tokens", 0, "--corpus", word_corpus, "--corpus_config", "", *scaled_down(content)]
     else:
-        flags += ["--corpus", corpus, "--vocab_size", 300, "--sequence_length", 16]
+        flags += ["--sample_tokens", 0, "--corpus", corpus, "--vocab_size", 300, "--sequence_length", 16]
     finished = script("train.py", recipe, *flags)
     assert finished.returncode == 0, finished.stderr[-2000:]
 
 
-@pytest.fixture
-def parse(monkeypatch):
-    """Flags of the training script to the arguments of `train`."""
-    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
-    return runpy.run_path(str(ROOT / "scripts" / "train.py"))["parse"]
-
-
 @pytest.mark.parametrize("model_type", ["deq_transformer", "deq_trellisnet"])
 @pytest.mark.parametrize("task", ["language_modeling", "copy_memory"])
-def test_there_is_a_recipe_for_every_model_and_task(model_type, task, parse):
+def test_there_is_a_recipe_for_every_model_and_task(model_type, task):
     """Chosen by these two flags alone."""
-    data, training, fields, chosen = parse(["--model_type", model_type, "--task", task, "--max_steps", "7"])
-    assert (data.task, chosen, training.max_steps) == (task, model_type, 7)
-    assert "hidden_size" in fields and training.learning_rate != TrainingArguments().learning_rate
+    arguments, run, fields, chosen = parse(["--model_type", model_type, "--task", task, "--max_steps", "7"])
+    assert (type(arguments), chosen, run.max_steps) == (TASKS[task].arguments, model_type, 7)
+    assert "hidden_size" in fields and run.learning_rate != RunArguments().learning_rate
 
 
-def test_an_explicit_baseline_takes_the_recipe_of_a_deq_but_for_its_model(parse):
+def test_an_explicit_baseline_takes_the_recipe_of_a_deq_but_for_its_model():
     ours = parse([])
     flags = ["--n_layer", "2", "--n_inner", "64", "--resid_pdrop", "0", "--embd_pdrop", "0.05"]
     data, training, fields, model_type = parse(["--model_type", "gpt2", *flags])
     assert (data, model_type) == (ours[0], "gpt2")
-    assert training == dataclasses.replace(ours[1], train_solver_tolerance=None)
+    assert training == dataclasses.replace(ours[1], train_solver_tolerance=None, shallow_steps=0)
     expected = dict(vocab_size=ours[2]["vocab_size"], n_layer=2, n_inner=64, resid_pdrop=0, embd_pdrop=0.05)
     assert fields == expected
 

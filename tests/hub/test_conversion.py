@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from hf_deq import AndersonSolver, BroydenSolver
 from hf_deq.hub.conversion import FAMILIES, convert_checkpoint
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
 VARIANTS = {
     "transformer_postln": "deq_transformer",
     "transformer_preln_wnorm": "deq_transformer",

@@ -5,20 +5,25 @@ import torch
 from datasets import Dataset
 
 from hf_deq.data import (
-    END_OF_TEXT,
     ContiguousBatches,
+    Corpus,
+    CorpusArguments,
     SequenceBlocks,
     StepBatches,
-    corpus_fingerprint,
-    encode_corpus,
-    load_corpus,
+    encode_documents,
+    read_corpus,
     train_tokenizer,
 )
+from hf_deq.data.tokens import END_OF_TEXT
+
+
+def splits(name, validation_file=None):
+    return read_corpus(CorpusArguments(str(name), validation_file=validation_file and str(validation_file))).splits
 
 
 @pytest.fixture(scope="module")
 def built_in():
-    return load_corpus("cpython_docs")
+    return splits("cpython_docs")
 
 
 def test_built_in_corpus_is_english_documentation(built_in):
@@ -31,14 +36,14 @@ def test_built_in_corpus_is_english_documentation(built_in):
 
 
 def test_built_in_corpus_is_the_same_every_time(built_in):
-    assert corpus_fingerprint(load_corpus("cpython_docs")) == corpus_fingerprint(built_in)
+    assert read_corpus(CorpusArguments()).fingerprint == Corpus("cpython_docs", built_in).fingerprint
 
 
 def test_fingerprint_sees_every_character(built_in):
     changed = built_in["train"].to_dict()["text"]
     changed[3] = changed[3][:-1] + "~"
     other = type(built_in)(built_in | {"train": Dataset.from_dict({"text": changed})})
-    assert corpus_fingerprint(other) != corpus_fingerprint(built_in)
+    assert Corpus("other", other).fingerprint != Corpus("built in", built_in).fingerprint
 
 
 def test_tokenizer_round_trips_any_text_and_is_reproducible(built_in, tmp_path):
@@ -54,7 +59,7 @@ def test_tokenizer_round_trips_any_text_and_is_reproducible(built_in, tmp_path):
 def test_stream_counts_and_ends_every_document():
     split = Dataset.from_dict({"text": ["one two", "", "drei"]})
     tokenizer = train_tokenizer(split, 257)
-    stream = encode_corpus(split, tokenizer)
+    stream = encode_documents(split, tokenizer)
     assert (stream.num_bytes, stream.num_words) == (11, 3)
     assert stream.ids.tolist().count(tokenizer.eos_token_id) == 2 and stream.ids[-1] == tokenizer.eos_token_id
     assert len(stream.ids) == 11 + 2
@@ -70,25 +75,25 @@ def test_a_file_name_is_taken_as_given(tmp_path, name, pattern_of):
         named, other = folder / name, folder / pattern_of
         named.write_text("\n\n".join(["the text that was meant"] * 20))
         other.write_text("\n\n".join(["some other text"] * 20))
-        for corpus in (load_corpus(str(named)), load_corpus(str(other), validation_file=str(named))):
+        for corpus in (splits(named), splits(other, validation_file=named)):
             assert set(corpus["validation"]["text"]) == {"the text that was meant"}
-        assert set(load_corpus(str(named))["train"]["text"]) == {"the text that was meant"}
+        assert set(splits(named)["train"]["text"]) == {"the text that was meant"}
     chained = tmp_path / "a::b.txt"
     chained.write_text("text\n\n" * 20)
     with pytest.raises(ValueError, match="'::' in its name.*rename it"):
-        load_corpus(str(chained))
+        splits(chained)
 
 
 def test_local_files(tmp_path):
     text, validation = tmp_path / "a.txt", tmp_path / "b.txt"
     text.write_text("\n\n".join(f"paragraph {i}\nwith two lines" for i in range(30)))
     validation.write_text("held out\n\nseparately")
-    held_out = load_corpus(str(text))
+    held_out = splits(text)
     assert len(held_out["train"]) == 27 and held_out["validation"]["text"][0].startswith("paragraph 27")
-    assert load_corpus(str(text), validation_file=str(validation))["validation"]["text"] == ["held out", "separately"]
+    assert splits(text, validation_file=validation)["validation"]["text"] == ["held out", "separately"]
     lines = tmp_path / "lines.txt"
     lines.write_text("\n".join(f"line {i}" for i in range(20)))
-    assert len(load_corpus(str(lines))["train"]) == 18
+    assert len(splits(lines)["train"]) == 18
 
 
 def test_blocks_predict_every_token_of_the_stream_once():
@@ -122,30 +127,30 @@ def test_batches_are_epochs_of_permutations_and_resume_anywhere():
 
 def test_bad_corpora_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"missing.txt.*no such file"):
-        load_corpus(str(tmp_path / "missing.txt"))
+        splits(tmp_path / "missing.txt")
     text = tmp_path / "a.txt"
     text.write_text("one line only")
     with pytest.raises(ValueError, match="give validation_file"):
-        load_corpus(str(text))
+        splits(text)
     with pytest.raises(ValueError, match="does not exist"):
-        load_corpus(str(text), validation_file=str(tmp_path / "missing.txt"))
+        splits(text, validation_file=tmp_path / "missing.txt")
     with pytest.raises(ValueError, match="less than one sequence of 5"):
         SequenceBlocks(torch.arange(5), 5)
     with pytest.raises(ValueError, match="at least 257"):
         train_tokenizer(Dataset.from_dict({"text": ["a"]}), 256)
     with pytest.raises(ValueError, match="no text in this split"):
-        encode_corpus(Dataset.from_dict({"text": [""]}), train_tokenizer(Dataset.from_dict({"text": ["a"]}), 257))
+        encode_documents(Dataset.from_dict({"text": [""]}), train_tokenizer(Dataset.from_dict({"text": ["a"]}), 257))
 
 
 def test_hub_corpora_need_the_right_splits_and_column(tmp_path):
     """The same check for any `datasets.load_dataset`, shown on a local folder of CSV files."""
     for split in ("train", "validation"):
         (tmp_path / f"{split}.csv").write_text("text\nhello world\n")
-    assert load_corpus(f"{tmp_path}/")["train"]["text"] == ["hello world"]
+    assert splits(f"{tmp_path}/")["train"]["text"] == ["hello world"]
     (tmp_path / "train.csv").write_text("sentence\nhello\n")
     (tmp_path / "validation.csv").write_text("sentence\nhello\n")
     with pytest.raises(ValueError, match=r"no column 'text'; it has \['sentence'\]"):
-        load_corpus(f"{tmp_path}/")
+        splits(f"{tmp_path}/")
     (tmp_path / "validation.csv").unlink()
     with pytest.raises(ValueError, match="no split 'validation'"):
-        load_corpus(f"{tmp_path}/")
+        splits(f"{tmp_path}/")

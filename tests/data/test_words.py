@@ -1,28 +1,31 @@
 """Word-level corpora: lines, words, ids, and the counts of the published ones."""
 
 import json
-from pathlib import Path
 
 import pytest
+from command_line import ROOT, TINY, script
 from datasets import Dataset, DatasetDict
-from test_scripts import TINY, script
+from families import TRANSFORMER
 from transformers import AutoTokenizer
 
-from hf_deq import word_level
-from hf_deq.data import SequenceBlocks, train_tokenizer
-from hf_deq.tasks import LanguageModeling
-from hf_deq.training_arguments import DataArguments
+from hf_deq.data import CorpusArguments, SequenceBlocks, read_corpus, train_tokenizer, words
 from hf_deq.data.words import (
     PENN_TREEBANK,
     WIKITEXT_103,
     KnownCorpus,
     encode_words,
     known_corpus,
-    load_word_corpus,
     train_word_tokenizer,
 )
+from hf_deq.tasks import LanguageModeling, LanguageModelingArguments
 
-PTB = Path(__file__).parents[2] / "shared" / "data" / "ptb"
+
+def lines_of(folder):
+    """The splits of a corpus of words."""
+    return read_corpus(CorpusArguments(str(folder), word_level=True)).splits
+
+
+PTB = ROOT.parent / "shared" / "data" / "ptb"
 needs_ptb = pytest.mark.skipif(
     not (PTB / "train.txt").is_file(),
     reason=f"the Penn Treebank is not ours to distribute: put train.txt, valid.txt and test.txt into {PTB} to test it",
@@ -42,34 +45,34 @@ def folder(tmp_path):
 
 
 def test_lines_are_split_on_white_space_and_end_in_eos(folder):
-    corpus = load_word_corpus(str(folder))
+    corpus = lines_of(folder)
     assert {split: len(corpus[split]) for split in corpus} == {"train": 3, "validation": 3, "test": 1}
     tokenizer = train_word_tokenizer(corpus)
     stream = encode_words(corpus["train"], tokenizer)
-    words = "the cat sat <eos> <eos> the dog <unk>s on the <unk> <eos>"
-    assert " ".join(tokenizer.convert_ids_to_tokens(stream.ids)) == words
+    expected = "the cat sat <eos> <eos> the dog <unk>s on the <unk> <eos>"
+    assert " ".join(tokenizer.convert_ids_to_tokens(stream.ids)) == expected
     assert stream.num_words == 9  # without <eos>
     assert stream.num_bytes == len(b"the cat sat") + len("the\tdog <unk>s\u00a0on the <unk>".encode())
-    words = "<unk> cat <unk> <eos> <eos> the dog <eos>"  # "a" is new to it
-    assert " ".join(tokenizer.convert_ids_to_tokens(encode_words(corpus["validation"], tokenizer).ids)) == words
+    expected = "<unk> cat <unk> <eos> <eos> the dog <eos>"  # "a" is new to it
+    assert " ".join(tokenizer.convert_ids_to_tokens(encode_words(corpus["validation"], tokenizer).ids)) == expected
 
 
 def test_ids_by_frequency_or_by_appearance(folder):
-    corpus = load_word_corpus(str(folder))
+    corpus = lines_of(folder)
     vocabulary = train_word_tokenizer(corpus, "frequency").get_vocab()
     assert sorted(vocabulary, key=vocabulary.get) == ["<eos>", "the", "cat", "sat", "dog", "<unk>s", "on", "<unk>"]
     vocabulary = train_word_tokenizer(corpus, "appearance").get_vocab()
-    words = ["the", "cat", "sat", "<eos>", "dog", "<unk>s", "on", "<unk>", "a", "bird"]
-    assert sorted(vocabulary, key=vocabulary.get) == words
+    expected = ["the", "cat", "sat", "<eos>", "dog", "<unk>s", "on", "<unk>", "a", "bird"]
+    assert sorted(vocabulary, key=vocabulary.get) == expected
     everywhere = KnownCorpus("all parts", {}, 10, counted=("train", "validation", "test"))
     vocabulary = train_word_tokenizer(corpus, "frequency", everywhere).get_vocab()
-    words = ["<eos>", "the", "cat", "dog", "<unk>", "sat", "<unk>s", "on", "a", "bird"]
-    assert sorted(vocabulary, key=vocabulary.get) == words
+    expected = ["<eos>", "the", "cat", "dog", "<unk>", "sat", "<unk>s", "on", "a", "bird"]
+    assert sorted(vocabulary, key=vocabulary.get) == expected
 
 
-@pytest.mark.parametrize("id_order", word_level.ID_ORDERS)
+@pytest.mark.parametrize("id_order", words.ID_ORDERS)
 def test_the_saved_tokenizer_reads_as_the_corpus_reader(folder, tmp_path, id_order):
-    corpus = load_word_corpus(str(folder))
+    corpus = lines_of(folder)
     train_word_tokenizer(corpus, id_order).save_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.pad_token == "<eos>"
@@ -84,13 +87,13 @@ def test_the_saved_tokenizer_reads_as_the_corpus_reader(folder, tmp_path, id_ord
 def test_other_file_names_and_datasets_of_lines(folder, tmp_path):
     for split, name in (("train", "wiki.train.tokens"), ("valid", "wiki.valid.tokens"), ("test", "wiki.test.tokens")):
         (folder / f"{split}.txt").rename(folder / name)
-    corpus = load_word_corpus(str(folder))
+    corpus = lines_of(folder)
     hub = tmp_path / "hub"  # rows as on the Hub: a line with its line break
     hub.mkdir()
     for split in corpus:
         rows = [json.dumps({"text": f"{line}\n"}) for line in corpus[split]["text"]]
         (hub / f"{split}.jsonl").write_text("\n".join(rows))
-    other = load_word_corpus(str(hub))
+    other = lines_of(hub)
     tokenizer = train_word_tokenizer(corpus)
     assert train_word_tokenizer(other).get_vocab() == tokenizer.get_vocab()
     for split in ("train", "validation", "test"):
@@ -100,14 +103,14 @@ def test_other_file_names_and_datasets_of_lines(folder, tmp_path):
 
 def test_what_cannot_be_read_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="is a file: word_level reads a folder"):
-        load_word_corpus(str(folder / "train.txt"))
-    corpus = load_word_corpus(str(folder))
+        lines_of(folder / "train.txt")
+    corpus = lines_of(folder)
     with pytest.raises(ValueError, match="id_order must be one of frequency, appearance, got 'size'"):
         train_word_tokenizer(corpus, "size")
     with pytest.raises(ValueError, match="id_order must be one of frequency, appearance, got 'size'"):
-        DataArguments(id_order="size")
+        LanguageModelingArguments(id_order="size")
     with pytest.raises(ValueError, match="with word_level put valid.txt"):
-        DataArguments(word_level=True, validation_file="valid.txt")
+        LanguageModelingArguments(word_level=True, validation_file="valid.txt")
     with pytest.raises(ValueError, match="needs a tokenizer of words"):
         encode_words(corpus["train"], train_tokenizer(corpus["train"], 257))
     plain = DatasetDict({"train": Dataset.from_dict({"text": ["a b"]})})
@@ -119,7 +122,7 @@ def test_what_cannot_be_read_is_refused(folder, tmp_path):
         encode_words(Dataset.from_dict({"text": [""]}), tokenizer)
     (folder / "valid.txt").unlink()
     with pytest.raises(ValueError, match="no validation part: add valid.txt"):
-        load_word_corpus(str(folder))
+        lines_of(folder)
 
 
 def test_a_corpus_must_be_what_it_is_called(folder, monkeypatch):
@@ -128,10 +131,10 @@ def test_a_corpus_must_be_what_it_is_called(folder, monkeypatch):
     for name in ("train", "valid", "test"):
         (called / f"{name}.txt").write_bytes((folder / f"{name}.txt").read_bytes())
     with pytest.raises(ValueError, match=r"is called Penn Treebank, whose train part has 929,589 tokens.*it has 12"):
-        load_word_corpus(str(called))
+        lines_of(called)
     tiny = KnownCorpus("Tiny", {"train": 12, "validation": 8, "test": 3}, vocab_size=9, counted=("train",))
-    monkeypatch.setitem(word_level.KNOWN_CORPORA, "ptb", tiny)
-    corpus = load_word_corpus(str(called))
+    monkeypatch.setitem(words.KNOWN_CORPORA, "ptb", tiny)
+    corpus = lines_of(called)
     with pytest.raises(ValueError, match="Tiny has 9 kinds of words, this corpus 8"):
         train_word_tokenizer(corpus, known=known_corpus(str(called)))
 
@@ -146,19 +149,23 @@ def test_names_of_the_published_corpora():
 
 
 def test_it_is_a_task_to_learn(folder):
-    task = LanguageModeling(DataArguments(corpus=str(folder), word_level=True, sequence_length=4), {"vocab_size": 99})
+    task = LanguageModeling(
+        LanguageModelingArguments(corpus=str(folder), word_level=True, sequence_length=4), {"vocab_size": 99}
+    )
     assert task.model_fields == {"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     assert "12 training and 8 validation tokens of 8 kinds" in str(task)
     assert isinstance(task.examples, SequenceBlocks) and len(task.examples) == 2
-    task.save(folder / "model")
-    again = DataArguments(corpus=str(folder), word_level=True, sequence_length=4, tokenizer=str(folder / "model"))
+    task.save(folder / "model", TRANSFORMER.config())
+    again = LanguageModelingArguments(
+        corpus=str(folder), word_level=True, sequence_length=4, tokenizer=str(folder / "model")
+    )
     assert LanguageModeling(again, {}).train.ids.tolist() == task.train.ids.tolist()
 
 
 @needs_ptb
-@pytest.mark.parametrize("id_order", word_level.ID_ORDERS)
+@pytest.mark.parametrize("id_order", words.ID_ORDERS)
 def test_penn_treebank_is_what_papers_count(id_order, tmp_path):
-    corpus = load_word_corpus(str(PTB))
+    corpus = lines_of(PTB)
     tokenizer = train_word_tokenizer(corpus, id_order, known_corpus(str(PTB)))
     assert len(tokenizer) == 10_000
     streams = {split: encode_words(corpus[split], tokenizer) for split in corpus}
@@ -187,8 +194,8 @@ def test_training_and_evaluation_from_the_command_line(folder, tmp_path):
     finished = script("evaluate.py", model, *dial, *more)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert "the train split: 10 of 12 tokens counted" in finished.stdout
-    words = "2 streams in segments of 3, memory carried (at most 9 tokens), remainder dropped; solver anderson, scope"
-    assert words in finished.stdout
+    how = "2 streams in segments of 3, memory carried (at most 9 tokens), remainder dropped; solver anderson, scope"
+    assert how in finished.stdout
     finished = script("evaluate.py", model, *dial, "--split", "test", "--batch_size", 1)
     assert "the test split: 3 of 3 tokens counted (2 words, 8 bytes), 1 streams" in finished.stdout
     assert "memory carried (at most 4 tokens)" in finished.stdout

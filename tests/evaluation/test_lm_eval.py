@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_scripts import TINY, TINY_TRELLISNET, script
+from command_line import ROOT, TINY, TINY_TRELLISNET, script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_deq.data import encode_corpus, load_corpus
-from hf_deq.evaluation import evaluate_perplexity
-from hf_deq.hub import export_hub_folder, load_model
-from hf_deq.data.words import encode_words, load_word_corpus
+from hf_deq.data import CorpusArguments, read_corpus
+from hf_deq.evaluation import Protocol, evaluate_perplexity, load_model
+from hf_deq.hub import export_hub_folder
 
 pytest.importorskip("lm_eval", reason='lm-eval is not installed: pip install -e ".[harness]"')
 from lm_eval import evaluate
@@ -22,7 +21,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-TASKS = Path(__file__).parents[1] / "scripts" / "lm_eval_tasks"
+TASKS = ROOT / "scripts" / "lm_eval_tasks"
 LENGTH = 16
 FLAGS = {
     "transformer": TINY,
@@ -53,16 +52,14 @@ def trained(request, corpora, tmp_path_factory):
     finished = script("train.py", "--corpus", corpus, "--output_dir", folder, *FLAGS[request.param])
     assert finished.returncode == 0, finished.stderr[-2000:]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if words:
-        return str(folder), encode_words(load_word_corpus(corpus)["validation"], tokenizer)
-    return str(folder), encode_corpus(load_corpus(corpus)["validation"], tokenizer)
+    return str(folder), read_corpus(CorpusArguments(corpus, word_level=words)).encode("validation", tokenizer)
 
 
 def ours(folder: str, stream, **dial) -> tuple[float, float]:
     """Bits per byte and word perplexity."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     start = AutoTokenizer.from_pretrained(folder).eos_token_id
-    report = evaluate_perplexity(model, stream, start, length=LENGTH, stride=LENGTH, **dial)
+    report = evaluate_perplexity(model, stream, start, Protocol(LENGTH, LENGTH), **dial)
     return report.bits_per_byte, report.word_perplexity
 
 
@@ -96,8 +93,7 @@ def test_the_corpus_and_the_split_can_be_others(trained, corpora):
     words = "words" in Path(folder).name
     metadata = {"corpus": corpora["words"] + ("" if words else "/train.txt"), "split": "train"}
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    corpus = (load_word_corpus if words else load_corpus)(metadata["corpus"])
-    stream = (encode_words if words else encode_corpus)(corpus["train"], tokenizer)
+    stream = read_corpus(CorpusArguments(metadata["corpus"], word_level=words)).encode("train", tokenizer)
     assert theirs(folder, metadata) == pytest.approx(ours(folder, stream), rel=1e-6)
     with pytest.raises(ValueError, match="no split 'test'"):
         theirs(folder, {"split": "test"})
@@ -116,7 +112,7 @@ def test_it_generates_what_generate_does(trained):
     lm = harness(folder, batch_size=4)
     expected = []
     for context in CONTEXTS:
-        inputs = lm.tokenizer(context, return_tensors="pt", return_token_type_ids=False)
+        inputs = lm.tokenizer(context, return_tensors="pt")
         ids = lm.model.generate(**inputs, max_new_tokens=12, do_sample=False)
         continuation = lm.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         expected.append(continuation.split("sentence")[0])

@@ -9,18 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
+from command_line import ROOT, TINY, script
 from families import TRANSFORMER, TRELLISNET
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_scripts import TINY, script
 from transformers import GPT2Config
 
 from hf_deq import hub
-from hf_deq.hub.card import RunRecord, make_card, read_record
-
-ROOT = Path(__file__).parents[1]
+from hf_deq.commands import push
+from hf_deq.hub import RunRecord, make_card, read_record
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +104,11 @@ def test_the_card_tells_the_run(trained, dry):
     radius = json.loads((trained / "results.json").read_text())["spectral_radius"]
     for expected in (
         f"Jacobian of f has a spectral radius of {radius:.2f}",
-        "![Perplexity against tolerance and budget](dial.png)\n\n"
+        "![Quality against tolerance and budget](dial.png)\n\n"
         "`python scripts/plot_convergence.py numbers --stride 16 --others other`\n",
         'AutoModelForCausalLM.from_pretrained("user/numbers", trust_remote_code=True)',
-        "hf download user/numbers --local-dir numbers\npython scripts/evaluate.py numbers --budgets 1 2",
+        "hf download user/numbers --local-dir numbers\n"
+        "python scripts/evaluate.py numbers --tolerances 0.01 0.001 --budgets 1 2",
         "In full: the validation split: ",
         "(`numbers.txt` must be in the working folder.)\n",
         "windows of 16, stride 8; solver anderson, ",
@@ -129,7 +128,7 @@ def test_the_card_tells_the_run(trained, dry):
 
 def test_the_card_asks_for_what_the_package_asks_for():
     needed = re.findall(r'"((?:torch|transformers)>=[\d.]+)"', (ROOT / "pyproject.toml").read_text())
-    template = (ROOT / "model_cards" / "template.md").read_text()
+    template = (ROOT / "hf_deq" / "hub" / "template.md").read_text()
     assert len(needed) == 2 and all(f'"{requirement}"' in template for requirement in needed)
 
 
@@ -177,12 +176,15 @@ def test_results_of_other_tasks_and_without_a_solver():
     row = {"loss": 1e-3, "recalled": 0.5, "num_evaluations": 3.0, "residual": 1e-3, "converged": 1.0}
     dial = {"solver_tolerance": 0.0, "solver_max_evaluations": 3}
     recipe = {"task": "copy_memory", "copy_delay": 9}
-    record = RunRecord(recipe=recipe, results=[dial | row], evaluation={"budgets": [3]})
+    record = RunRecord(
+        recipe=recipe, results=[dial | row], evaluation={"budgets": [3]}, dataset="copy_memory", split="test"
+    )
     card = make_card(model, "user/model", record)
     assert {result.metric_type for result in card.data.eval_results} == {"loss", "recalled"}
     assert "test split of `copy_memory`" in card.text and "--budgets 3" in card.text and "--tolerances" not in card.text
     evaluation = {"corpus": "a/b", "split": "test", "drop_remainder": True}
-    record = RunRecord(results=[{"perplexity": 9.0, "num_tokens": 5}], evaluation=evaluation, measured="five tokens")
+    rows = [{"perplexity": 9.0, "num_tokens": 5}]
+    record = RunRecord(results=rows, evaluation=evaluation, dataset="a/b", split="test", measured="five tokens")
     card = make_card(model, "user/model", record)
     assert "scripts/evaluate.py model --corpus a/b --split test --drop_remainder true\n" in card.text
     assert "| no solver |" in card.text and "In full: five tokens.\n" in card.text
@@ -194,16 +196,16 @@ def test_results_that_are_not_of_this_run_are_refused(copied):
     results = json.loads(file.read_text())
     results["rows"] = [row | {"num_tokens": 3} for row in results["rows"]]
     file.write_text(json.dumps(results))
-    with pytest.raises(ValueError, match="results.json has num_tokens 3, .* another model or text .* Write it anew"):
+    with pytest.raises(ValueError, match="results.json has num_tokens 3, .* another model or text .* Write it again"):
         read_record(copied, config)
     results["arguments"]["split"] = "test"
     file.write_text(json.dumps(results))
     assert read_record(copied, config).results[0]["num_tokens"] == 3
     for content, message in [
         ("{", "cannot be read: Expecting"),
-        (json.dumps(results["rows"]), "it has rows alone, not the arguments that gave them"),  # as it once was
-        ("{}", "evaluate.py --output did not write it"),
-        (json.dumps(results | {"rows": [{"tokens": 3}]}), "evaluate.py --output did not write it"),
+        (json.dumps(results["rows"]), "it has rows but not the arguments that gave them"),  # as it once was
+        ("{}", "it was not written by hf-deq evaluate --output"),
+        (json.dumps(results | {"rows": [{"tokens": 3}]}), "it was not written by hf-deq evaluate --output"),
     ]:
         file.write_text(content)
         refused = script("push_to_hub.py", copied, "--repo-id", "user/name").stderr
@@ -253,8 +255,8 @@ class FakeApi:
 def api(monkeypatch):
     monkeypatch.setattr(FakeApi, "calls", [], raising=False)
     monkeypatch.setattr(FakeApi, "validated", [], raising=False)
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
+    monkeypatch.setattr(push, "HfApi", FakeApi)
+    monkeypatch.setattr(push, "get_token", lambda: "a token")
     monkeypatch.setattr(ModelCard, "validate", lambda card: FakeApi.validated.append(card.data.model_name))
     return FakeApi
 
@@ -283,16 +285,16 @@ def test_bad_input_is_refused_before_any_work(copied, dry, api, monkeypatch, tmp
         assert finished.returncode == 1 and finished.stderr.startswith("error: "), finished.stderr
         return finished.stderr
 
-    monkeypatch.setattr(hub, "load_model", None)  # nothing is loaded
+    monkeypatch.setattr(push, "load_model", None)  # nothing is loaded
     assert "Repo id must" in refused(copied, "--repo-id", "a/b/c")
     assert "repo_id must be user/name" in refused(copied, "--repo-id", "name")
     assert "is not a model folder" in refused(tmp_path, "--repo-id", "user/name")
     full = refused(copied, "--repo-id", "user/name", "--dry-run", "--output", dry[0])
     assert "is not empty" in full
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr(push, "get_token", lambda: None)
     assert "hf auth login" in refused(copied, "--repo-id", "user/name")
     (copied / "results.json").unlink()
-    assert f"evaluate.py {copied} --output {copied}/results.json" in refused(copied, "--repo-id", "user/name")
+    assert f"hf-deq evaluate {copied} --output {copied}/results.json" in refused(copied, "--repo-id", "user/name")
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(copied)
     assert "holds a gpt2 that hf_deq did not save" in refused(copied, "--repo-id", "user/name")
     assert api.calls == []
@@ -304,5 +306,5 @@ def test_a_dry_run_without_metrics_warns(copied, tmp_path):
         (copied / name).unlink()
     output = tmp_path / "hub"
     finished = script("push_to_hub.py", copied, "--repo-id", "user/name", "--dry-run", "--output", output)
-    assert finished.returncode == 0 and "warning: " in finished.stderr and "evaluate.py" in finished.stderr
+    assert finished.returncode == 0 and "warning: " in finished.stderr and "hf-deq evaluate" in finished.stderr
     assert "model-index" not in (output / "README.md").read_text() and not (output / "recipe.yaml").exists()

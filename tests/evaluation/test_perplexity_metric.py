@@ -13,7 +13,7 @@ import pytest
 import hf_deq
 from hf_deq.evaluation.perplexity.formula import perplexity_of
 
-FOLDER = Path(hf_deq.__file__).parent / "perplexity"
+FOLDER = Path(hf_deq.__file__).parent / "evaluation" / "perplexity"
 
 # Four tokens of probability 1/2, 1/8, 1/4 and 1/4, in batches of one and three: a factor of 2 ** 8 altogether.
 NATS, COUNTS = [math.log(2), 7 * math.log(2)], [1, 3]
