@@ -1,12 +1,14 @@
-"""What the site shows besides docs/: the model cards, with their figures and recipes, and how to contribute.
+"""What the site shows besides docs/: the README as its first page, the model cards with their figures and recipes, and
+how to contribute.
 
-Pages link to these files as they lie in the repository, one folder up, so that the links also work where Markdown is
-read without the site. Here the files join it, and the links follow.
+Pages link to these files as they lie in the repository, one folder up, so that the links also work if Markdown is read
+without the site. Here the files become part of the site, and the links follow.
 
-The reference is read from source, nothing is imported for it; `FieldsOfDataclasses` adds what cannot be seen there.
+The reference is read from source and nothing is imported for it. `FieldsOfDataclasses` adds what the source hides.
 """
 
 import ast
+import re
 from pathlib import Path
 
 from griffe import Extension, Function, Parameter, ParameterKind, Parameters
@@ -17,7 +19,10 @@ SHOWN = ("model_cards/*/*.md", "model_cards/*/*.png", "model_cards/*/*.yaml", "C
 
 
 def on_files(files, config):
-    """Add them."""
+    """Add the pages and figures that do not lie in docs/."""
+    readme = re.sub(r"\[(.*?)\]\((LICENSE|CITATION.cff)\)", r"\1", (ROOT / "README.md").read_text())  # not on the site
+    readme = readme.replace("](docs/", "](")
+    files.append(File.generated(config, "index.md", content=readme))
     for path in sorted(path for pattern in SHOWN for path in ROOT.glob(pattern)):
         name = path.relative_to(ROOT).as_posix()
         files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
@@ -25,16 +30,16 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links of docs/*.md that go one folder up."""
+    """Correct the links of docs/*.md that go one folder up."""
     is_ours = page.file.src_dir == config.docs_dir and "/" not in page.file.src_uri
     return markdown.replace("](../", "](") if is_ours else markdown
 
 
 class FieldsOfDataclasses(Extension):
-    """Describes what runs at import: constructors of configurations, and the flags of dataclasses of arguments."""
+    """Describes what exists only after import: constructors of configurations, flags of dataclasses."""
 
     def on_class_members(self, *, node, cls, **kwargs):
-        """Fields become parameters, and help texts their descriptions."""
+        """Make parameters of fields, and descriptions of help texts."""
         if cls.name.endswith("Config"):  # Transformers makes each of them a dataclass
             cls.set_member("__init__", Function("__init__", parameters=Parameters(*_fields(cls))))
         flags = "".join(f"    {name}: {text}\n" for name, text in _help_texts(node))
@@ -53,4 +58,5 @@ def _help_texts(node):
     for statement in node.body:
         for argument in getattr(getattr(statement, "value", None), "keywords", ()):
             if argument.arg == "metadata":
-                yield statement.target.id, ast.literal_eval(argument.value)["help"]
+                texts = dict(zip(map(ast.literal_eval, argument.value.keys), argument.value.values, strict=True))
+                yield statement.target.id, ast.literal_eval(texts["help"])

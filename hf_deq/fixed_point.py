@@ -239,7 +239,11 @@ class BroydenSolver(_RememberingSolver):
         return BroydenIteration(z0, positions, self.history, self.damping)
 
 
-SOLVERS = {"anderson": AndersonSolver, "broyden": BroydenSolver, "picard": PicardSolver}
+SOLVERS: dict[str, type[FixedPointSolver]] = {
+    "anderson": AndersonSolver,
+    "broyden": BroydenSolver,
+    "picard": PicardSolver,
+}
 
 
 class _Record:
@@ -262,7 +266,7 @@ class _Record:
         self.best = z0.clone()
         self.lowest_worst = torch.full(shape, float("inf"), device=z0.device)
         self.moving = torch.ones(shape, dtype=torch.bool, device=z0.device)
-        self.moved = []
+        self.moved: list[Tensor] = []
 
     def observe(self, z: Tensor, f_z: Tensor, residual_norm: Tensor) -> None:
         """Record an iterate, its image, and the norm of their difference."""

@@ -140,7 +140,7 @@ class BroydenIteration(SafeguardedIteration):
     def __init__(self, z0, positions, history, damping):
         super().__init__(z0, positions, history, damping)
         self.steps, self.changes = Ring(z0, history), Ring(z0, history)
-        self.previous = None
+        self.previous: tuple[Tensor, Tensor] | None = None
 
     def observe(self, z, f_z):
         if self.previous is not None:

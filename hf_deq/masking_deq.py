@@ -102,7 +102,7 @@ def read_rows(
 def token_mask(attention_mask: Tensor, first_query: int | Tensor, length: int) -> Tensor:
     """Return which of the new positions are tokens, bool `(batch, length)`. Arguments as in `read_rows`."""
     if attention_mask.dim() == 4:  # a token attends to itself, padding does not
-        return _allowed(attention_mask)[:, 0].diagonal(first_query, -2, -1)[:, :length]
+        return _allowed(attention_mask)[:, 0].diagonal(int(first_query), -2, -1)[:, :length]
     columns = first_query + torch.arange(length, device=attention_mask.device)
     return attention_mask.index_select(1, columns).bool()
 
@@ -119,16 +119,15 @@ def refuse_inner_padding(rows: Rows) -> None:
         ValueError: if there is such padding.
     """
     if rows.tokens is not None and rows.tokens.shape[1] > 1:
-        _refuse_inner_padding(rows)
+        _refuse_inner_padding(rows.tokens[..., 0], rows.texts)
 
 
 @torch.compiler.disable
-def _refuse_inner_padding(rows: Rows) -> None:
-    tokens = rows.tokens[..., 0]
+def _refuse_inner_padding(tokens: Tensor, texts: Texts | None) -> None:
     previous = _previous_token(tokens)
     same_text = previous >= 0
-    if rows.texts is not None:
-        same_text &= rows.texts.numbers.gather(1, previous.clamp_min(0)) == rows.texts.numbers
+    if texts is not None:
+        same_text &= texts.numbers.gather(1, previous.clamp_min(0)) == texts.numbers
     before = torch.arange(tokens.shape[1], device=tokens.device) - 1
     if bool((tokens & same_text & (previous != before)).any()):
         raise ValueError(

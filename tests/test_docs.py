@@ -6,6 +6,7 @@ A page's snippets share a namespace and a folder with what a reader would have b
 
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,6 +100,7 @@ def reader(belongings, tmp_path, monkeypatch):
     solvers = dict(SOLVERS)
     monkeypatch.setattr(loop, "_cores_per_process", lambda: 1)  # other tests run on the other cores
     shutil.copytree(belongings, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
     monkeypatch.chdir(tmp_path)
     AcceleratorState._reset_state(True)
     yield tmp_path
@@ -230,7 +233,8 @@ def test_links_lead_somewhere(page):
 
 def test_every_page_is_in_the_navigation():
     navigation = re.findall(r"[\w/]+\.md", yaml.safe_dump(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
-    assert sorted(navigation) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES if DOCS in page.parents)
+    pages = {page.relative_to(DOCS).as_posix() for page in PAGES if DOCS in page.parents}
+    assert sorted(navigation) == sorted(pages | {"index.md"})  # the README, see docs/hooks.py
 
 
 def test_every_module_is_in_the_reference_once():
@@ -254,3 +258,21 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
         assert not re.search(r'<(script|img|link rel="stylesheet")[^>]*(src|href)="(https?:)?//', page.read_text()), (
             page
         )
+
+
+# The notebook
+
+
+def test_the_notebook_runs_and_shows_what_it_gave(monkeypatch):
+    """Cell by cell, without a kernel. Printed evaluations are those of the stored outputs."""
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(ROOT / "examples")
+    notebook, namespace = json.loads(Path("first_steps.ipynb").read_text()), {}
+    for cell in (cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
+        with redirect_stdout(io.StringIO()) as printed:
+            exec("".join(line for line in cell["source"] if not line.startswith("%")), namespace)
+        stored = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+        assert bool(stored) == bool(printed.getvalue()) and cell["outputs"]
+        assert re.findall(r"\d+ evaluations", stored) == re.findall(r"\d+ evaluations", printed.getvalue())
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    assert any("image/png" in output.get("data", {}) for output in outputs)

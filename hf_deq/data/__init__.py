@@ -1,14 +1,15 @@
 """Text to batches of token ids."""
 
 from .batches import ContiguousBatches, SequenceBlocks, StepBatches
-from .corpora import BUILT_IN_CORPUS, Corpus, CorpusArguments, is_local, read_corpus, read_corpus_of
+from .corpora import BUILT_IN_CORPORA, DEFAULT_CORPUS, Corpus, CorpusArguments, is_local, read_corpus, read_corpus_of
 from .documents import with_progress
 from .recipes import find_recipe, parse_recipe, read_recipe
 from .tokens import TokenStream, encode_documents, train_tokenizer
 from .words import ID_ORDERS, encode_words, known_corpus, train_word_tokenizer
 
 __all__ = [
-    "BUILT_IN_CORPUS",
+    "BUILT_IN_CORPORA",
+    "DEFAULT_CORPUS",
     "ID_ORDERS",
     "ContiguousBatches",
     "Corpus",

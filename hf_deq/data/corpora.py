@@ -8,20 +8,23 @@ The same four arguments name a corpus everywhere: in a recipe, on the command li
 """
 
 import hashlib
-import sys
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from .cpython_docs import VALIDATION_SHARE, cpython_docs
 from .documents import as_given, batches_of_documents
 from .tokens import TokenStream, encode_documents, train_tokenizer
 from .words import KnownCorpus, check_counts, encode_words, known_corpus, train_word_tokenizer, word_files
 
-BUILT_IN_CORPUS = "cpython_docs"
+logger = logging.get_logger(__name__)
+
+BUILT_IN_CORPORA = {"cpython_docs": cpython_docs}  # by name, what reads them
+DEFAULT_CORPUS = "cpython_docs"
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 
 
@@ -34,7 +37,7 @@ class CorpusArguments:
     """
 
     corpus: str = field(
-        default=BUILT_IN_CORPUS,
+        default=DEFAULT_CORPUS,
         metadata={
             "help": "cpython_docs (built in, no network), a local text file, or a Hub dataset; with word_level a local "
             "folder of train.txt, valid.txt and test.txt, or a Hub dataset of lines."
@@ -77,7 +80,7 @@ class Corpus:
     @property
     def title(self) -> str:
         """The name without a place on this machine, for logs and cards."""
-        return Path(self.name).name if self.name != BUILT_IN_CORPUS and is_local(self.name) else self.name
+        return Path(self.name).name if is_local(self.name) else self.name
 
     @cached_property
     def fingerprint(self) -> str:
@@ -151,7 +154,7 @@ def read_corpus(where: CorpusArguments) -> Corpus:
 def read_corpus_of(recipe: dict, given: dict) -> Corpus:
     """Read the corpus that a model was trained on, or another one to evaluate it on.
 
-    A note on stderr says if no recipe names the corpus, or if the corpus is not the one of the training.
+    A warning says if no recipe names the corpus, or if the corpus is not the one of the training.
 
     Args:
         recipe: of the model, see `read_recipe`.
@@ -160,29 +163,29 @@ def read_corpus_of(recipe: dict, given: dict) -> Corpus:
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "corpus" not in given | recipe:
-        print("note: no recipe says what the model was trained on; this is the built-in corpus.", file=sys.stderr)
+        logger.warning("No recipe says what the model was trained on; this is the built-in corpus.")
     inherited = ("word_level",) if "corpus" in given else [one.name for one in fields(CorpusArguments)]
     trained = {name: recipe[name] for name in inherited if recipe.get(name) is not None}
     corpus = read_corpus(CorpusArguments(**(trained | given)))
     trained_on = recipe.get("corpus_fingerprint")
     if "corpus" not in given and trained_on and corpus.fingerprint != trained_on:
-        print(
-            f"note: this corpus ({corpus.fingerprint}) is not the one the model was trained on "
-            f"({trained_on}); the built-in one differs between Python versions, and parts of it may "
-            "have been trained on.",
-            file=sys.stderr,
+        logger.warning(
+            f"This corpus ({corpus.fingerprint}) is not the one the model was trained on ({trained_on}); the built-in "
+            "one differs between Python versions, and parts of it may have been trained on."
         )
     return corpus
 
 
 def is_local(name: str) -> bool:
     """Whether the name of a corpus or tokenizer means a file or folder, which may be missing."""
+    if name in BUILT_IN_CORPORA:
+        return False
     return name.startswith((".", "/", "~")) or Path(name).suffix in TEXT_SUFFIXES or Path(name).exists()
 
 
 def _read_documents(name: str, config_name: str | None = None, validation_file: str | None = None) -> DatasetDict:
-    if name == BUILT_IN_CORPUS:
-        return cpython_docs()
+    if name in BUILT_IN_CORPORA:
+        return BUILT_IN_CORPORA[name]()
     if Path(name).is_file():
         return _local_text(name, validation_file)
     if is_local(name) and not Path(name).exists():

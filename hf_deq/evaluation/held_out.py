@@ -22,14 +22,17 @@ class HeldOut:
         dataset, split: what they are called in a model card.
         metrics: which metrics a table shows, of those in `reports.METRICS`.
         headline: the metric of figures.
-        length: tokens in a sequence.
     """
 
     dataset: str
     split: str
     metrics: tuple[str, ...]
     headline: str
-    length: int
+
+    @property
+    def length(self) -> int:
+        """Tokens in a sequence."""
+        raise NotImplementedError
 
     def score(self, model: PreTrainedModel, accelerator=None, progress: bool = False, **dial) -> dict[str, float]:
         """Score a model; the metrics, and the means of `num_evaluations`, `residual` and `converged`."""

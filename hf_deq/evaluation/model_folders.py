@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..configuration_deq import DEQConfig
@@ -28,7 +29,8 @@ def load_model(folder: str | Path, device: str = "cpu", memory_length: int | Non
         if memory_length < 0:
             raise ValueError(f"memory_length must not be negative, got {memory_length}.")
         config.memory_length = memory_length
-    return _class_of(config).from_pretrained(folder, config=config, **arguments).to(device)
+    model = _class_of(config).from_pretrained(folder, config=config, **arguments)
+    return model.to(torch.device(device))
 
 
 def _class_of(config) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:

@@ -109,7 +109,7 @@ def _report(totals: Tensor, stream: TokenStream) -> PerplexityReport:
     """Make the report from the sums of `_score` over all batches."""
     nats, counted, rows, evaluations, residual, converged = totals.tolist()
     everything = round(counted) == len(stream.ids)
-    spelt = {"num_words": max(1, stream.num_words), "num_bytes": stream.num_bytes} if everything else {}
+    spelt: dict = {"num_words": max(1, stream.num_words), "num_bytes": stream.num_bytes} if everything else {}
     return PerplexityReport(
         num_tokens=round(counted),
         num_evaluations=evaluations / rows,

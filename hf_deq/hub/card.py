@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from ..data import BUILT_IN_CORPUS, is_local, known_corpus
+from ..data import BUILT_IN_CORPORA, is_local, known_corpus
 from ..evaluation import METRICS, solver_settings
 from ..tasks import TASKS
 from .record import FIGURES, RunRecord, is_by_tolerance
@@ -94,7 +94,7 @@ def script_command(script: str, name: str, arguments: dict) -> str:
 def _card_data(record, repo_id, pipeline_tag, config, license, language) -> ModelCardData:
     """The metadata. Its results are the row at the model's own tolerance."""
     corpus = record.recipe.get("corpus")
-    known = corpus and (corpus == BUILT_IN_CORPUS or known_corpus(corpus, record.recipe.get("corpus_config")))
+    known = corpus and (corpus in BUILT_IN_CORPORA or known_corpus(corpus, record.recipe.get("corpus_config")))
     on_hub = corpus and "/" in corpus and not is_local(corpus)
     own = record.own_row(config)
     results = [
@@ -126,7 +126,7 @@ def _card_data(record, repo_id, pipeline_tag, config, license, language) -> Mode
 
 def _is_own_file(dataset: str) -> bool:
     """Whether a dataset is a file or folder of the one who trained; of such a dataset a record keeps only the name."""
-    return dataset not in (BUILT_IN_CORPUS, *TASKS) and "/" not in dataset
+    return dataset not in (*BUILT_IN_CORPORA, *TASKS) and "/" not in dataset
 
 
 def _cost(record: RunRecord) -> str | None:

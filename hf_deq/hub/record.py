@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedConfig
 
-from ..data import BUILT_IN_CORPUS, is_local, parse_recipe
+from ..data import DEFAULT_CORPUS, is_local, parse_recipe
 from ..evaluation import METRICS
 from ..tasks import LanguageModeling
 from ..training import parse_metrics
@@ -50,7 +50,7 @@ class RunRecord:
     cost: dict = field(default_factory=dict)
     results: list[dict] = field(default_factory=list)
     evaluation: dict = field(default_factory=dict)
-    dataset: str = BUILT_IN_CORPUS
+    dataset: str = DEFAULT_CORPUS
     split: str = "validation"
     measured: str = ""
     spectral_radius: float | None = None
@@ -137,7 +137,7 @@ def _measured_on(results: dict, recipe: dict) -> tuple[str, str]:
     elif task != LanguageModeling.name:
         dataset, split = task, "test"
     else:
-        dataset = results["arguments"].get("corpus", recipe.get("corpus", BUILT_IN_CORPUS))
+        dataset = results["arguments"].get("corpus", recipe.get("corpus", DEFAULT_CORPUS))
         split = results["arguments"].get("split", "validation")
     return _name_of(dataset), split
 
@@ -173,7 +173,7 @@ def _parse_results(text: str) -> dict:
 def _name_of(place: str | list[str]) -> str | list[str]:
     if isinstance(place, list):
         return [_name_of(one) for one in place]
-    return Path(place).name if place != BUILT_IN_CORPUS and is_local(place) else place
+    return Path(place).name if is_local(place) else place
 
 
 def _portable(recipe: dict) -> dict:

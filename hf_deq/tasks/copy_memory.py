@@ -56,6 +56,8 @@ class CopyMemoryTask(Task):
     evaluation_arguments = CopyMemoryEvaluation
     recipe = "copy-memory"
 
+    held_out: "HeldOutSequences"
+
     def __init__(self, arguments: CopyMemoryArguments, model_fields: dict):
         self.examples = CopyMemory(arguments.copy_delay, arguments.copy_variant, "train")
         self.held_out = HeldOutSequences(CopyMemory(arguments.copy_delay, arguments.copy_variant, "test"))
@@ -112,7 +114,8 @@ class HeldOutSequences(HeldOut):
         mine = Subset(self.sequences, range(rank, len(self.sequences), processes))
         batches = tqdm(DataLoader(mine, self.batch_size), desc="evaluate", leave=False, disable=rank > 0)
         with evaluating(model):
-            totals = summed(sum(_score(model, batch, dial) for batch in batches), accelerator)
+            totals = torch.stack([_score(model, batch, dial) for batch in batches]).sum(0)
+        totals = summed(totals, accelerator)
         names = ("loss", "recalled", *REPORTED)
         return dict(zip(names, (totals / len(self.sequences)).tolist(), strict=True))
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data import (
     ID_ORDERS,
@@ -103,6 +103,9 @@ class LanguageModeling(Task):
     arguments = LanguageModelingArguments
     evaluation_arguments = TextArguments
     recipe = "tiny"
+
+    tokenizer: PreTrainedTokenizerBase
+    held_out: HeldOutText
 
     def __init__(self, arguments: LanguageModelingArguments, model_fields: dict):
         self.data, self.carries_memory = arguments, arguments.carry_memory

@@ -1,13 +1,21 @@
 """What a task is: something to learn, with examples, a judgement of the result, and words for it."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
-from torch.utils.data import Dataset
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import ContiguousBatches, StepBatches
 from ..evaluation import HeldOut
+
+
+class Examples(Protocol):
+    """A dataset whose length is known."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
 
 class Task:
@@ -31,7 +39,7 @@ class Task:
     evaluation_arguments: ClassVar[type]
     recipe: ClassVar[str]
 
-    examples: Dataset
+    examples: Examples
     held_out: HeldOut
     model_fields: dict
     tokenizer: PreTrainedTokenizerBase | None = None

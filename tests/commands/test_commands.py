@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from hf_deq import commands
 from hf_deq.commands.train import parse
 from hf_deq.data import documents
 from hf_deq.tasks import TASKS
@@ -348,3 +350,41 @@ def test_ctrl_c_saves_and_leaves(corpus, tmp_path):
     assert process.returncode == 130 and "continue with --resume" in printed
     saved = json.loads((tmp_path / "checkpoint" / "run.json").read_text())
     assert saved["step"] == metrics.read_text().count("\n")
+
+
+def test_the_console_command_finds_its_commands(monkeypatch, capsys):
+    def hf_deq(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-deq", *arguments])
+        commands.main()
+
+    hf_deq("--help")
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in ("train", "evaluate", "generate", "convert", "push", "plot"))
+    for name in commands.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            hf_deq(name, "--help")
+        assert not stop.value.code and f"usage: hf-deq {name}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no command 'trian'"):
+        hf_deq("trian")
+
+
+def test_training_runs_as_a_module(monkeypatch, capsys):
+    """As `accelerate launch -m hf_deq.training` does it."""
+    monkeypatch.setattr(sys, "argv", ["hf_deq.training", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("hf_deq.training", run_name="__main__")
+    assert not stop.value.code and "--shallow_steps" in capsys.readouterr().out
+
+
+def test_recipes_go_by_name_and_broken_ones_are_refused(tmp_path):
+    _, run, fields, model_type = parse(["deq-trellisnet-tiny", "--max_steps", "7"])
+    assert (run.max_steps, model_type) == (7, "deq_trellisnet") and fields["hidden_size"] > 0
+    finished = script("train.py", "deq-transformer-huge")
+    assert "there is no recipe 'deq-transformer-huge': name a file, or one of deq-lm-wikitext103," in finished.stderr
+    for content, message in (
+        ("- a\n- list\n", "must be lines of `name: value`, but it is a list"),
+        ("a: [", "not YAML"),
+    ):
+        (tmp_path / "recipe.yaml").write_text(content)
+        finished = script("train.py", tmp_path / "recipe.yaml")
+        assert message in finished.stderr and "Traceback" not in finished.stderr

@@ -277,7 +277,7 @@ def test_resume_forgets_steps_after_the_checkpoint(corpus, tmp_path):
     assert losses(tmp_path) == first and list(losses(tmp_path)) == list(range(1, 13))
 
 
-def test_a_half_written_line_blocks_neither_a_resume_nor_a_fresh_run(corpus, tmp_path, capsys):
+def test_a_half_written_line_blocks_neither_a_resume_nor_a_fresh_run(corpus, tmp_path, caplog):
     """A run that is killed while it writes its metrics leaves a part of a line, here in the middle and at the end."""
     run(corpus, tmp_path, save_steps=8)
     first, metrics = losses(tmp_path), tmp_path / "metrics.jsonl"
@@ -287,7 +287,7 @@ def test_a_half_written_line_blocks_neither_a_resume_nor_a_fresh_run(corpus, tmp
         assert len(parse_metrics(metrics.read_text())) == len(lines) - 2
         AcceleratorState._reset_state(True)
         run(corpus, tmp_path, save_steps=8, resume=resume)
-        assert "2 line(s) of metrics.jsonl are not whole" in capsys.readouterr().err
+        assert "2 line(s) of metrics.jsonl are not whole" in caplog.text
         lost = (4, 5) if resume else ()  # the half line took the next one with it
         assert losses(tmp_path) == {step: loss for step, loss in first.items() if step not in lost}
 
