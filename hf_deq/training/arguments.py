@@ -19,6 +19,7 @@ class RunArguments:
     output_dir: str = field(
         default="deq-model", metadata={"help": "Folder for the model, metrics.jsonl and checkpoints."}
     )
+    overwrite: bool = field(default=False, metadata={"help": "Begin anew in an output_dir that holds another run."})
     resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in output_dir."})
     seed: int = field(default=0, metadata={"help": "Seed of initialisation, data order and dropout."})
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
@@ -53,11 +54,13 @@ class RunArguments:
     logging_steps: int = field(default=10, metadata={"help": "Steps between lines of metrics.jsonl."})
     eval_steps: int = field(default=0, metadata={"help": "Steps between validations; 0 validates at the end only."})
     save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0 saves on interruption only."})
+    keep_checkpoints: int = field(default=2, metadata={"help": "Checkpoints to keep, the newest ones."})
     report_to: str | None = field(default=None, metadata={"help": "An accelerate tracker: tensorboard, wandb, ..."})
 
     def __post_init__(self):
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "shallow_depth"):
             self._check_at_least(1, name)
+        self._check_at_least(1, "keep_checkpoints")
         if self.num_threads is not None:
             self._check_at_least(1, "num_threads")
         not_negative = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps")

@@ -104,24 +104,29 @@ class Meter:
 
     def reset(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, torch.Tensor] = {}
         self.tokens = 0
         self.started = self.clock.seconds()
 
     def add(self, **values: torch.Tensor) -> None:
-        """Count in a scalar tensor for each name."""
+        """Count in a scalar tensor for each name, if it is finite."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-            self.counts[name] = self.counts.get(name, 0) + 1
+            is_finite = torch.isfinite(value.detach())
+            self.sums[name] = self.sums.get(name, 0) + torch.where(is_finite, value.detach().float(), 0)
+            self.counts[name] = self.counts.get(name, 0) + is_finite.float()
 
     def means(self) -> dict[str, float]:
-        """The mean of every name, over all processes."""
+        """The mean of every name that was finite at least once, over all processes."""
         totals = self.totals()
-        return {name: total / totals["counts"][name] for name, total in totals["sums"].items()}
+        counts = totals["counts"]
+        return {name: total / counts[name] for name, total in totals["sums"].items() if counts[name]}
 
     def totals(self) -> dict[str, dict[str, float]]:
         """Sums and counts over all processes, which need not have met the same names."""
-        mine = {"sums": {name: float(total) for name, total in self.sums.items()}, "counts": self.counts}
+        mine = {
+            part: {name: float(value) for name, value in values.items()}
+            for part, values in (("sums", self.sums), ("counts", self.counts))
+        }
         everyone = gather_object([mine])
         return {
             part: {name: sum(one[part].get(name, 0) for one in everyone) for one in everyone for name in one[part]}
@@ -130,8 +135,10 @@ class Meter:
 
     def resume(self, state: dict) -> None:
         """Go on from the `totals` of a checkpoint."""
-        self.sums = {name: torch.tensor(total, device=self.device) for name, total in state["sums"].items()}
-        self.counts = dict(state["counts"])
+        self.sums, self.counts = (
+            {name: torch.tensor(value, device=self.device) for name, value in state[part].items()}
+            for part in ("sums", "counts")
+        )
 
     def seconds(self) -> float:
         return self.clock.seconds() - self.started

@@ -32,11 +32,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..tasks import Task, make_task
 from .arguments import RunArguments
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, holds_a_run
 from .log import BAR, Clock, Meter, MetricsFile, Summary
 from .memory import CarriedMemory
 from .models import EquilibriumModel, ExplicitModel, model_kind
 from .optimizers import make_optimizer, make_schedule
+from .step_guard import StepGuard
 
 
 class Interrupted(Exception):
@@ -68,6 +69,7 @@ def train(
         Interrupted: after a checkpoint was saved on SIGINT or SIGTERM.
     """
     folder = _writable_folder(run.output_dir)
+    _check_folder(folder, run)
     accelerator = _make_accelerator(run, folder)
     if accelerator.device.type == "cpu":
         torch.set_num_threads(run.num_threads or _cores_per_process())
@@ -110,11 +112,12 @@ class _Trainer:
         self.arguments, self.folder, self.accelerator = arguments, folder, accelerator
         self.step = 0
         self.memory = CarriedMemory(accelerator, arguments.gradient_accumulation_steps)
-        self.checkpoints = Checkpoints(folder, accelerator, self.memory, self.recipe)
+        self.checkpoints = Checkpoints(folder, accelerator, self.memory, self.recipe, arguments.keep_checkpoints)
         self.stop_requested = False
         optimizer = make_optimizer(prepared.model, arguments)
         schedule = make_schedule(optimizer, arguments)
         self.model, self.optimizer, self.schedule = accelerator.prepare(prepared.model, optimizer, schedule)
+        self.guard = StepGuard(accelerator, self.optimizer)
         self.metrics, self.clock = MetricsFile(folder, accelerator), Clock()
         self.meter = Meter(accelerator.device, self.clock)
         self.summary = Summary(getattr(sys.stderr, "encoding", None))
@@ -127,6 +130,8 @@ class _Trainer:
     def run(self) -> dict:
         if self.arguments.resume:
             self._load_checkpoint()
+        elif self.accelerator.is_main_process:
+            self.checkpoints.remove_all()
         self.metrics.keep_until(self.step)
         with _signals_as_requests(self):
             self._take_steps()
@@ -182,10 +187,11 @@ class _Trainer:
                 ends = self.sampler.starts_anew_at(self.step + 1)
                 self.memory.pieces[piece] = None if ends else self.kind.memory(outputs)
                 self.accelerator.backward(outputs.loss)
-                if self.accelerator.sync_gradients and self.arguments.max_grad_norm:
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
+                if self.accelerator.sync_gradients:
+                    limit = self.arguments.max_grad_norm or math.inf
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
                     self.meter.add(gradient_norm=norm)
-                self.optimizer.step()
+                    self.guard.step(norm)
                 self.schedule.step()
                 self.optimizer.zero_grad()
             self.meter.tokens += batch["labels"].numel() * self.accelerator.num_processes
@@ -194,14 +200,14 @@ class _Trainer:
     def _log(self, bar: tqdm) -> None:
         line = {"step": self.step, "learning_rate": self.schedule.get_last_lr()[0]}
         line |= self.meter.means()
-        line["perplexity"] = math.exp(min(line["loss"], 700))
+        if "loss" in line:  # unless it was not finite in any step
+            line["perplexity"] = math.exp(min(line["loss"], 700))
+            self.guard.watch(line["loss"], self.step)
+        if self.guard.skipped > 0:
+            line["skipped_steps"] = int(self.guard.skipped)
         line["tokens_per_second"] = self.meter.tokens / self.meter.seconds()
         self.meter.reset()
-        if not math.isfinite(line["loss"]):
-            raise ValueError(
-                f"The loss is {line['loss']} at step {self.step}: lower learning_rate or max_grad_norm, "
-                "or raise warmup_steps."
-            )
+        self.guard.check(self.step, self.checkpoints.last)
         bar.set_postfix_str(self.summary(line))
         self.metrics.write(line)
 
@@ -218,6 +224,7 @@ class _Trainer:
                 )
 
     def _save_checkpoint(self) -> Path:
+        self.guard.check(self.step, self.checkpoints.last)
         return self.checkpoints.save({"step": self.step, "seconds": self.clock.seconds(), "meter": self.meter.totals()})
 
     def _load_checkpoint(self) -> None:
@@ -332,6 +339,14 @@ def _writable_folder(output_dir: str) -> Path:
     except OSError as error:
         raise OSError(f"output_dir {output_dir!r} cannot be written to ({error.strerror}); choose another.") from error
     return folder
+
+
+def _check_folder(folder: Path, run: RunArguments) -> None:
+    if not (run.resume or run.overwrite) and holds_a_run(folder):
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds another run: continue it with --resume, begin anew with --overwrite, or "
+            "choose another output_dir."
+        )
 
 
 def _check_divisible(run: RunArguments, num_processes: int) -> None:

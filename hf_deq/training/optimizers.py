@@ -24,9 +24,10 @@ def make_optimizer(model: PreTrainedModel, run: RunArguments) -> torch.optim.Opt
     AdamW's weight decay is decoupled from the gradient, SGD's is part of it.
     """
     groups = parameter_groups(model, run.weight_decay)
+    fused = model.device.type != "cpu"  # only fused kernels skip a bad step without waiting for the device
     if run.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=run.learning_rate)
-    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, run.adam_beta2))
+        return torch.optim.SGD(groups, lr=run.learning_rate, fused=fused)
+    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, run.adam_beta2), fused=fused)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, run: RunArguments) -> LambdaLR:

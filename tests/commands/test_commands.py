@@ -348,7 +348,8 @@ def test_ctrl_c_saves_and_leaves(corpus, tmp_path):
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "continue with --resume" in printed
-    saved = json.loads((tmp_path / "checkpoint" / "run.json").read_text())
+    (file,) = tmp_path.glob("checkpoints/step-*/run.json")
+    saved = json.loads(file.read_text())
     assert saved["step"] == metrics.read_text().count("\n")
 
 

@@ -179,7 +179,8 @@ def test_size_tokens_and_time_are_reported(model_type, corpus, tmp_path, capsys,
     assert len(hours) == 4 and 0 < report["seconds"] < 3600
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(line["tokens_per_second"] > 1 for line in lines if "loss" in line)
-    assert 0 < json.loads((tmp_path / "checkpoint" / "run.json").read_text())["seconds"] <= report["seconds"]
+    saved = json.loads((tmp_path / "checkpoints" / "step-00000004" / "run.json").read_text())
+    assert 0 < saved["seconds"] <= report["seconds"]
     size = AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters()
     assert (report["num_parameters"], report["num_tokens"]) == (size, 4 * 8 * 16)
     assert f"training: {size:,} parameters, 512 tokens in 0." in capsys.readouterr().out
@@ -286,7 +287,7 @@ def test_a_half_written_line_blocks_neither_a_resume_nor_a_fresh_run(corpus, tmp
         metrics.write_text("".join([*lines[:3], '{"step": 4, "lo', *lines[4:], '{"step"']))
         assert len(parse_metrics(metrics.read_text())) == len(lines) - 2
         AcceleratorState._reset_state(True)
-        run(corpus, tmp_path, save_steps=8, resume=resume)
+        run(corpus, tmp_path, save_steps=8, resume=resume, overwrite=not resume)
         assert "2 line(s) of metrics.jsonl are not whole" in caplog.text
         lost = (4, 5) if resume else ()  # the half line took the next one with it
         assert losses(tmp_path) == {step: loss for step, loss in first.items() if step not in lost}
@@ -487,14 +488,6 @@ def test_sgd_trains_and_resumes_in_the_middle_of_its_schedule(corpus, tmp_path):
 def test_optimizers_and_schedules_are_checked(training, message):
     with pytest.raises(ValueError, match=message):
         RunArguments(**training)
-
-
-def test_a_diverging_loss_stops_with_advice(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        DEQTransformerForCausalLM, "loss_function", lambda *args, **kwargs: args[0].lm_head.weight.sum() * torch.inf
-    )
-    with pytest.raises(ValueError, match="The loss is .* at step 1: lower learning_rate"):
-        run(corpus, tmp_path)
 
 
 @both
