@@ -47,6 +47,10 @@ def generate(model_folder: str, arguments: GenerateArguments) -> None:
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = load_model(model_folder, arguments.device, dtype=arguments.dtype).eval()
+    try:
+        arguments.prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is not text in UTF-8: convert it, or set the locale to UTF-8.") from None
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one character with --prompt")

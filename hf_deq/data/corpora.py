@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from .cpython_docs import VALIDATION_SHARE, cpython_docs
-from .documents import as_given, batches_of_documents
+from .documents import batches_of_documents
+from .files import ROW_FORMATS, read_documents, read_lines
 from .tokens import TokenStream, encode_documents, train_tokenizer
 from .words import KnownCorpus, check_counts, encode_words, known_corpus, train_word_tokenizer, word_files
 
@@ -25,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 BUILT_IN_CORPORA = {"cpython_docs": cpython_docs}  # by name, what reads them
 DEFAULT_CORPUS = "cpython_docs"
-TEXT_SUFFIXES = (".txt", ".text", ".md")
+TEXT_SUFFIXES = (".txt", ".text", ".md", *ROW_FORMATS)
 
 
 @dataclass
@@ -39,12 +40,17 @@ class CorpusArguments:
     corpus: str = field(
         default=DEFAULT_CORPUS,
         metadata={
-            "help": "cpython_docs (built in, no network), a local text file, or a Hub dataset; with word_level a local "
-            "folder of train.txt, valid.txt and test.txt, or a Hub dataset of lines."
+            "help": "cpython_docs (built in, no network), a local file (text in UTF-8, .jsonl, .csv or .parquet), or "
+            "a Hub dataset; with word_level a local folder of train.txt, valid.txt and test.txt, or a Hub dataset."
         },
     )
     corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    validation_file: str | None = field(default=None, metadata={"help": "Local text file to validate on."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Local file to validate on, if corpus is a local file."}
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of a .jsonl, .csv or .parquet file, or of a dataset; default: text."}
+    )
     word_level: bool = field(
         default=False,
         metadata={
@@ -126,25 +132,26 @@ def read_corpus(where: CorpusArguments) -> Corpus:
     """Read a corpus, with the splits `train` and `validation` at least.
 
     Args:
-        where: `corpus` is `"cpython_docs"` (built in), a local text file, or a name that `datasets.load_dataset` takes:
-            a dataset on the Hub such as `"Salesforce/wikitext"`, or a local folder. Without a `validation_file`, the
-            last tenth of a local file is held out. With `word_level`, a local folder has `train.txt`, `valid.txt` and
-            `test.txt` (or `wiki.train.tokens`, `ptb.train.txt` and so on).
+        where: `corpus` is `"cpython_docs"` (built in), a local file (see `read_documents`), or a name that
+            `datasets.load_dataset` takes: a dataset on the Hub such as `"Salesforce/wikitext"`, or a local folder.
+            Without a `validation_file`, the last tenth of a local file is held out. With `word_level`, a local folder
+            has `train.txt`, `valid.txt` and `test.txt` (or `wiki.train.tokens`, `ptb.train.txt` and so on).
 
     Raises:
-        ValueError: if a local file is missing, the dataset has no `text`, `train` or `validation`, or the corpus is
-            called Penn Treebank or WikiText-103 and does not have its number of tokens.
+        ValueError: if a local file is missing or cannot be read, an argument has no effect, the dataset has no `text`,
+            `train` or `validation`, or the corpus is called Penn Treebank or WikiText-103 and does not have its number
+            of tokens.
     """
-    name = where.corpus
     if not where.word_level:
-        return Corpus(name, _read_documents(name, where.corpus_config, where.validation_file))
+        return Corpus(where.corpus, _read_documents(where))
+    name = where.corpus
     if Path(name).is_file():
         raise ValueError(
             f"corpus {name!r} is a file: word_level reads a folder with train.txt, valid.txt and test.txt, or a Hub "
             "dataset of lines."
         )
-    files = {split: as_given(file) for split, file in word_files(Path(name)).items()}
-    splits = load_dataset("text", data_files=files) if files else _read_documents(name, where.corpus_config)
+    files = word_files(Path(name))
+    splits = DatasetDict({split: read_lines(file) for split, file in files.items()}) or _read_documents(where)
     known = known_corpus(name, where.corpus_config)
     if known is not None:
         check_counts(known, splits, name)
@@ -183,33 +190,40 @@ def is_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).suffix in TEXT_SUFFIXES or Path(name).exists()
 
 
-def _read_documents(name: str, config_name: str | None = None, validation_file: str | None = None) -> DatasetDict:
+def _read_documents(where: CorpusArguments) -> DatasetDict:
+    name = where.corpus
+    is_file = name not in BUILT_IN_CORPORA and Path(name).is_file()
+    for argument in () if is_file else ("validation_file",):
+        _refuse(where, argument, "goes with a local file as corpus")
     if name in BUILT_IN_CORPORA:
+        for argument in ("corpus_config", "text_column"):
+            _refuse(where, argument, "does not go with a built-in corpus")
         return BUILT_IN_CORPORA[name]()
-    if Path(name).is_file():
-        return _local_text(name, validation_file)
+    if is_file:
+        _refuse(where, "corpus_config", "is for a dataset on the Hub")
+        return _local_file(where)
     if is_local(name) and not Path(name).exists():
         raise ValueError(f"corpus {name!r} looks like a local file, but there is no such file.")
-    return _checked(load_dataset(name, config_name), name)
+    return _checked(load_dataset(name, where.corpus_config), name, where.text_column or "text")
 
 
-def _local_text(name: str, validation_file: str | None) -> DatasetDict:
-    """Blank lines separate documents. In a file without blank lines every line is a document."""
-    files = {"train": name} | ({"validation": validation_file} if validation_file else {})
-    for file in files.values():
-        if not Path(file).is_file():
-            raise ValueError(f"validation_file {file!r} does not exist.")
-    files = {split: as_given(file) for split, file in files.items()}
-    corpus = load_dataset("text", data_files=files, sample_by="paragraph")
-    if validation_file:
-        return corpus
-    documents = corpus["train"]
-    if len(documents) < VALIDATION_SHARE:
-        documents = load_dataset("text", data_files=as_given(name), split="train")
+def _refuse(where: CorpusArguments, argument: str, why: str) -> None:
+    """Refuse an argument that would have no effect."""
+    value = getattr(where, argument)
+    if value:
+        raise ValueError(f"{argument}={value!r} {why}, but corpus is {where.corpus!r}: leave {argument} out.")
+
+
+def _local_file(where: CorpusArguments) -> DatasetDict:
+    column = where.text_column or "text"
+    documents = read_documents(where.corpus, column)
+    if where.validation_file:
+        return DatasetDict({"train": documents, "validation": read_documents(where.validation_file, column)})
     held_out = max(1, len(documents) // VALIDATION_SHARE)
     if held_out >= len(documents):
         raise ValueError(
-            f"{name!r} has {len(documents)} documents, too few to hold out a validation part; give validation_file."
+            f"{where.corpus!r} has {len(documents)} documents, too few to hold out a validation part; give "
+            "validation_file."
         )
     first = len(documents) - held_out
     return DatasetDict(
@@ -217,11 +231,13 @@ def _local_text(name: str, validation_file: str | None) -> DatasetDict:
     )
 
 
-def _checked(corpus: DatasetDict, name: str) -> DatasetDict:
+def _checked(corpus: DatasetDict, name: str, column: str) -> DatasetDict:
     missing = [split for split in ("train", "validation") if split not in corpus]
     if missing:
         raise ValueError(f"Dataset {name!r} has no split {missing[0]!r}; it has {sorted(corpus)}.")
     for split in ("train", "validation"):
-        if "text" not in corpus[split].column_names:
-            raise ValueError(f"Dataset {name!r} has no column 'text'; it has {corpus[split].column_names}.")
-    return corpus
+        if column not in corpus[split].column_names:
+            raise ValueError(
+                f"Dataset {name!r} has no column {column!r}; it has {corpus[split].column_names}: set text_column."
+            )
+    return corpus if column == "text" else DatasetDict(corpus).select_columns(column).rename_column(column, "text")

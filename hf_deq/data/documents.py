@@ -1,9 +1,7 @@
 """Documents of a corpus, one in a row of the column `text`: read in batches, with a progress bar."""
 
-import glob
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -23,14 +21,3 @@ def batches_of_documents(split: Dataset, doing: str) -> Iterator[list[str]]:
     total = -(-len(split) // DOCUMENTS_PER_BATCH)
     for batch in with_progress(batches, doing, total):
         yield batch["text"]
-
-
-def as_given(file: str | Path) -> str:
-    """Return the name of a local file as a pattern by which `datasets` finds this file and no other.
-
-    Raises:
-        ValueError: if the name contains `::`, by which `datasets` means a file in an archive.
-    """
-    if "::" in str(file):
-        raise ValueError(f"{str(file)!r} has '::' in its name, which means a file within an archive: rename it.")
-    return glob.escape(str(file))

@@ -4,6 +4,7 @@ tokenizer = train_tokenizer(corpus.splits["train"], 2048)
 stream = encode_documents(corpus.splits["train"], tokenizer)
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from .documents import batches_of_documents, with_progress
 
 END_OF_TEXT = "<|endoftext|>"
+LONGEST_WORD = 100  # characters
+LONG_RUN = re.compile(rf"(\S{{{LONGEST_WORD}}})(?=\S)")
 
 
 def train_tokenizer(split: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -41,10 +44,16 @@ def train_tokenizer(split: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(with_progress(split["text"], "train tokenizer"), trainer)
+    pieces = (piece for text in with_progress(split["text"], "train tokenizer") for piece in _pieces(text))
+    tokenizer.train_from_iterator(pieces, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
+
+
+def _pieces(text: str) -> list[str]:
+    """Cut runs without white space to `LONGEST_WORD`. Training time grows with the square of their length."""
+    return LONG_RUN.sub("\\1\0", text).split("\0") if LONG_RUN.search(text) else [text]
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,9 @@ def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Toke
         texts = [text for text in batch if text]
         if not texts:
             continue
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        # A text may spell a special token. It is text there, and ends no document.
+        how = dict(add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)
+        encoded = tokenizer(texts, **how)["input_ids"]
         pieces += [np.array([*document, tokenizer.eos_token_id], dtype=np.int64) for document in encoded]
         num_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
         num_words += sum(len(text.split()) for text in texts)

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..configuration_deq import DEQConfig
@@ -19,7 +20,8 @@ def load_model(folder: str | Path, device: str = "cpu", memory_length: int | Non
         arguments: others of `from_pretrained`, such as `dtype`.
 
     Raises:
-        ValueError: if `memory_length` is negative, or the model's memory has no length.
+        ValueError: if `memory_length` is negative, the model's memory has no length, the weights are damaged, or the
+            device is not available.
         OSError: if the folder or repository has no model.
     """
     config = AutoConfig.from_pretrained(folder)
@@ -29,8 +31,16 @@ def load_model(folder: str | Path, device: str = "cpu", memory_length: int | Non
         if memory_length < 0:
             raise ValueError(f"memory_length must not be negative, got {memory_length}.")
         config.memory_length = memory_length
-    model = _class_of(config).from_pretrained(folder, config=config, **arguments)
-    return model.to(torch.device(device))
+    try:
+        model = _class_of(config).from_pretrained(folder, config=config, **arguments)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {str(folder)!r} are damaged ({error}): save or download them again."
+        ) from error
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # torch raises either, depending on the device
+        raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0]}).") from error
 
 
 def _class_of(config) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:

@@ -65,7 +65,12 @@ class TextArguments:
         default=None, metadata={"help": "As for training; default: what the model was trained on."}
     )
     corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    validation_file: str | None = field(default=None, metadata={"help": "Local text file to evaluate on."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Local file to evaluate on, if corpus is a local file."}
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of a .jsonl, .csv or .parquet file, or of a dataset; default: text."}
+    )
     word_level: bool | None = field(
         default=None, metadata={"help": "Read lines of whitespace-separated words; default: as in training."}
     )

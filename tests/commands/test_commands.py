@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,8 +157,41 @@ def test_generate_and_evaluate_refuse_what_is_not_a_model(trained, tmp_path):
     for name in ("generate.py", "evaluate.py"):
         finished = script(name, tmp_path)
         assert finished.returncode != 0 and "Traceback" not in finished.stderr and "error: " in finished.stderr
-    finished = script("generate.py", trained[0], "--prompt", "")
-    assert "the prompt is empty" in finished.stderr
+    for flags, message in (
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "caf\udce9"], "the prompt is not text in UTF-8"),
+        (["--device", "cuda:7"], "device 'cuda:7' is not available here"),
+        (["--device", "toaster"], "device 'toaster' is not available here"),
+    ):
+        finished = script("generate.py", trained[0], *flags)
+        assert finished.returncode != 0 and f"error: {message}" in finished.stderr
+    damaged = shutil.copytree(trained[0], tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for name in ("generate.py", "evaluate.py"):
+        finished = script(name, damaged)
+        assert (
+            f"error: the weights in '{damaged}' are damaged" in finished.stderr and "Traceback" not in finished.stderr
+        )
+    (damaged / "recipe.yaml").write_text("a: [")
+    assert "is not YAML" in script("evaluate.py", damaged).stderr
+    (damaged / "recipe.yaml").write_text("task: translation")
+    assert "task: translation, which does not exist" in script("evaluate.py", damaged).stderr
+
+
+def test_evaluate_uses_or_refuses_every_flag(trained):
+    folder, _ = trained
+    for flags, message in (
+        (["--length", 0], "length must be at least 1, got 0"),
+        (
+            ["--corpus", "cpython_docs", "--validation_file", "short.txt"],
+            "validation_file='short.txt' goes with a local",
+        ),
+        (["--stride", 4, "--carry_memory", "true"], "stride=4 is for windows"),
+        (["--copy_delay", 3], "--copy_delay"),
+    ):
+        finished = script("evaluate.py", folder, *flags)
+        assert finished.returncode != 0 and message in finished.stderr and "Traceback" not in finished.stderr
 
 
 @pytest.fixture(scope="module")

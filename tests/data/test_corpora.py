@@ -1,8 +1,12 @@
 """Corpora, tokenizers, streams and blocks."""
 
+import json
+import os
+
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
 
 from hf_deq.data import (
     ContiguousBatches,
@@ -13,6 +17,7 @@ from hf_deq.data import (
     encode_documents,
     read_corpus,
     read_corpus_of,
+    tokens,
     train_tokenizer,
 )
 from hf_deq.data.tokens import END_OF_TEXT
@@ -81,8 +86,14 @@ def test_a_file_name_is_taken_as_given(tmp_path, name, pattern_of):
         assert set(splits(named)["train"]["text"]) == {"the text that was meant"}
     chained = tmp_path / "a::b.txt"
     chained.write_text("text\n\n" * 20)
+    assert set(splits(chained)["train"]["text"]) == {"text"}
+    rows = tmp_path / "a[1].csv"
+    rows.write_text("text\n" + "row\n" * 20)
+    (tmp_path / "a1.csv").write_text("text\n" + "other\n" * 20)
+    assert set(splits(rows)["train"]["text"]) == {"row"}
+    (tmp_path / "a::b.csv").write_text("text\nrow\n")
     with pytest.raises(ValueError, match="'::' in its name.*rename it"):
-        splits(chained)
+        splits(tmp_path / "a::b.csv")
 
 
 def test_local_files(tmp_path):
@@ -170,3 +181,90 @@ def test_a_corpus_to_evaluate_on_is_that_of_the_training_or_a_warning_says_so(tm
     assert read_corpus_of({}, {}).name == "cpython_docs" and "No recipe says" in caplog.text
     with pytest.raises(ValueError, match="no split 'test'; it has \\['train', 'validation'\\]"):
         read_corpus_of(recipe, {}).split("test")
+
+
+def test_blank_lines_separate_documents_however_few(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"one\r\ntwo lines\r\n \t\r\n\r\ntwo")
+    assert splits(file)["train"]["text"] == ["one\ntwo lines"] and splits(file)["validation"]["text"] == ["two"]
+
+
+def test_a_byte_order_mark_is_no_text_and_a_changed_file_is_read_anew(tmp_path):
+    file = tmp_path / "a.txt"
+    for word in ("first", "other"):  # equal size and time
+        file.write_text(f"\ufeff{word}\n\nsecond")
+        os.utime(file, (1, 1))
+        assert splits(file)["train"]["text"] == [word]
+    rows = tmp_path / "a.jsonl"
+    for word in ("first", "other"):
+        rows.write_text("".join(json.dumps({"text": f"{word} {i}"}) + "\n" for i in range(9)))
+        os.utime(rows, (1, 1))
+        assert splits(rows)["train"][0]["text"] == f"{word} 0"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_files_of_rows_have_a_column_of_texts(tmp_path, suffix):
+    file, rows = (
+        tmp_path / f"a{suffix}",
+        Dataset.from_dict({"story": [f"story {i}" for i in range(20)], "n": range(20)}),
+    )
+    {".jsonl": rows.to_json, ".csv": rows.to_csv, ".parquet": rows.to_parquet}[suffix](file)
+    corpus = read_corpus(CorpusArguments(str(file), text_column="story"))
+    assert corpus.splits["train"][0]["text"] == "story 0" and len(corpus.splits["validation"]) == 2
+    with pytest.raises(ValueError, match=r"no column 'text'; it has \['story', 'n'\]: set text_column"):
+        splits(file)
+    with pytest.raises(ValueError, match="has no text in its column 'n'"):
+        read_corpus(CorpusArguments(str(file), text_column="n"))
+    file.write_bytes(b"\x00\x01{")
+    with pytest.raises(ValueError, match="cannot be read as|has no column 'text'"):
+        splits(file)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("gr\u00fcn".encode("utf-16"), r"is not text in UTF-8 \(it seems to be UTF-16\): convert it.*iconv -f UTF-16"),
+        ("gr\u00fcn und blau".encode("latin-1"), r"byte 0xfc at 2 is not\): convert it.*iconv -f LATIN1"),
+        (b"fine, but for \xff one byte", "byte 0xff at 14 is not"),
+        (b"", "has no text in it"),
+        (b"\n \n\n\t\n", "has no text in it"),
+    ],
+)
+def test_files_that_cannot_be_read_say_why(tmp_path, content, message):
+    file = tmp_path / "a.txt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        splits(file)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(validation_file="short.txt"), "validation_file='short.txt' goes with a local file as corpus"),
+        (dict(corpus_config="raw"), "corpus_config='raw' does not go with a built-in corpus"),
+        (dict(corpus=__file__, corpus_config="raw"), "corpus_config='raw' is for a dataset on the Hub"),
+        (dict(text_column="story"), "text_column='story' does not go with a built-in corpus"),
+    ],
+)
+def test_arguments_without_effect_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        read_corpus(CorpusArguments(**arguments))
+    with pytest.raises(ValueError, match=message):
+        read_corpus_of({}, arguments)
+
+
+def test_a_special_token_in_a_text_is_text():
+    split = Dataset.from_dict({"text": [f"one {END_OF_TEXT} two"]})
+    tokenizer = train_tokenizer(split, 300)
+    ids = encode_documents(split, tokenizer).ids.tolist()
+    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[:-1]) == f"one {END_OF_TEXT} two"
+
+
+def test_text_without_spaces_trains_a_tokenizer_in_linear_time(monkeypatch):
+    """No run that is longer than the limit reaches the trainer, and ordinary text reaches it as it is."""
+    seen = []
+    monkeypatch.setattr(Tokenizer, "train_from_iterator", lambda self, texts, trainer: seen.extend(texts))
+    train_tokenizer(Dataset.from_dict({"text": ["ACGT" * 10_000, "ordinary words  with\nspaces"]}), 257)
+    assert "".join(seen[:-1]) == "ACGT" * 10_000 and max(map(len, seen)) == tokens.LONGEST_WORD
+    assert seen[-1] == "ordinary words  with\nspaces"
