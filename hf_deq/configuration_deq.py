@@ -1,5 +1,4 @@
-# Copyright 2026 The hf_deq authors. Licensed under the Apache License, Version 2.0.
-"""The configuration that all deep equilibrium models share: how they are solved and differentiated."""
+"""The configuration that all deep equilibrium models share: how they are solved and how they are differentiated."""
 
 from dataclasses import fields
 from difflib import get_close_matches
@@ -17,31 +16,33 @@ OWN_PREFIXES = ("solver_", "backward_", "phantom_", "jacobian_")
 
 @strict
 class DEQConfig(PreTrainedConfig):
-    """Base configuration; `DEQTransformerConfig` and others add their architecture.
+    """Base configuration. `DEQTransformerConfig` and others add the fields of their architecture.
 
     Args:
         solver: how the equilibrium is found: `"anderson"`, `"broyden"` or `"picard"`.
-        solver_scope: `"causal"` (default; the output at t depends on tokens <= t at any tolerance and
-            budget) or `"sequence"` (the literature's sequence-wide inner products; leaks from later
-            tokens until converged and must not be used with a cache).
+        solver_scope: `"causal"` (default): the output at t depends on tokens <= t, at any tolerance and budget.
+            `"sequence"`: inner products over the whole sequence, as in the literature. Then later tokens influence
+            earlier states until convergence, and no cache can be used.
         solver_tolerance: relative residual `||f(z) - z|| / ||f(z)||` at which a position is solved.
-        solver_max_evaluations: budget of calls of f per solve (gradients need one more, with a graph);
-            with `gradient="unrolled"` the number of applications.
-        solver_history: past iterates that Anderson or Broyden remember.
+        solver_max_evaluations: budget of calls of f per solve. An implicit gradient needs one more call, with a graph.
+            With `gradient="unrolled"`: the number of applications of f.
+        solver_history: number of past iterates that Anderson or Broyden remember.
         solver_damping: fraction of each solver step that is taken, in (0, 1].
-        gradient: `"implicit"` (exact), `"phantom"` (through the last steps) or `"unrolled"` (an
-            explicit weight-tied stack; it has no equilibrium to cache, so it generates without cache).
-        backward_solver, backward_tolerance, backward_max_evaluations: the same for the linear
-            solve of the implicit gradient; evaluations are vector-Jacobian products.
-        phantom_steps, phantom_damping: length and damping of the phantom gradient's path.
-        jacobian_loss_weight: weight of the Jacobian regularization in the training loss; 0 is off.
-        jacobian_loss_frequency: fraction of training steps that apply it, in (0, 1].
+        gradient: `"implicit"` (exact), `"phantom"` (through a few damped steps at the equilibrium) or `"unrolled"` (an
+            explicit weight-tied stack; it has no equilibrium to cache, so it generates without a cache).
+        backward_solver, backward_tolerance, backward_max_evaluations: solver, tolerance and budget of the linear solve
+            for the implicit gradient. Here evaluations are vector-Jacobian products.
+        phantom_steps, phantom_damping: number and damping of the steps that the phantom gradient differentiates.
+        jacobian_loss_weight: weight of the Jacobian regularization in the training loss; 0 turns it off.
+        jacobian_loss_frequency: fraction of training steps that apply the regularization, in (0, 1].
 
     Raises:
-        ValueError: a field is out of range, or an unknown key looks like one of these.
+        ValueError: if an unknown key looks like one of these fields.
+        StrictDataclassError: if a field is out of range or has a wrong type. This error of huggingface_hub is not a
+            ValueError.
     """
 
-    # The solver's reports are about the solve, not predictions: a Trainer should not gather them.
+    # The solver's reports describe the solve. They are not predictions, so a Trainer should not gather them.
     keys_to_ignore_at_inference = [
         "cache",
         "residual",
@@ -51,7 +52,7 @@ class DEQConfig(PreTrainedConfig):
         "memory",
     ]
 
-    # Fields that earlier versions saved, and what to write instead.
+    # Fields of earlier versions, and what the user should write instead.
     former_fields = {
         "shallow_steps": "give it to the training, as in scripts/train.py --shallow_steps",
         "shallow_depth": "give it to the training, as in scripts/train.py --shallow_depth",
@@ -74,22 +75,25 @@ class DEQConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As in Transformers. Fields of earlier versions become those of today."""
+        """Make a configuration as in Transformers, also from the fields that an earlier version saved."""
         return super().from_dict(cls.upgrade(config_dict), **kwargs)
 
     @classmethod
     def upgrade(cls, fields: dict) -> dict:
-        """Turn the fields that an earlier version saved into those of today."""
+        """Return the fields that an earlier version saved as fields of this version."""
         return {name: value for name, value in fields.items() if name not in cls.former_fields}
 
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
         if (self.gradient == "unrolled" or self.solver_scope == "sequence") and getattr(self, "use_cache", False):
-            self.use_cache = False  # neither has a final state for a prefix
+            self.use_cache = False  # in both cases, a prefix has no final state
 
     def _refuse_misspelt(self, unknown: dict) -> None:
-        """PreTrainedConfig keeps unknown keys as attributes; ours among them would be silently ignored."""
+        """Refuse unknown keys that look like a field of this configuration.
+
+        PreTrainedConfig keeps every unknown key as an attribute. So a misspelt field would be ignored silently.
+        """
         own = [field.name for field in fields(self) if field.name not in PreTrainedConfig.__dataclass_fields__]
         for key in unknown:
             if key in self.former_fields:
@@ -101,7 +105,7 @@ class DEQConfig(PreTrainedConfig):
                 raise ValueError(f"{type(self).__name__} has no field {key!r}; did you mean {hint!r}?")
 
     def validate_equilibrium(self):
-        """Ranges of the shared fields; called by `@strict` after construction."""
+        """Check the ranges of the shared fields. `@strict` calls this method after construction."""
         require_one_of("solver", self.solver, SOLVERS)
         require_one_of("backward_solver", self.backward_solver, SOLVERS)
         require_one_of("solver_scope", self.solver_scope, SOLVER_SCOPES)
@@ -115,14 +119,14 @@ class DEQConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
 
     def require_at_least(self, smallest: int, *names: str) -> None:
-        """Refuse fields below a number, infinite ones, and what is not a number.
+        """Refuse fields that are below a number, infinite, or not a number.
 
         Raises:
-            ValueError: the first of these fields that is one of them.
+            ValueError: if there is such a field. The message names the first one.
         """
         for name in names:
             value = getattr(self, name)
-            if not value >= smallest:  # also where it is not a number
+            if not value >= smallest:  # also true for NaN
                 what = "zero or positive" if smallest == 0 else f"at least {smallest}"
                 raise ValueError(f"{name} must be {what}, got {value}.")
             if value == float("inf"):
@@ -132,7 +136,7 @@ class DEQConfig(PreTrainedConfig):
         """Refuse fields that are not positive and finite.
 
         Raises:
-            ValueError: the first of these fields that is not.
+            ValueError: if there is such a field. The message names the first one.
         """
         for name in names:
             if not 0 < getattr(self, name) < float("inf"):
@@ -142,17 +146,17 @@ class DEQConfig(PreTrainedConfig):
         """Refuse dropout fields that are not probabilities below one.
 
         Raises:
-            ValueError: the first of these fields that lies outside of [0, 1).
+            ValueError: if a field lies outside of [0, 1). The message names the first one.
         """
         for name in names:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
 
     def require_cutoffs(self) -> None:
-        """Refuse `cutoffs` that do not cut the vocabulary.
+        """Refuse `cutoffs` that do not cut the vocabulary into clusters.
 
         Raises:
-            ValueError: they do not rise strictly between 0 and `vocab_size`, or there are none in the list.
+            ValueError: if they do not rise strictly between 0 and `vocab_size`, or if the list is empty.
         """
         if self.cutoffs is None:
             return
@@ -164,15 +168,15 @@ class DEQConfig(PreTrainedConfig):
 
 
 def _shared_start(one: str, other: str) -> int:
-    """How many characters two names start with alike."""
+    """Return the length of the common beginning of two names."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def require_one_of(name: str, value: str, allowed) -> None:
-    """Refuse a value that is not one of the names allowed.
+    """Refuse a value that is not one of the allowed names.
 
     Raises:
-        ValueError: naming the field and the choice.
+        ValueError: if the value is not allowed. The message gives the name of the field and the allowed names.
     """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {sorted(allowed)}, got {value!r}.")

@@ -1,5 +1,4 @@
-# Copyright 2026 The hf_deq authors. Licensed under the Apache License, Version 2.0.
-"""DEQ-Transformer configuration."""
+"""The configuration of a DEQ-Transformer."""
 
 from huggingface_hub.dataclasses import strict
 from transformers.modeling_rope_utils import RopeParameters
@@ -13,52 +12,58 @@ POSITION_EMBEDDING_TYPES = ("rotary", "relative")
 
 @strict
 class DEQTransformerConfig(DEQConfig):
-    """Configuration of a DEQ-Transformer; see `DEQConfig` for the fields of the equilibrium.
+    """Configuration of a DEQ-Transformer. See `DEQConfig` for the fields of the equilibrium.
 
     Args:
         vocab_size: number of token ids.
         hidden_size: width of the state.
         intermediate_size: width inside the feed-forward sub-layer.
-        num_hidden_layers: transformer layers in one application of f (and in the key/value cache).
-            The effective depth is this times the number of evaluations.
-        num_attention_heads: must divide `hidden_size`, unless `head_dim` is given.
+        num_hidden_layers: number of transformer layers in one application of f (and in the key/value cache). The
+            effective depth is this number times the number of evaluations.
+        num_attention_heads: number of heads. It must divide `hidden_size`, unless `head_dim` is given.
         head_dim: size of a head; by default `hidden_size / num_attention_heads`.
         hidden_act: activation of the feed-forward sub-layer.
-        norm_position: where the layer norms of f stand.
+        norm_position: where f has layer norms.
             `"post"`: after each residual sum, as in the paper.
-            `"pre"`: in front of each sub-layer, and one more that closes f. Without that norm f(z + c) = f(z) + c
-            for any shift c of all features, and no isolated fixed point exists.
-            `"pre_normalized_residual"`: in front of each sub-layer, and the feed-forward sub-layer's residual branch
-            carries its normalised input, as in the authors' code. Such an f has isolated fixed points.
-            `"pre_open"`: in front of each sub-layer only, as in torchdeq's DEQ-LM. Such an f has no isolated fixed
-            point: set `gradient="unrolled"`.
-        norm_affine: whether the norms within f have weights and biases; the paper's have none.
-        attention_output_norm: one more norm, between the attention and its output projection (torchdeq's DEQ-LM).
-        final_norm: whether a norm stands between the equilibrium and the output layer; the paper has none.
-        inject_residual: inject the input into the residual stream as well as into queries, keys and values; the
-            paper injects into the latter alone.
-        weight_norm: hold the linear maps of f as length g and direction v of each output.
+            `"pre"`: before each sub-layer, and one more norm at the end of f. Without this last norm,
+            f(z + c) = f(z) + c for any shift c of all features, and no isolated fixed point exists.
+            `"pre_normalized_residual"`: before each sub-layer. The residual branch of the feed-forward sub-layer
+            carries the normalised input, as in the authors' code. Such an f has isolated fixed points.
+            `"pre_open"`: only before each sub-layer, as in torchdeq's DEQ-LM. Such an f has no isolated fixed point:
+            set `gradient="unrolled"`.
+        norm_affine: whether the norms within f have weights and biases. In the paper they have none.
+        attention_output_norm: whether there is a norm between the attention and its output projection, as in
+            torchdeq's DEQ-LM.
+        final_norm: whether there is a norm between the equilibrium and the output layer. The paper has no such norm.
+        inject_residual: whether the input is injected into the residual stream, in addition to queries, keys and
+            values. The paper injects only into queries, keys and values.
+        weight_norm: whether the linear maps of f are stored as length g and direction v of each output.
         position_embedding_type: `"rotary"`, or `"relative"` (Transformer-XL, as in the paper).
-        rope_parameters: Transformers' rotary parameters, `rope_theta` 10000 by default.
-        max_position_embeddings: longest sequence the model is meant for; nothing is allocated.
-        sliding_window: tokens that a position attends to, itself included, at least 2; `None` for all.
-        memory_length: tokens of earlier segments whose states `forward` returns as `memory` and attends to when
-            they are passed back; 0 for none. With more than one layer, all attend to the last one's states.
+        rope_parameters: Transformers' rotary parameters; by default, `rope_theta` is 10000.
+        max_position_embeddings: longest sequence that the model is meant for. No memory is allocated for it.
+        sliding_window: number of tokens that a position attends to, including itself, at least 2; `None` for all
+            tokens.
+        memory_length: number of tokens from earlier segments whose states `forward` returns as `memory`; 0 for none.
+            If `memory` is passed to the next call, its tokens attend to these states. With several layers, all layers
+            attend to the states of the last layer.
         layer_norm_eps: epsilon of every layer norm.
-        embedding_size: width of the token embeddings, which are projected to `hidden_size`; by default that.
-        cutoffs: ids at which the vocabulary is cut for adaptive embeddings and an adaptive softmax, rising; `None`
-            for neither. Ids should be ordered by falling frequency.
-        div_val: with cutoffs: by how much the embeddings of successive clusters shrink; with 1 they share a table.
-        tied_projections: clusters whose projection in the output layer is that of the embeddings.
-        head_bias: whether a linear output layer has biases (an adaptive one always does).
-        initializer_range: standard deviation of the token embeddings; by default `hidden_size ** -0.5`.
-        embedding_dropout: on the token embeddings.
-        hidden_dropout: on the output of each sub-layer of f, one mask for all evaluations of a solve.
-        attention_dropout: on the attention weights, one mask for all evaluations of a solve.
-        output_dropout: on the equilibrium, in front of the output layer.
-        variational_dropout: draw the masks of all but the attention once for all positions of a row, as in the paper.
-        tie_word_embeddings: use the token embeddings as output layer.
-        use_cache: whether a forward pass outside of training returns keys and values.
+        embedding_size: width of the token embeddings; by default `hidden_size`. Other widths are projected to
+            `hidden_size`.
+        cutoffs: ids at which the vocabulary is cut for adaptive embeddings and an adaptive softmax, in rising order;
+            `None` for no cuts. Ids should be ordered by falling frequency.
+        div_val: with cutoffs: factor by which the width of the embeddings shrinks from one cluster to the next. With 1,
+            all clusters share one table.
+        tied_projections: clusters whose projection is shared by the output layer and the embeddings.
+        head_bias: whether a linear output layer has biases. An adaptive output layer always has biases.
+        initializer_range: standard deviation of the initial token embeddings; by default `hidden_size ** -0.5`.
+        embedding_dropout: dropout on the token embeddings.
+        hidden_dropout: dropout on the output of each sub-layer of f, with one mask for all evaluations of a solve.
+        attention_dropout: dropout on the attention weights, with one mask for all evaluations of a solve.
+        output_dropout: dropout on the equilibrium, before the output layer.
+        variational_dropout: whether all dropout masks, except those of the attention weights, are the same for all
+            positions of a row, as in the paper.
+        tie_word_embeddings: whether the output layer uses the token embeddings.
+        use_cache: whether a forward pass returns keys and values by default.
     """
 
     model_type = "deq_transformer"
@@ -115,7 +120,11 @@ class DEQTransformerConfig(DEQConfig):
 
     @classmethod
     def upgrade(cls, fields: dict) -> dict:
-        """Turn the fields that an earlier version saved into those of today."""
+        """Return the fields that an earlier version saved as fields of this version.
+
+        Raises:
+            ValueError: if they describe an f that this version does not have.
+        """
         former = fields.get("norm_position"), fields.get("normalized_residual"), fields.get("closing_norm")
         if former == ("pre", True, True):
             raise ValueError(
@@ -127,11 +136,11 @@ class DEQTransformerConfig(DEQConfig):
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether embeddings and output layer are adaptive ones, or need projections."""
+        """Whether the vocabulary has cutoffs, or embeddings and output layer need projections."""
         return self.cutoffs is not None or self.embedding_size != self.hidden_size
 
     def validate_architecture(self):
-        """Shapes and names; called by `@strict` after construction."""
+        """Check sizes and names. `@strict` calls this method after construction."""
         self.require_at_least(
             1,
             "vocab_size",

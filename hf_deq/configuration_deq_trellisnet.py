@@ -1,5 +1,4 @@
-# Copyright 2026 The hf_deq authors. Licensed under the Apache License, Version 2.0.
-"""DEQ-TrellisNet configuration."""
+"""The configuration of a DEQ-TrellisNet."""
 
 from huggingface_hub.dataclasses import strict
 
@@ -9,36 +8,37 @@ from .configuration_deq import DEQConfig
 
 @strict
 class DEQTrellisNetConfig(DEQConfig):
-    """Configuration of a DEQ-TrellisNet; see `DEQConfig` for the fields of the equilibrium.
+    """Configuration of a DEQ-TrellisNet. See `DEQConfig` for the fields of the equilibrium.
 
     The defaults are the sizes of the paper's Penn Treebank model (Bai et al. 2019, section 5 and appendix C).
 
     Args:
         vocab_size: number of token ids.
-        hidden_size: width of the output, `last_hidden_state` (the paper's nout).
-        intermediate_size: channels of the hidden state that are not output (nhid). Hidden and cell
-            state have intermediate_size + hidden_size channels each.
-        embedding_size: width of the token embeddings (ninp); by default `hidden_size`.
-        kernel_size: taps of both convolutions, at least 2.
-        dilation: positions between the taps of the convolution of the hidden state.
-        cell_scan: solve the recurrence of the cell, linear once the gates are known, in every application
-            of f, instead of taking one step of it. `False` is the paper's f: the same equilibrium, found in
-            several times the evaluations, and a different model where `unroll_steps` are few.
-        weight_norm: hold the convolutions as length g and direction v of each output channel.
-        cutoffs: ids at which the vocabulary is cut for the split softmax, rising: ids below the first
-            share a head with one entry for each of the other clusters. `None` for a full softmax.
-            Ids should be ordered by falling frequency.
-        num_softmax_experts: softmaxes that are mixed (Yang et al. 2018), or 0 for a single one.
-        initializer_range: standard deviation of the token embeddings; by default `embedding_size ** -0.5`.
-        embedding_dropout: on word types: the embeddings of a dropped one are zero wherever it occurs. It
-            needs `input_ids`, and does nothing to `inputs_embeds`.
-        input_dropout: on the embedded input, one mask for all positions.
-        hidden_dropout: on the hidden state that is convolved, one mask for all positions and evaluations.
-        output_dropout: on the output, one mask for all positions.
-        weight_dropout: on the weights of the convolution of the hidden state, one mask for a solve.
-        tie_word_embeddings: use the token embeddings as output layer.
-        num_hidden_layers: 1, the one state that a cache holds. The effective depth is the number of evaluations.
-        use_cache: whether a forward pass outside of training returns the state for the next token.
+        hidden_size: width of the output, `last_hidden_state` (nout in the authors' code).
+        intermediate_size: number of channels of the hidden state that are not part of the output (nhid in the authors'
+            code). Hidden state and cell state have intermediate_size + hidden_size channels each.
+        embedding_size: width of the token embeddings (ninp in the authors' code); by default `hidden_size`.
+        kernel_size: number of taps of both convolutions, at least 2.
+        dilation: distance in positions between the taps of the convolution of the hidden state.
+        cell_scan: whether every application of f solves the recurrence of the cell (it is linear once the gates are
+            known), instead of taking one step of the recurrence. `False` is the paper's f. It has the same
+            equilibrium, but needs several times as many evaluations. With few `unroll_steps` it is a different model.
+        weight_norm: whether the convolutions are stored as length g and direction v of each output channel.
+        cutoffs: ids at which the vocabulary is cut for an adaptive softmax, in rising order. The ids below the first
+            cutoff share a softmax with one entry for each other cluster. `None` for a full softmax. Ids should be
+            ordered by falling frequency.
+        num_softmax_experts: number of softmaxes that are mixed (Yang et al. 2018); 0 for a single softmax.
+        initializer_range: standard deviation of the initial token embeddings; by default `embedding_size ** -0.5`.
+        embedding_dropout: dropout on word types: a dropped word type has zero embeddings wherever it occurs. It needs
+            `input_ids`, and has no effect on `inputs_embeds`.
+        input_dropout: dropout on the embedded input, with one mask for all positions.
+        hidden_dropout: dropout on the hidden state before its convolution, with one mask for all positions and
+            evaluations.
+        output_dropout: dropout on the output, with one mask for all positions.
+        weight_dropout: dropout on the weights of the convolution of the hidden state, with one mask per solve.
+        tie_word_embeddings: whether the output layer uses the token embeddings.
+        num_hidden_layers: must be 1: a cache holds one state. The effective depth is the number of evaluations.
+        use_cache: whether a forward pass returns the state for the next token by default.
     """
 
     model_type = "deq_trellisnet"
@@ -76,14 +76,14 @@ class DEQTrellisNetConfig(DEQConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Names the cache layer, from which Transformers makes a cache for this model."""
+        """The name of the cache layer type. Transformers uses it to make a cache for this model."""
         return [TrellisStateLayer._layer_type] * self.num_hidden_layers
 
     def validate_layer_type(self):
-        """The library checks `layer_types` against its own; ours has registered itself."""
+        """Skip the check of Transformers, which accepts only its own layer types. Our layer type is registered."""
 
     def validate_architecture(self):
-        """Shapes and names; called by `@strict` after construction."""
+        """Check sizes and options. `@strict` calls this method after construction."""
         self.require_at_least(1, "vocab_size", "hidden_size", "intermediate_size", "embedding_size", "dilation")
         self.require_at_least(2, "kernel_size")
         self.require_at_least(0, "num_softmax_experts")

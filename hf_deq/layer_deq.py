@@ -1,4 +1,4 @@
-"""The container of an equilibrium: the one module that solves, whatever f it holds.
+"""The layer that contains an equilibrium: the module that solves, for any f.
 
 class MyLayer(DEQLayer):
     def forward(self, hidden_states, dial, rows, cache, memory, **context):
@@ -31,12 +31,12 @@ from .weight_tying import keeping_weights
 
 @dataclass(frozen=True)
 class Dial:
-    """The quality/compute dial of one call; `None` leaves the configured value.
+    """The quality/compute dial of one call. `None` means the configured value.
 
     Attributes:
         solver_tolerance, solver_max_evaluations: as in `DEQConfig`.
-        unroll_steps: apply f that many times with ordinary backpropagation instead of solving, as
-            in shallow pretraining.
+        unroll_steps: apply f this number of times with ordinary backpropagation instead of solving, as in shallow
+            pretraining. `None` means to solve, unless the configured gradient is `"unrolled"`.
     """
 
     solver_tolerance: float | None = None
@@ -47,7 +47,7 @@ class Dial:
         """Refuse values out of range.
 
         Raises:
-            ValueError: naming the argument.
+            ValueError: if a value is out of range. The message names the argument.
         """
         if self.solver_tolerance is not None and not 0 <= self.solver_tolerance < float("inf"):
             raise ValueError(f"solver_tolerance must be zero or positive, and finite; got {self.solver_tolerance}.")
@@ -58,10 +58,11 @@ class Dial:
 
 
 def make_solver(config: DEQConfig, name: str, **settings) -> FixedPointSolver:
-    """Return the solver of this name (see `SOLVERS`) as the configuration describes it.
+    """Return the solver with this name (see `SOLVERS`) and the settings of the configuration.
 
     Args:
-        config: gives the history, the damping and the scope, unless `settings` has them.
+        config: supplies the history, the damping and the scope, unless `settings` contains them.
+        name: a key of `SOLVERS`.
         settings: other arguments of the solver, such as `tolerance` and `max_evaluations`.
     """
     settings = {"damping": config.solver_damping, "scope": config.solver_scope} | settings
@@ -71,14 +72,14 @@ def make_solver(config: DEQConfig, name: str, **settings) -> FixedPointSolver:
 
 
 class DEQLayerOutput(NamedTuple):
-    """What the container of an equilibrium returns.
+    """The output of a `DEQLayer`.
 
     Attributes:
-        hidden_states: the part of the equilibrium that the output layer sees, `(batch, sequence, hidden_size)`.
-        attentions: attention weights at the equilibrium, if there are any.
-        solution: the equilibrium and how well it was solved.
-        jacobian_loss: its Jacobian regularization, if this step has one.
-        memory: for the next segment, as in `SolveReport`.
+        hidden_states: the part of the equilibrium that the output layer reads, `(batch, sequence, hidden_size)`.
+        attentions: attention weights at the equilibrium, or `None`.
+        solution: the equilibrium, and the report of its solve.
+        jacobian_loss: Jacobian regularization at the equilibrium, or `None` if this step has none.
+        memory: memory for the next segment, as in `SolveReport`.
     """
 
     hidden_states: Tensor
@@ -89,18 +90,19 @@ class DEQLayerOutput(NamedTuple):
 
 
 class DEQLayer(nn.Module):
-    """The container of one equilibrium: holds the modules of f and knows how to solve.
+    """The layer that contains one equilibrium: it holds the modules of f and solves for the fixed point.
 
-    It, not f, is called as a module: f runs many times and carries no hooks. Subclasses define
-    `forward(hidden_states, dial, rows, cache, memory, **context) -> DEQLayerOutput`.
+    Only this layer is a module with hooks. f is a plain function: it runs many times, and has no hooks. Subclasses
+    define `forward(hidden_states, dial, rows, cache, memory, **context) -> DEQLayerOutput`.
 
     Attributes:
-        backward_evaluations: vector-Jacobian products per sequence of the most recent implicit backward
-            solve, `(batch,)`, for logging.
+        backward_evaluations: vector-Jacobian products per sequence in the most recent implicit backward solve,
+            `(batch,)`, for logging.
         input_size: features of the embedded input.
-        memory_sizes: features of each part of the memory; empty if nothing is remembered.
-        gradient_checkpointing: what Transformers sets for activation checkpointing. Unrolled applications of f are
-            then recomputed in backward; an implicit gradient has the activations of one, and keeps them.
+        memory_sizes: features of each part of the memory; empty if the model has no memory.
+        gradient_checkpointing: Transformers sets this field for activation checkpointing. Then unrolled applications
+            of f are recomputed in backward. An implicit gradient holds the activations of only one application, and
+            keeps them.
     """
 
     input_size: int
@@ -115,22 +117,29 @@ class DEQLayer(nn.Module):
     def solve(
         self, f: SequenceMap, z0: Tensor, dial: Dial, texts: Texts | None = None
     ) -> tuple[FixedPointSolution, Tensor | None]:
-        """The differentiable equilibrium of f, and its Jacobian regularization if this step has one."""
+        """Return the differentiable equilibrium of f, and its Jacobian regularization (`None` if this step has none).
+
+        Args:
+            f: maps a state `(batch, sequence, features)` to a state of the same shape.
+            z0: the state from which the solver starts.
+            dial: overrides the configuration.
+            texts: the texts of packed rows; `None` if every row is one text.
+        """
         estimator = self.gradient_estimator(dial)
-        # What is recomputed in backward finds no kept weights, so it must not have found them before.
+        # Backward recomputes f without kept weights. So the first computation must not use kept weights either.
         recomputed = isinstance(estimator, UnrolledGradient) and estimator.activation_checkpointing
         with nullcontext() if recomputed else keeping_weights():
             solution = equilibrium(f, z0, self.forward_solver(dial), estimator, texts)
             return solution, self._jacobian_loss(f, solution.value, dial)
 
     def forward_solver(self, dial: Dial) -> FixedPointSolver:
-        """The configured solver."""
+        """Return the configured solver, with the tolerance and the budget of the dial."""
         config = self.config
         tolerance = config.solver_tolerance if dial.solver_tolerance is None else dial.solver_tolerance
         return make_solver(config, config.solver, tolerance=tolerance, max_evaluations=self._budget(dial))
 
     def gradient_estimator(self, dial: Dial) -> GradientEstimator:
-        """The configured estimator, or the unrolled one where the dial asks for it."""
+        """Return the configured gradient estimator, or the unrolled one if the dial sets `unroll_steps`."""
         config = self.config
         if dial.unroll_steps is not None or config.gradient == "unrolled":
             steps = self._budget(dial) if dial.unroll_steps is None else dial.unroll_steps
@@ -158,5 +167,8 @@ class DEQLayer(nn.Module):
 
 
 def latest(past: Tensor, new: Tensor, length: int) -> Tensor:
-    """The last `length` positions of two pieces `(batch, positions, size)`, detached, in storage of their own."""
+    """Return the last `length` positions of `past` followed by `new`, both `(batch, positions, size)`.
+
+    The result is detached, and is a copy.
+    """
     return torch.cat([past, new], 1)[:, -length:].detach().clone()

@@ -1,7 +1,7 @@
-"""What every deep equilibrium language model shares: one way to report, and to be a language model.
+"""What all deep equilibrium language models share: the report of the solve, and the base classes.
 
-`DEQModel` goes from token ids to equilibrium states, `DEQForCausalLM` to logits. A model family adds
-its f (a `DEQLayer`, see `layer_deq`) and names what f needs per call.
+`DEQModel` maps token ids to equilibrium states. `DEQForCausalLM` maps token ids to logits. A model family adds its f
+(a `DEQLayer`, see `layer_deq`), and computes what f needs in each call.
 """
 
 from dataclasses import dataclass
@@ -23,22 +23,22 @@ from .layer_deq import DEQLayer, Dial
 from .masking_deq import Rows, check_mask, positions_of_texts, read_rows
 from .softmax_heads import LogProbabilityHead, check_ids
 
-# What Transformers called the cache before 5.24, for callers written then.
+# Before version 5.24, Transformers called the cache `past_key_values`. Older callers still use this name.
 FORMER_CACHE_NAME = {"old_name": "past_key_values", "new_name": "cache", "version": "5.40.0"}
 
 
 @dataclass
 class SolveReport:
-    """What the outputs of these models say about the solve, besides what Transformers' own say.
+    """The report of the solve. The outputs of these models have these fields in addition to those of Transformers.
 
     Attributes:
-        residual: relative residual per sequence, `(batch,)`.
-        num_evaluations: calls of f per sequence, `(batch,)`.
-        converged: whether the tolerance was reached, `(batch,)`.
-        jacobian_loss: unweighted Jacobian regularization, scalar; only in training and when it is on.
-        memory: what the next segment of the same text can be given as `memory`, detached tensors
-            `(batch, positions, size)`; `None` if the model is configured to remember nothing, if the segment was
-            padded, or if a key/value cache came before it.
+        residual: relative residual of each sequence, `(batch,)`, or `(texts,)` for packed rows.
+        num_evaluations: calls of f for each sequence, same shape.
+        converged: whether each sequence reached the tolerance, same shape.
+        jacobian_loss: unweighted Jacobian regularization, scalar. Only in training, and only if it is on.
+        memory: states to pass as `memory` with the next segment of the same text, detached tensors
+            `(batch, positions, size)`. `None` if the configuration sets no memory, if the segment has padding or
+            packed texts, or if a key/value cache precedes the segment.
     """
 
     residual: Tensor | None = None
@@ -48,23 +48,23 @@ class SolveReport:
     memory: tuple[Tensor, ...] | None = None
 
 
-# The report is named first, so that its fields come last: dataclasses collect them from the last base on.
+# SolveReport is the first base class, so its fields come last: dataclasses collect fields from the last base class on.
 @dataclass
 class DEQModelOutputWithPast(SolveReport, BaseModelOutputWithPast):
-    """Transformers' output and the report of the solve."""
+    """Transformers' output, and the report of the solve."""
 
     def passed_on(self) -> dict:
-        """What an output layer passes on to the caller: all but the states that it reads."""
+        """Return the fields that a model with an output layer passes on to its caller: all except the states."""
         return {name: value for name, value in self.items() if name != "last_hidden_state"}
 
 
 @dataclass
 class DEQCausalLMOutputWithPast(SolveReport, CausalLMOutputWithPast):
-    """Transformers' output and the report of the solve."""
+    """Transformers' output, and the report of the solve."""
 
 
 class DEQPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation as in Transformers; see the subclasses."""
+    """The base class of all models. Loading, saving and initialisation are those of Transformers."""
 
     config: DEQConfig
     base_model_prefix = "model"
@@ -74,10 +74,12 @@ class DEQPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
     ) -> nn.Module:
-        """As in Transformers, for plain embeddings and a linear output layer; to their own size for all.
+        """Resize as in Transformers, if the embeddings are an `nn.Embedding` and the output layer is linear.
+
+        Other embeddings and output layers accept only their present size, and stay as they are.
 
         Raises:
-            ValueError: the shape of the embeddings, or of the output layer, depends on the vocabulary in other ways.
+            ValueError: if such embeddings, or such an output layer, would get another size.
         """
         embeddings, head = self.get_input_embeddings(), getattr(self, "lm_head", None)
         if isinstance(embeddings, nn.Embedding) and not isinstance(head, LogProbabilityHead):
@@ -94,39 +96,39 @@ class DEQPreTrainedModel(PreTrainedModel):
 
 
 class DEQModel(DEQPreTrainedModel):
-    """Token ids to equilibrium states: embed, solve, normalise.
+    """Maps token ids to equilibrium states: embed, solve, normalise.
 
-    Subclasses set `layer_class` and define `_embed` and `_context`. They may replace `norm` and `output_dropout`, which
-    follow the equilibrium and do nothing by default. `hidden_states` holds two entries: what is injected (the embedded
-    input) and the equilibrium after `norm`.
+    Subclasses set `layer_class` and define `_embed` and `_context`. They may replace `norm` and `output_dropout`.
+    These two modules are applied to the equilibrium, and do nothing by default. The output field `hidden_states` has
+    two entries: the embedded input, which f injects, and `last_hidden_state`.
     """
 
     layer_class: type[DEQLayer]
 
     def __init__(self, config: DEQConfig):
-        config.validate()  # its fields may have been set since it was made
+        config.validate()  # its fields may have changed since it was constructed
         super().__init__(config)
         self.embed_tokens = self._make_embedding(config)
         self.layers = nn.ModuleList([self.layer_class(config)])
         self.norm, self.output_dropout = nn.Identity(), nn.Identity()
 
     def _make_embedding(self, config: DEQConfig) -> nn.Module:
-        """Ids `(batch, sequence)` to what `_embed` takes."""
+        """Return the module that maps ids `(batch, sequence)` to the `inputs_embeds` of `_embed`."""
         return nn.Embedding(config.vocab_size, config.embedding_size)
 
     def _embed(self, inputs_embeds: Tensor, input_ids: Tensor | None) -> Tensor:
-        """What is injected, `(batch, sequence, embedding_size)`, from the token embeddings."""
+        """Return the embedded input that f injects, `(batch, sequence, input size)`, from the token embeddings."""
         raise TypeError(f"{type(self).__name__} must define _embed.")
 
     def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, rows: Rows, **kwargs) -> dict:
-        """What the layer's forward needs besides its input and the structure of the rows, computed once per call."""
+        """Return further arguments for the layer's `forward`. They are computed once per call."""
         raise TypeError(f"{type(self).__name__} must define _context.")
 
     def _read_rows(self, attention_mask, position_ids, cache, memory, inputs_embeds, past_length: int | Tensor) -> Rows:
-        """The structure of the new positions, see `read_rows`."""
+        """Return the structure of the new positions, see `read_rows`."""
         length, first_query = inputs_embeds.shape[1], past_length
         if cache is not None and attention_mask is not None and attention_mask.dim() == 4:
-            first_query = first_query - cache.get_mask_sizes(length, 0)[1]  # a sliding cache has dropped keys
+            first_query = first_query - cache.get_mask_sizes(length, 0)[1]  # a sliding cache has dropped some keys
         if position_ids is not None:
             position_ids = position_ids.expand(len(inputs_embeds), -1)
         has_past, window = cache is not None or memory is not None, getattr(self.config, "sliding_window", None)
@@ -149,36 +151,36 @@ class DEQModel(DEQPreTrainedModel):
         unroll_steps: int | None = None,
         **kwargs,
     ) -> DEQModelOutputWithPast:
-        """Solve for the states of the given tokens.
+        """Solve for the equilibrium states of the given tokens.
 
         Args:
-            input_ids: `(batch, sequence)`; or `inputs_embeds`, what `embed_tokens` makes of them.
-            attention_mask: `(batch, past + sequence)`, 0 on padding (left or right), or a prepared 4D
-                mask, boolean or additive; padded positions get the zero state and influence nothing. A block-diagonal
+            input_ids: `(batch, sequence)`. Alternatively pass `inputs_embeds`, the output of `embed_tokens`.
+            attention_mask: `(batch, past + sequence)`, 0 on padding (left or right), or a prepared 4D mask, boolean or
+                additive. Padded positions get the zero state and do not influence other positions. A block-diagonal
                 4D mask packs several texts into a row.
-            position_ids: `(batch, sequence)`; default: counted from the start of the cache. Where they start again,
-                without attention_mask, cache and memory, several texts are packed into a row. Each is solved as if it
-                were alone, and reported on its own: reports are then `(texts,)`. Nothing is cached or remembered.
-            cache: what earlier calls returned; only the new positions are solved.
-            use_cache: return the cache, default `config.use_cache`.
-            memory: the `memory` of the segment before this one: states carried over contiguous segments,
-                without gradients (truncated backpropagation through time). It replaces a cache where
-                one cannot be had: in training, with unrolled steps, in sequence scope. Such segments are
-                not padded, and nothing is cached.
-            solver_tolerance, solver_max_evaluations: override the config for this call.
-            unroll_steps: apply f so many times with ordinary backpropagation instead of solving; nothing
-                is cached then.
+            position_ids: `(batch, sequence)`. By default, positions are counted from the start of the cache. If
+                position ids start again within a row, and there is no attention_mask, cache or memory, the row holds
+                several packed texts. Each text is solved as if it were alone and has its own report, so the fields of
+                the report have shape `(texts,)`. Then the model returns neither a cache nor a memory.
+            cache: the cache that the previous call returned. Only the new positions are solved.
+            use_cache: whether to return the cache; default: `config.use_cache`.
+            memory: the `memory` that the previous segment of the same text returned: its last states, without
+                gradients (truncated backpropagation through time). It replaces a cache in training, with unrolled
+                steps, and in sequence scope. A segment with a memory must not be padded, and no cache is returned.
+            solver_tolerance, solver_max_evaluations: override the configuration for this call.
+            unroll_steps: apply f this number of times with ordinary backpropagation instead of solving. Then no cache
+                is returned.
 
         Returns:
-            `last_hidden_state`, the normalised equilibrium `(batch, sequence, hidden_size)`; the cache; and
-            `residual`, `num_evaluations` and `converged` of the solve, each `(batch,)`.
+            `last_hidden_state`, the normalised equilibrium `(batch, sequence, hidden_size)`; the cache; and the fields
+            of `SolveReport`.
 
         Raises:
-            ValueError: no input or both kinds, an empty sequence, ids out of range, a cache with a
-                model that has no equilibrium to cache, a memory next to a cache or padding, or of another model; a
-                mask of another shape, or whose structure cannot be honoured; packed texts after a cache or memory;
-                a dial out of its range.
-            TypeError: an argument that looks like one of ours and is not.
+            ValueError: if there is no input or both kinds of input; if the sequence is empty; if ids are out of range;
+                if there is a cache, but the model has no equilibrium to cache; if a memory comes with a cache or with
+                padding, or belongs to another model; if the mask has a wrong shape or an unsupported structure; if
+                packed texts follow a cache or memory; if a value of the dial is out of its range.
+            TypeError: if the name of an argument looks like a misspelt argument of the dial.
         """
         _refuse_misspelt(kwargs)
         _check_inputs(self.config, self.layers[0].input_size, input_ids, inputs_embeds)
@@ -213,15 +215,15 @@ class DEQModel(DEQPreTrainedModel):
 
 
 class DEQForCausalLM(DEQPreTrainedModel, DEQGenerationMixin):
-    """A language model on a `DEQModel`; subclasses set `model_class` and may define `_make_head`."""
+    """A language model on a `DEQModel`. Subclasses set `model_class` and may define `_make_head`."""
 
     model_class: type[DEQModel]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # Trainer and pipelines know causal models by the names in this list. Label smoothing shifts the labels of no
-        # others. The key is the name too, so that a subclass for the same configuration replaces no other.
+        # Trainer and pipelines recognise causal models by the names in this mapping. Label smoothing shifts labels only
+        # for these models. The key is the class name, too: so two classes with the same configuration keep two entries.
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.__name__] = cls.__name__
 
     def __init__(self, config: DEQConfig):
@@ -233,9 +235,10 @@ class DEQForCausalLM(DEQPreTrainedModel, DEQGenerationMixin):
             self.generation_config.use_cache = False
 
     def _make_head(self, config: DEQConfig) -> nn.Linear | LogProbabilityHead:
-        """The output layer."""
+        """Return the output layer."""
         return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    # Repeats the parameters of `DEQModel.forward`: `generate` and `Trainer` read this signature to select arguments.
     @deprecate_kwarg(**FORMER_CACHE_NAME)
     @can_return_tuple
     def forward(
@@ -254,17 +257,20 @@ class DEQForCausalLM(DEQPreTrainedModel, DEQGenerationMixin):
         unroll_steps: int | None = None,
         **kwargs,
     ) -> DEQCausalLMOutputWithPast:
-        """Logits of the next token; arguments as in `DEQModel.forward`, and:
+        """Return the logits of the next tokens, and the loss if there are labels.
+
+        Other arguments are those of `DEQModel.forward`.
 
         Args:
-            labels: `(batch, sequence)`, shifted inside, -100 ignored: also return the mean
-                cross-entropy in nats, plus the weighted Jacobian regularization in training.
-            logits_to_keep: logits of the last so many positions only (0: all), or their indices.
+            labels: `(batch, sequence)`, shifted by this method, -100 ignored. The loss is the mean cross-entropy in
+                nats, plus the weighted Jacobian regularization in training.
+            logits_to_keep: number of last positions whose logits are returned (0: all positions), or the indices of
+                these positions.
 
         Returns:
-            `loss`, a scalar, with labels; `logits`, `(batch, positions kept, vocab_size)`: log-probabilities where
-            the output layer is a split softmax or a mixture, and `None` in training with labels there, since that loss
-            does not need all of them; the rest as there.
+            `loss`, a scalar, if there are labels; `logits`, `(batch, positions kept, vocab_size)`; the other fields as
+            in `DEQModel.forward`. If the output layer is an adaptive softmax or a mixture of softmaxes, `logits` are
+            log-probabilities. In training with labels they are then `None`, because the loss does not need all of them.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -293,14 +299,17 @@ class DEQForCausalLM(DEQPreTrainedModel, DEQGenerationMixin):
         return DEQCausalLMOutputWithPast(loss=loss, logits=logits, **outputs.passed_on())
 
     def _likelihood_loss(self, states, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor:
-        """The library's loss function, for output layers that give likelihoods."""
+        """Return the loss as Transformers' loss function defines it, for output layers that return likelihoods."""
         targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
         counted = targets != -100
         nats = self.lm_head(states[counted], targets[counted])
         return nats.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
     def _jacobian_share(self, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor | float:
-        """Under gradient accumulation every micro-batch brings its share of the tokens, and of the penalty."""
+        """Return the weight of the Jacobian regularization.
+
+        Under gradient accumulation, a micro-batch has the same share of the regularization as of the tokens.
+        """
         if num_items_in_batch is None:
             return self.config.jacobian_loss_weight
         targets = labels[:, 1:] if shift_labels is None else shift_labels
@@ -308,7 +317,10 @@ class DEQForCausalLM(DEQPreTrainedModel, DEQGenerationMixin):
 
 
 def _refuse_misspelt(arguments: dict) -> None:
-    """What is not ours goes to the attention function, which would swallow a misspelt dial."""
+    """Refuse unknown arguments that look like a misspelt dial.
+
+    Unknown arguments are passed on to the attention function, which would ignore a misspelt dial without an error.
+    """
     for name in arguments:
         if name.startswith(("solver", "unroll")):
             raise TypeError(f"forward has no argument {name!r}; the dial is {', '.join(Dial.__dataclass_fields__)}.")
@@ -327,7 +339,7 @@ def _check_inputs(config: DEQConfig, input_size: int, input_ids: Tensor | None, 
 
 
 def _check_memory(memory, sizes: tuple[int, ...], batch: int, rows: Rows, cache) -> None:
-    """A memory must be of this model and these rows, and is for texts that are not padded."""
+    """Refuse a memory that comes with a cache or padding, or does not belong to this model and these rows."""
     if cache is not None:
         raise ValueError(
             "memory and cache both say what came before: pass one of them (generate makes a cache of its "

@@ -23,23 +23,24 @@ from .positions_deq import Positions, RelativePositions, RotaryPositions
 from .softmax_heads import LogProbabilityHead
 from .weight_tying import VariationalDropout, WeightNormLinear, apply_mask, draw_dropout_mask
 
-# Standard deviations of initial weights, relative to fan_in ** -0.5. With these gains a new f is solved to 1e-3 in 8 to
-# 11 evaluations, and a trained f in 10 to 12. With a gain of 1.0 a new f needs 20 to 60.
+# A gain is the standard deviation of initial weights, relative to fan_in ** -0.5. With these gains the solver reaches
+# 1e-3 in 8 to 11 evaluations for a new f, and in 10 to 12 for a trained f. With a gain of 1.0 a new f needs 20 to 60.
 STATE_GAIN = 0.5
-# If the input does not enter the residual stream, the attention has to bring it in. Otherwise f is close to the
-# identity: with the gains above such an f (the paper's) needs 43 to more than 60 evaluations.
+# These gains are for an f whose input does not enter the residual stream, as in the paper. Then the input enters only
+# through the attention. With the gains above, such an f is close to the identity and needs 43 to more than 60
+# evaluations.
 ATTENTION_ONLY_GAINS = {"qkv_proj": 0.25, "o_proj": 1.0, "injection": 2.0}
 
 
 def _linear(config: DEQTransformerConfig, in_features: int, out_features: int, bias: bool = True, gain: float = 1.0):
-    """Make a linear map of f, normalised if the configuration asks for it; `gain` is for its initial weights."""
+    """Make a linear map of f, with weight normalisation if `config.weight_norm`. `gain` is for its initial weights."""
     linear = (WeightNormLinear if config.weight_norm else nn.Linear)(in_features, out_features, bias=bias)
     linear.initializer_gain = gain
     return linear
 
 
 def _gain(config: DEQTransformerConfig, name: str, usual: float = STATE_GAIN) -> float:
-    """The gain of a linear map that depends on where the input is injected."""
+    """Return the gain of a linear map. The gain depends on where the input is injected."""
     return usual if config.inject_residual else ATTENTION_ONLY_GAINS[name]
 
 
@@ -51,10 +52,20 @@ def _norm(config: DEQTransformerConfig, features: int) -> nn.LayerNorm:
 def eager_attention_forward(
     module, query, key, value, attention_mask, scaling, dropout_mask=None, **kwargs
 ) -> tuple[Tensor, Tensor]:
-    """Attention in plain operations: `(batch, heads, sequence, size)` to `(batch, sequence, heads, size)` and weights.
+    """Attention in plain operations.
 
-    The softmax is computed in single precision at least. In a double precision model it is computed in double
-    precision, because rounding would keep the residual from falling.
+    The softmax is computed in single precision or wider. In a double precision model it is computed in double
+    precision, because otherwise rounding would keep the residual from falling.
+
+    Args:
+        module: not used; part of Transformers' interface.
+        query, key, value: `(batch, heads, sequence, size)`.
+        attention_mask: is added to the scores; `None` if nothing is masked.
+        scaling: factor of the scores.
+        dropout_mask: is multiplied with the attention weights; `None` if dropout is off.
+
+    Returns:
+        The output `(batch, sequence, heads, size)`, and the attention weights before dropout.
     """
     scores = query @ key.transpose(-2, -1) * scaling
     if attention_mask is not None:
@@ -64,14 +75,14 @@ def eager_attention_forward(
 
 
 def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn an attention mask (boolean: True attends) into numbers that leave room to add scores."""
+    """Return a boolean (True attends) or additive mask as an additive mask, halved to leave room for added scores."""
     if mask.dtype != torch.bool:
         return mask / 2
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)
 
 
 class DEQTransformerAttention(nn.Module):
-    """Causal multi-head attention. Its queries, keys and values are the projected state plus the injected input."""
+    """Causal multi-head attention. Queries, keys and values are the projected state plus the injected input."""
 
     def __init__(self, config: DEQTransformerConfig, layer_idx: int):
         super().__init__()
@@ -92,11 +103,11 @@ class DEQTransformerAttention(nn.Module):
             self.position_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
 
     def project(self, z: Tensor, injection: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `(batch, heads, sequence, size)`."""
+        """Return queries, keys and values, each `(batch, heads, sequence, size)`."""
         qkv = (self.qkv_proj(z) + injection).unflatten(-1, (3, self.num_heads, self.head_dim))
         queries_and_keys, value = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2)
         query, key = positions.rotate(queries_and_keys).permute(2, 0, 3, 1, 4)
-        if self.layer_idx > 0:  # the layer before may have overflowed at a position; others must not see it
+        if self.layer_idx > 0:  # if the layer before has overflowed at a position, other positions must not see it
             key, value = key.nan_to_num(0.0, 0.0, 0.0), value.nan_to_num(0.0, 0.0, 0.0)
         return query, key, value
 
@@ -110,7 +121,7 @@ class DEQTransformerAttention(nn.Module):
         view: EquilibriumCacheView | None,
         kernel_arguments: dict,
     ) -> tuple[Tensor, Tensor | None]:
-        """Map state `(batch, sequence, hidden)` and injection `(..., 3 heads size)` to output and attention weights."""
+        """Map a state `(batch, sequence, hidden)` and an injection `(..., 3 heads size)` to output and weights."""
         query, key, value = self.project(z, injection, positions)
         if view is not None:
             key, value = view.update(key, value, self.layer_idx)
@@ -118,7 +129,7 @@ class DEQTransformerAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if dropout_mask is not None:  # only our own function takes a mask that is fixed over the solve
+        if dropout_mask is not None:  # only our own function takes a mask that stays fixed during the solve
             attention, kernel_arguments = eager_attention_forward, {"dropout_mask": dropout_mask}
         output, weights = attention(
             self,
@@ -136,11 +147,12 @@ class DEQTransformerAttention(nn.Module):
 
 @dataclass(frozen=True)
 class DropoutMasks:
-    """The dropout masks of one transformer layer for a whole solve, `None` where dropout is off.
+    """The dropout masks of one transformer layer for a whole solve. A mask is `None` if its dropout is off.
 
     Attributes:
-        attended, fed: for the outputs of the two sub-layers, `(batch, sequence or 1, hidden)`.
-        weights: for the attention weights, `(batch, heads, queries, keys)`.
+        attended: mask for the output of the attention, `(batch, sequence or 1, hidden)`.
+        fed: mask for the output of the feed-forward sub-layer, same shape.
+        weights: mask for the attention weights, `(batch, heads, queries, keys)`.
     """
 
     attended: Tensor | None
@@ -149,7 +161,7 @@ class DropoutMasks:
 
     @classmethod
     def draw(cls, config: DEQTransformerConfig, like: Tensor, keys: int, training: bool) -> "DropoutMasks":
-        """Draw them for inputs `(batch, sequence, hidden)`."""
+        """Draw the masks for inputs `like`, `(batch, sequence, hidden)`, and this number of keys."""
         shape = like[:, :1] if config.variational_dropout else like
         attended, fed = (draw_dropout_mask(shape, config.hidden_dropout, training) for _ in ("attention", "feed"))
         scores = (len(like), config.num_attention_heads, like.shape[1], keys)
@@ -158,7 +170,10 @@ class DropoutMasks:
 
 
 class DEQTransformerBlock(nn.Module):
-    """One transformer layer of f: attention and feed-forward. The input is injected into both streams."""
+    """One transformer layer of f: attention, then feed-forward.
+
+    The input is injected into the attention, and also into the residual stream if `inject_residual` is set.
+    """
 
     def __init__(self, config: DEQTransformerConfig, layer_idx: int):
         super().__init__()
@@ -182,7 +197,7 @@ class DEQTransformerBlock(nn.Module):
         view: EquilibriumCacheView | None,
         kernel_arguments: dict,
     ) -> tuple[Tensor, Tensor | None]:
-        """Map state `(batch, sequence, hidden)` to state and attention weights."""
+        """Map a state `(batch, sequence, hidden)` to a state of the same shape and the attention weights."""
         attending = self.attention_norm(z) if self.pre_norm else z
         attended, weights = self.self_attn(
             attending, into_attention, positions, attention_mask, masks.weights, view, kernel_arguments
@@ -200,13 +215,13 @@ class DEQTransformerBlock(nn.Module):
         return z, weights
 
     def remember(self, states: Tensor, injections: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Keys and values of earlier states."""
+        """Return the keys and values of earlier states."""
         attending = self.attention_norm(states) if self.pre_norm else states
         return self.self_attn.project(attending, injections, positions)[1:]
 
 
 class DEQTransformerLayer(DEQLayer):
-    """f and its equilibrium. What f does not change is computed once for a solve: injection, positions, masks."""
+    """f and its equilibrium. What f does not change is computed once per solve: injection, positions, masks."""
 
     def __init__(self, config: DEQTransformerConfig):
         super().__init__(config)
@@ -218,7 +233,8 @@ class DEQTransformerLayer(DEQLayer):
         self.injection = nn.Linear(config.hidden_size, self.into_attention + self.into_residual)
         self.injection.initializer_gain = _gain(config, "injection", usual=1.0)
         self.blocks = nn.ModuleList([DEQTransformerBlock(config, i) for i in range(config.num_hidden_layers)])
-        # Without this norm such an f commutes with shifts of all features and has no isolated fixed point.
+        # Without this norm, an f with norm_position="pre" commutes with shifts of all features: f(z + c) = f(z) + c.
+        # Then it has no isolated fixed point.
         self.closing_norm = _norm(config, config.hidden_size) if config.norm_position == "pre" else nn.Identity()
 
     def forward(
@@ -261,15 +277,16 @@ class DEQTransformerLayer(DEQLayer):
 
         solution, jacobian_loss = self.solve(f, torch.zeros_like(hidden_states), dial, rows.texts)
         if view is not None and memory is None:
-            view.commit()  # f was last called at the solution
-        # After a cache, which holds keys and not states, only the latest states would be known.
+            view.commit()  # the last call of f was at the solution
+        # A cache holds keys, not states. After a cache, only the states of this call are known: so there is no memory.
         memory = None if follows_cache else self._memory(memory, solution.value, into_attention)
         return DEQLayerOutput(solution.value, weights, solution, jacobian_loss, memory)
 
     def _remembered_keys(self, memory: tuple[Tensor, Tensor], positions: Positions) -> DynamicCache:
-        """Keys and values of remembered states. They are made by the present weights, which are trained through them.
+        """Return the keys and values of remembered states.
 
-        If f has several transformer layers, each of them sees the states of the last one, as in torchdeq's DEQ-LM.
+        The present weights compute these keys and values, and get gradients through them. If f has several transformer
+        layers, each of them uses the remembered states of the last layer, as in torchdeq's DEQ-LM.
         """
         cache = DynamicCache(config=self.config)
         for layer_idx, block in enumerate(self.blocks):
@@ -277,7 +294,7 @@ class DEQTransformerLayer(DEQLayer):
         return cache
 
     def _memory(self, past, *new: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The last states and injections of this segment and the one before it."""
+        """Return the last states and injections of this segment and the segments before it."""
         length = self.config.memory_length
         if length == 0:
             return None
@@ -285,10 +302,11 @@ class DEQTransformerLayer(DEQLayer):
         return tuple(latest(old, state, length) for old, state in zip(past, new, strict=True))
 
     def _inject(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What enters queries, keys and values, and what enters the residual stream, in every evaluation.
+        """Return the injection into queries, keys and values, and the injection into the residual stream.
 
-        Non-finite numbers become zero in keys and values. Otherwise every position would become NaN, even a masked
-        one. Queries and the residual stream keep them, so that the position itself is NaN and no earlier one.
+        Both are the same in every evaluation. Non-finite numbers become zero in keys and values. Otherwise every
+        position would become NaN, even positions that do not attend to the affected key. Queries and the residual
+        stream keep non-finite numbers, so that the affected position becomes NaN, and no earlier position does.
         """
         width = self.into_attention // 3
         queries, others, residual = self.injection(hidden_states).split([width, 2 * width, self.into_residual], -1)
@@ -321,9 +339,10 @@ class DEQTransformerPreTrainedModel(DEQPreTrainedModel):
 
 
 class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
-    """The base model: token ids to equilibrium states.
+    """The base model: it maps token ids to equilibrium states.
 
-    `attentions` (eager attention only) holds one entry: the weights of the last layer of f at the equilibrium.
+    The output field `attentions` (with eager attention only) has one entry: the attention weights of the last layer of
+    f at the equilibrium.
     """
 
     layer_class = DEQTransformerLayer
@@ -342,7 +361,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         return AdaptiveEmbedding(*_vocabulary(config))
 
     def _embed(self, inputs_embeds: Tensor, input_ids: Tensor | None) -> Tensor:
-        # To unit size, which states have; the tied output layer wants the embeddings small.
+        # The tied output layer needs small embeddings. This factor gives them unit size, like the states.
         return self.embedding_dropout(inputs_embeds * self.config.hidden_size**0.5)
 
     def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs) -> dict:
@@ -353,7 +372,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
         mask = self._make_mask(inputs_embeds, attention_mask, position_ids, cache)
         if self.config.position_embedding_type == "relative":
-            # A sliding cache has dropped the keys before the first one.
+            # A sliding cache has dropped the keys before its first key.
             first_key = 0 if cache is None else cache.get_mask_sizes(inputs_embeds.shape[1], 0)[1]
             positions = RelativePositions.make(inputs_embeds, past_length - first_key, mask.shape[-1])
             memory_positions = positions
@@ -364,7 +383,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
                 None if memory is None else RotaryPositions.make(self.config, before, inputs_embeds.dtype)
             )
         if rows.texts is not None:
-            kwargs["position_ids"] = position_ids  # flash attention tells packed texts apart by them
+            kwargs["position_ids"] = position_ids  # flash attention needs them to separate packed texts
         return {
             "positions": positions,
             "memory_positions": memory_positions,
@@ -373,11 +392,11 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         }
 
     def _make_mask(self, inputs_embeds, attention_mask, position_ids, cache) -> Tensor | None:
-        """The mask that the attention function takes; `None` if it masks by itself.
+        """Return the mask for the attention function; `None` if the attention function masks by itself.
 
         Raises:
-            ValueError: if scores or dropout have to enter the attention weights, and the attention function is a fused
-                one that cannot do it.
+            ValueError: if relative positions or dropout change the attention weights, and the attention function is
+                neither `"sdpa"` nor `"eager"`: other functions do not support this.
         """
         config = self.config
         additive = config.position_embedding_type == "relative"
@@ -396,7 +415,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, DEQForCausalLM):
-    """The language model. With cutoffs, or embeddings of another size, `logits` are log-probabilities."""
+    """The language model. `logits` are log-probabilities if there are cutoffs, or if embedding_size != hidden_size."""
 
     model_class = DEQTransformerModel
 
@@ -415,12 +434,12 @@ class DEQTransformerForSequenceClassification(DEQTransformerPreTrainedModel, DEQ
 
 
 def _vocabulary(config: DEQTransformerConfig) -> tuple:
-    """The arguments that adaptive embedding and softmax are made of."""
+    """Return the arguments that `AdaptiveEmbedding` and `AdaptiveSoftmax` take."""
     return config.hidden_size, config.vocab_size, config.cutoffs or (), config.embedding_size, config.div_val
 
 
 def _tied_names(head: AdaptiveSoftmax, tied_projections: list[int]) -> dict[str, str]:
-    """Parameters of the output layer and of the embeddings that are one, if embeddings are tied."""
+    """Return which parameters of the output layer are those of the embeddings if they are tied: a map of names."""
     tables = [head.table_name(cluster) for cluster in range(1 if head.one_table else len(head.ends))]
     names = {table: table for table in tables}
     for cluster in tied_projections:
@@ -429,7 +448,7 @@ def _tied_names(head: AdaptiveSoftmax, tied_projections: list[int]) -> dict[str,
 
 
 def _cache_as_long_as(memory: tuple[Tensor, ...], config: DEQTransformerConfig) -> DynamicCache:
-    """A cache whose length is that of the memory and whose content is nothing: for masks and positions."""
+    """Return a cache of zeros with the length of the memory. It is used only to compute masks and positions."""
     cache, nothing = DynamicCache(config=config), memory[0].new_zeros(1, 1, memory[0].shape[1], 1)
     for layer_idx in range(config.num_hidden_layers):
         cache.update(nothing, nothing, layer_idx)

@@ -1,19 +1,19 @@
 """DEQ-TrellisNet: the equilibrium of a weight-tied convolution with LSTM gates (Bai et al. 2019, section 4.2).
 
-The state z = [hidden | cell] has h = intermediate_size + hidden_size channels in each half. One application of f:
+The state z = [hidden | cell] has intermediate_size + hidden_size channels in each half. One application of f:
 
     [i | o | g | f]_t = injection_t + sum_q W_q hidden_{t - (kernel_size - 1 - q) dilation}
     cell'_t           = sigmoid(f_t) cell_{t-1} + sigmoid(i_t) tanh(g_t)
     hidden'_t         = sigmoid(o_t) tanh(cell'_t)
 
-The injection is a causal convolution of the embedded input, the output the last `hidden_size` channels
-of hidden (TrellisNet: Bai et al. 2019, arXiv 1810.06682). What a later token needs of the past is the
-state and the input as far back as the convolutions reach: a memory of constant size.
+The injection is a causal convolution of the embedded input. The output is the last `hidden_size` channels of hidden
+(TrellisNet: Bai et al. 2019, arXiv 1810.06682). From the past, a later token needs only the states and inputs that the
+convolutions reach. So the memory has constant size.
 
-In the paper cell_{t-1} is the previous iterate's, so what a cell keeps travels one position an
-evaluation. At the equilibrium it is cell'_{t-1}; and since the recurrence is linear once the gates are known,
-every evaluation can solve it for all positions by a scan (`cell_scan`, the default). The
-equilibrium is the same, and so is its gradient; the number of evaluations no longer depends on the memory's span.
+In the paper, cell_{t-1} comes from the previous iterate. So the content of a cell moves only one position per
+evaluation. At the equilibrium, cell_{t-1} equals cell'_{t-1}. Once the gates are known, the recurrence is linear, so
+every evaluation can solve it for all positions by a scan (`cell_scan`, the default). The equilibrium and its gradient
+stay the same, and the number of evaluations no longer depends on how many positions a cell remembers.
 """
 
 import torch
@@ -45,7 +45,7 @@ class DEQTrellisNetLayer(DEQLayer):
         self.channels = config.intermediate_size + config.hidden_size
         self.input_size = config.embedding_size
         self.memory_sizes = (2 * self.channels, config.embedding_size)
-        # Embeddings are small, for the tied output layer; the gates want a sum of unit size.
+        # The tied output layer needs small embeddings. This gain gives the gates inputs of unit size.
         self.injection = CausalConvolution(
             config.embedding_size,
             4 * self.channels,
@@ -70,7 +70,7 @@ class DEQTrellisNetLayer(DEQLayer):
         cache: Cache | None = None,
         memory: tuple[Tensor, Tensor] | None = None,
     ) -> DEQLayerOutput:
-        """Embedded input `(batch, sequence, embedding size)` to its equilibrium."""
+        """Map the embedded input `(batch, sequence, embedding size)` to its equilibrium."""
         if rows.tokens is not None:
             hidden_states = hidden_states.masked_fill(~rows.tokens, 0)
         state_layer = None if cache is None else _state_layer(cache)
@@ -91,7 +91,7 @@ class DEQTrellisNetLayer(DEQLayer):
         return DEQLayerOutput(output, None, solution, jacobian_loss, memory)
 
     def _map(self, injection: Tensor, past_states: Tensor, rows: Rows):
-        """f of this input and past."""
+        """Return the map f for this injection and these past states."""
         tokens, texts = rows
         config = self.config
         past_hidden, past_cell = past_states.chunk(2, -1)
@@ -104,7 +104,7 @@ class DEQTrellisNetLayer(DEQLayer):
             gates = injection + self.recurrence(apply_mask(hidden, mask), past_hidden, texts, weight_mask)
             input_gate, output_gate, candidate, forget_gate = gates.chunk(4, -1)
             new, keep = input_gate.sigmoid() * candidate.tanh(), forget_gate.sigmoid()
-            if tokens is not None:  # a cell is empty on padding
+            if tokens is not None:  # on padding, the cell is zero
                 new, keep = new.masked_fill(~tokens, 0), keep.masked_fill(~tokens, 0)
             if config.cell_scan:
                 cell = linear_recurrence(keep, new, last_cell, texts)
@@ -115,7 +115,7 @@ class DEQTrellisNetLayer(DEQLayer):
         return f
 
     def _start_of_text(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The zero state and no input, as far back as the convolutions reach."""
+        """Return zero states and zero inputs, as many as the convolutions reach back."""
         batch = like.shape[0]
         states = like.new_zeros(batch, self.recurrence.reach, 2 * self.channels)
         return states, like.new_zeros(batch, self.injection.reach, self.config.embedding_size)
@@ -138,7 +138,7 @@ class DEQTrellisNetPreTrainedModel(DEQPreTrainedModel):
 
 
 class DEQTrellisNetModel(DEQTrellisNetPreTrainedModel, DEQModel):
-    """The base model: token ids to equilibrium states, of which `last_hidden_state` is the output part."""
+    """The base model: it maps token ids to equilibrium states. `last_hidden_state` is the output part of the state."""
 
     layer_class = DEQTrellisNetLayer
 
@@ -162,7 +162,7 @@ class DEQTrellisNetModel(DEQTrellisNetPreTrainedModel, DEQModel):
 
 
 class DEQTrellisNetForCausalLM(DEQTrellisNetPreTrainedModel, DEQForCausalLM):
-    """The language model. With a split softmax or a mixture, `logits` are log-probabilities."""
+    """The language model. With an adaptive softmax or a mixture of softmaxes, `logits` are log-probabilities."""
 
     model_class = DEQTrellisNetModel
 
@@ -183,17 +183,18 @@ class DEQTrellisNetForSequenceClassification(DEQTrellisNetPreTrainedModel, DEQFo
 
 
 def linear_recurrence(keep: Tensor, new: Tensor, start: Tensor, texts: Texts | None = None) -> Tensor:
-    """c_t = keep_t c_{t-1} + new_t for all t, by a scan of log2(sequence) steps (Hillis & Steele 1986).
+    """Return c_t = keep_t c_{t-1} + new_t for all t, by a scan of log2(sequence) steps (Hillis & Steele 1986).
 
     Args:
         keep, new: `(batch, sequence, channels)`.
-        start: what comes before the first position, `(batch, 1, channels)`.
-        texts: the texts of packed rows; the recurrence of each but the first starts at zero.
+        start: the value c before the first position, `(batch, 1, channels)`.
+        texts: the texts of packed rows; `None` if every row is one text. Every text except the first of a row starts
+            with c = 0.
     """
     values = torch.cat([new[:, :1] + keep[:, :1] * start, new[:, 1:]], 1)
     reach = 1
     while reach < new.shape[1]:
-        # From here on every position knows what the `reach` positions up to it have added and kept.
+        # Here, `values` and `keep` of each position combine the last `reach` positions up to this position.
         added, kept = (within_text(before[:, :-reach], reach, texts) for before in (values, keep))
         values = torch.cat([values[:, :reach], values[:, reach:] + keep[:, reach:] * added], 1)
         keep = torch.cat([keep[:, :reach], keep[:, reach:] * kept], 1)
@@ -202,15 +203,15 @@ def linear_recurrence(keep: Tensor, new: Tensor, start: Tensor, texts: Texts | N
 
 
 def _state_layer(cache: Cache) -> TrellisStateLayer:
-    """The layer of a cache that holds our state; a cache made without a config gets one.
+    """Return the cache layer that holds our state. A cache that was made without a config gets such a layer.
 
     Raises:
-        ValueError: the cache was made for another kind of model, or keeps its layers on another device.
+        ValueError: if the cache was made for another kind of model, or keeps its layers on another device.
     """
     refuse_offloaded(cache)
     if not cache.layers:
         cache.layers.append(TrellisStateLayer())
-    if not hasattr(cache.layers[0], "past"):  # not isinstance: model code may come from a Hub folder, twice
+    if not hasattr(cache.layers[0], "past"):  # no isinstance: a Hub folder may bring a second copy of the class
         raise ValueError(
             f"A DEQ-TrellisNet needs a cache of states, not of {type(cache.layers[0]).__name__}: make it by "
             "DynamicCache(config=model.config)."

@@ -1,7 +1,7 @@
-"""Positions of tokens in attention: rotary or relative, with one interface.
+"""Positions of tokens in attention: rotary or relative positions with the same interface.
 
-positions = RotaryPositions.make(config, position_ids, dtype)      # once for a call
-positions = positions.of_layer(attention)                          # once for a solve
+positions = RotaryPositions.make(config, position_ids, dtype)      # once per call
+positions = positions.of_layer(attention)                          # once per solve
 states = positions.rotate(states)                                  # queries and keys, in every evaluation
 query, mask = positions.score(query, mask)                         # for the attention function
 """
@@ -16,10 +16,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 @dataclass(frozen=True)
 class RotaryPositions:
-    """Rotary positions (Su et al. 2021): feature i of a head turns with feature i + size / 2.
+    """Rotary positions (Su et al. 2021): feature i of a head is rotated together with feature i + size / 2.
 
     Attributes:
-        cosines, sines: `(batch, sequence, 1, 1, head size)`; the first half of the sines has a minus sign.
+        cosines, sines: `(batch, sequence, 1, 1, head size)`. The first half of the sines is negated.
     """
 
     cosines: Tensor
@@ -27,7 +27,10 @@ class RotaryPositions:
 
     @classmethod
     def make(cls, config: PreTrainedConfig, position_ids: Tensor, dtype: torch.dtype) -> "RotaryPositions":
-        """Compute them for `position_ids` `(batch, sequence)`. A buffer would be rounded when the model is cast."""
+        """Compute the cosines and sines for `position_ids` `(batch, sequence)`.
+
+        They are not stored in a buffer of the model, because a cast of the model would round the buffer.
+        """
         precise = torch.promote_types(dtype, torch.float32)
         head_dim, scaling = config.head_dim, 1.0
         if config.rope_parameters["rope_type"] == "default":
@@ -41,27 +44,28 @@ class RotaryPositions:
         return cls(cosines[:, :, None, None], sines[:, :, None, None])
 
     def of_layer(self, attention: nn.Module) -> "RotaryPositions":
-        """What one layer makes of the positions, once for a solve."""
+        """Return the positions as they are: they are the same for all layers."""
         return self
 
     def rotate(self, states: Tensor) -> Tensor:
-        """Rotate queries and keys `(batch, sequence, ..., size)`."""
+        """Return rotated queries and keys, `(batch, sequence, ..., size)`."""
         turned = torch.addcmul(states * self.cosines, states.roll(states.shape[-1] // 2, -1), self.sines)
         return turned.to(states.dtype)
 
     def score(self, query: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the query and the mask for the attention function."""
+        """Return the query and the mask for the attention function, both unchanged."""
         return query, mask
 
 
 @dataclass(frozen=True)
 class RelativePositions:
-    """Relative positions (Dai et al. 2019): a score of each query and each distance is added to the mask.
+    """Relative positions (Dai et al. 2019): a score for each query and each distance is added to the mask.
 
     Attributes:
-        encodings: sinusoids `(distances, hidden)`, all sines first.
-        distances: between every query and key, `(queries, keys)`.
-        attention, keys: of one layer: its module, and its keys for the distances `(heads, size, distances)`.
+        encodings: sinusoids `(distances, hidden)`, first all sines, then all cosines.
+        distances: distance from every query back to every key, `(queries, keys)`.
+        attention: the attention module of one layer.
+        keys: the keys that this layer computes for the distances, `(heads, size, distances)`.
     """
 
     encodings: Tensor
@@ -71,10 +75,11 @@ class RelativePositions:
 
     @classmethod
     def make(cls, inputs_embeds: Tensor, first_query: int, keys: int) -> "RelativePositions":
-        """Compute them for the inputs `(batch, sequence, hidden)`.
+        """Compute the encodings and the distances.
 
         Args:
-            first_query: index of the first query's own key among the keys.
+            inputs_embeds: the inputs, `(batch, sequence, hidden)`.
+            first_query: index, among the keys, of the key at the position of the first query.
             keys: number of keys.
         """
         length, hidden_size = inputs_embeds.shape[1:]
@@ -86,16 +91,19 @@ class RelativePositions:
         return cls(encodings, (queries - torch.arange(keys, device=device)).clamp_(0, keys - 1))
 
     def of_layer(self, attention: nn.Module) -> "RelativePositions":
-        """What one layer makes of the positions, once for a solve."""
+        """Return the positions with the keys of one layer. Called once per solve."""
         keys = attention.relative_proj(self.encodings).view(-1, attention.num_heads, attention.head_dim)
         return replace(self, attention=attention, keys=keys.permute(1, 2, 0))
 
     def rotate(self, states: Tensor) -> Tensor:
-        """Queries and keys stay as they are."""
+        """Return queries and keys unchanged."""
         return states
 
     def score(self, query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the query and the mask for the attention function (terms b, c and d of equation 5 there)."""
+        """Return the query and the mask for the attention function.
+
+        Together they add the terms b, c and d of the attention score (Dai et al. 2019, equation 5).
+        """
         by_distance = (query + self.attention.position_bias[:, None]) @ self.keys * self.attention.scaling
         scores = by_distance.gather(-1, self.distances.expand(*by_distance.shape[:2], -1, -1))
         return query + self.attention.content_bias[:, None], mask + scores

@@ -1,4 +1,4 @@
-"""What a training step keeps for backward, in bytes (the claim of figure 1 of Bai, Kolter & Koltun 2019)."""
+"""The bytes that a training step keeps for backward (see figure 1 of Bai, Kolter & Koltun 2019)."""
 
 import weakref
 from collections.abc import Iterator, Sequence
@@ -12,15 +12,16 @@ from .convergence import same_random_numbers, unconverged_on_purpose
 
 
 def activations_by_depth(model: DEQPreTrainedModel, input_ids: Tensor, depths: Sequence[int]) -> dict[str, list[int]]:
-    """Bytes that a training step keeps for backward: the model's own gradient against the explicit stack's.
+    """Compare the bytes that a training step keeps for backward: configured gradient and explicit stack.
 
     Args:
         model: a deep equilibrium language model.
-        input_ids: `(batch, sequence)`; the labels too.
-        depths: evaluations of f, each at least 1: the solver's whole budget, or so many unrolled steps.
+        input_ids: `(batch, sequence)`; also used as labels.
+        depths: numbers of evaluations of f, each at least 1. With the configured gradient, a depth is the budget of
+            the solver, with tolerance zero. With unrolled steps, a depth is the number of steps.
 
     Returns:
-        `saved_activation_bytes` at each depth, under the name of the configured estimator (`config.gradient`) and
+        `saved_activation_bytes` at each depth: under the name of the configured estimator (`config.gradient`), and
         under `"unrolled"`.
     """
     own = [
@@ -31,27 +32,27 @@ def activations_by_depth(model: DEQPreTrainedModel, input_ids: Tensor, depths: S
 
 
 def saved_activation_bytes(model: DEQPreTrainedModel, input_ids: Tensor, **dial) -> int:
-    """Bytes that autograd holds between the forward and the backward pass of one training step.
+    """Return the bytes that autograd holds between the forward and the backward pass of one training step.
 
-    Counted are the distinct storages of all tensors that the graph of the loss has saved, those of parameters and
-    buffers left out. Not counted is what a solver needs while it runs, which its history bounds, and the one state by
-    which the implicit gradient remembers f(z).
+    This function counts the distinct storages of all tensors that the graph of the loss has saved, except those of
+    parameters and buffers. It does not count the memory that a solver needs while it runs (the history limits this
+    memory), nor the one state f(z) that the implicit gradient stores.
 
     Args:
-        model: a deep equilibrium language model; taken in training mode, dropout and regularization as configured and
-            drawn alike in every call.
-        input_ids: `(batch, sequence)`; the labels too.
-        dial: `solver_tolerance`, `solver_max_evaluations` or `unroll_steps` for the model's forward.
+        model: a deep equilibrium language model. It runs in training mode, with dropout and regularization as
+            configured. Every call draws the same random numbers.
+        input_ids: `(batch, sequence)`; also used as labels.
+        dial: `solver_tolerance`, `solver_max_evaluations` or `unroll_steps` for the model's `forward`.
 
     Raises:
-        ValueError: the budget or the number of steps is not positive.
+        ValueError: if the budget or the number of steps is not positive.
     """
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     input_ids, held = input_ids.to(model.device), weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
         saved = _Saved(tensor)
-        held.add(saved)  # weakly: what the graph lets go of during the forward pass is not kept
+        held.add(saved)  # weakly: tensors that the graph releases during the forward pass do not count
         return saved
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor)
@@ -59,12 +60,12 @@ def saved_activation_bytes(model: DEQPreTrainedModel, input_ids: Tensor, **dial)
         outputs = model(input_ids, labels=input_ids, use_cache=False, **dial)
     storages = [saved.tensor.untyped_storage() for saved in held]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in weights}
-    del outputs  # until here, since it owns the graph
+    del outputs  # not earlier, because it owns the graph
     return sum(sizes.values())
 
 
 class _Saved:
-    """A saved tensor that can be referred to weakly."""
+    """A saved tensor, wrapped so that weak references to it are possible."""
 
     __slots__ = ("__weakref__", "tensor")
 

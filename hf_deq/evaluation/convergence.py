@@ -1,12 +1,12 @@
-"""How an equilibrium is approached: the measurements behind the paper's figures.
+"""How solvers approach an equilibrium: the measurements for the paper's figures.
 
     windows = held_out_windows(stream.ids, count=16, length=128)
     residual_trajectories(model, windows, ["anderson", "picard"], budget=30)      # figures 2 (right) and 4
-    evaluations_to_tolerance(token_trajectories(model, ids, budget=30), 1e-3)     # what every token of a text took
+    evaluations_to_tolerance(token_trajectories(model, ids, budget=30), 1e-3)     # evaluations for every token
     spectral_radii(model, windows)                                                # how contractive f is there
 
-Figures are those of Bai, Kolter & Koltun 2019 (arXiv 1909.01377); figure 3 is `reports.evaluate_dial`. A measurement
-leaves the model as it was: weights, mode and random state. `figures.py` draws what is measured here.
+Figure numbers are those of Bai, Kolter & Koltun 2019 (arXiv 1909.01377). `reports.evaluate_dial` measures figure 3. A
+measurement does not change the model's weights and mode, or the random state. `figures.py` draws the measurements.
 """
 
 import warnings
@@ -30,12 +30,12 @@ from .scoring import evaluating
 
 
 def held_out_windows(ids: Tensor, count: int, length: int) -> Tensor:
-    """Windows spread evenly over a stream of token ids `(tokens,)`, shape `(count, length)`.
+    """Return windows spread evenly over a stream of token ids `(tokens,)`, shape `(count, length)`.
 
-    They overlap where the stream is shorter than `count * length`.
+    The windows overlap if the stream is shorter than `count * length`.
 
     Raises:
-        ValueError: `count` or `length` is not positive, or the stream is shorter than one window.
+        ValueError: if `count` or `length` is not positive, or the stream is shorter than one window.
     """
     if count < 1 or length < 1:
         raise ValueError(f"count and length must be at least 1, got {count} and {length}.")
@@ -49,24 +49,25 @@ def held_out_windows(ids: Tensor, count: int, length: int) -> Tensor:
 def residual_trajectories(
     model: DEQPreTrainedModel, input_ids: Tensor, solvers: Sequence[str], budget: int
 ) -> dict[str, np.ndarray]:
-    """The relative residual at every evaluation of f, for several solvers from the same start.
+    """Return the relative residual at every evaluation of f, for several solvers from the same start.
 
-    Solvers have the configured scope, history and damping, except that `"picard"` is not damped: plain iteration is
-    the deep weight-tied stack that it is compared with, whatever estimator the model was trained by.
+    Solvers have the configured scope, history and damping, except that `"picard"` is not damped. Undamped iteration is
+    the deep weight-tied stack, with which the solvers are compared. This holds for every gradient estimator that a
+    model was trained with.
 
     Args:
         model: a deep equilibrium model, with or without its language modelling head.
         input_ids: `(batch, sequence)`, without padding.
         solvers: names in `SOLVERS`.
-        budget: evaluations of f, at least 1; the tolerance is zero.
+        budget: number of evaluations of f, at least 1. The tolerance is zero.
 
     Returns:
-        For each solver, float64 `(batch, budget)`: `||f(z) - z|| / ||f(z)||` of every row's worst position at its
-        1st, 2nd, ... evaluation. These are residuals of iterates, not the best so far, so they may rise. A solve that
-        rounding ends before its budget stays where it is.
+        For each solver, float64 `(batch, budget)`: `||f(z) - z|| / ||f(z)||` of every row's worst position at the
+        1st, 2nd, ... evaluation. These are the residuals of the iterates, not the smallest residuals so far, so they
+        may rise. If rounding ends a solve before its budget, the last residual is repeated.
 
     Raises:
-        ValueError: a solver has no such name, or the budget is not positive.
+        ValueError: if a name is not in `SOLVERS`, or the budget is not positive.
     """
     unknown = [name for name in solvers if name not in SOLVERS]
     if unknown:
@@ -82,23 +83,24 @@ def residual_trajectories(
 
 @torch.no_grad()
 def token_trajectories(model: DEQPreTrainedModel, input_ids: Tensor, budget: int) -> np.ndarray:
-    """The relative residual of every token's state at every evaluation of f, by the model's own solver.
+    """Return the relative residual of every token's state at every evaluation of f, with the configured solver.
 
-    The tolerance is zero, so that no token is held where others still move. Nevertheless, in causal scope, a token's
-    column depends on the tokens up to it alone: it is the same in every text that begins alike.
+    The tolerance is zero, so that no token stops while others still move. Still, in causal scope, the column of a token
+    depends only on the tokens up to it. So this column is the same in all texts with the same beginning.
 
     Args:
-        model: a deep equilibrium model, with or without its language modelling head; not one that unrolls.
+        model: a deep equilibrium model, with or without its language modelling head. Its gradient must not be
+            `"unrolled"`.
         input_ids: `(tokens,)`, one text.
-        budget: evaluations of f, at least 1.
+        budget: number of evaluations of f, at least 1.
 
     Returns:
-        Float64 `(budget, tokens)`: `||f(z)_t - z_t|| / ||f(z)_t||` at the 1st, 2nd, ... evaluation. The first is 1
-        where the solve starts from the zero state. As for rows, these may rise, and a solve that rounding ends early
-        stays where it is.
+        Float64 `(budget, tokens)`: `||f(z)_t - z_t|| / ||f(z)_t||` at the 1st, 2nd, ... evaluation. If the solve starts
+        from the zero state, the first residual is 1. As in `residual_trajectories`, residuals may rise, and the last
+        residual is repeated if rounding ends the solve early.
 
     Raises:
-        ValueError: the model's gradient is `"unrolled"`, there is no token, or the budget is not positive.
+        ValueError: if the model's gradient is `"unrolled"`, there is no token, or the budget is not positive.
     """
     if model.config.gradient == "unrolled":
         raise ValueError('the model has gradient="unrolled": it applies f a fixed number of times and solves nothing.')
@@ -111,21 +113,22 @@ def token_trajectories(model: DEQPreTrainedModel, input_ids: Tensor, budget: int
 
 
 def evaluations_to_tolerance(trajectories: np.ndarray, tolerance: float) -> np.ndarray:
-    """How many evaluations of f every token took: the first from which on its own residual stays at the tolerance.
+    """Return for every token the first evaluation of f from which its own residual stays within the tolerance.
 
-    A residual that falls below the tolerance and rises again has not settled: what counts is the last crossing within
-    the budget. A solve at that tolerance stops a position when its residual and those of all before it are at the
-    tolerance, and the text when every position has stopped. Its `num_evaluations` is thus near the largest of these
-    counts, not their mean.
+    If a residual falls below the tolerance and rises again, only the last crossing within the budget counts. A solve
+    with this tolerance stops a position when its residual and the residuals of all positions before it are within the
+    tolerance. The solve of a text ends when all positions have stopped. So its `num_evaluations` is near the largest
+    of these counts, not near their mean.
 
     Args:
-        trajectories: `(evaluations, tokens)`, of `token_trajectories`.
-        tolerance: of the relative residual.
+        trajectories: `(evaluations, tokens)`, from `token_trajectories`.
+        tolerance: tolerance of the relative residual.
 
     Returns:
-        Float64 `(tokens,)`: whole numbers from 1 on, and infinity where the tolerance is not kept within the budget.
+        Float64 `(tokens,)`: whole numbers from 1 on. Infinity if the residual is above the tolerance at the end of the
+        budget.
     """
-    above = ~(trajectories <= tolerance)  # not a number is above
+    above = ~(trajectories <= tolerance)  # NaN counts as above
     evaluations = len(above) - np.argmax(above[::-1], axis=0) + 1.0
     evaluations[above[-1]] = np.inf
     return np.where(above.any(0), evaluations, 1.0)
@@ -133,15 +136,16 @@ def evaluations_to_tolerance(trajectories: np.ndarray, tolerance: float) -> np.n
 
 @contextmanager
 def recorded_residuals(model: DEQPreTrainedModel, solver: FixedPointSolver) -> Iterator[list[Tensor]]:
-    """Within this context the model solves by `solver`, without gradients, and says how every evaluation went.
+    """Within this context the model solves with `solver`, without gradients, and records the residuals.
 
     Args:
         model: a deep equilibrium model.
-        solver: takes the place of the configured one.
+        solver: replaces the configured solver.
 
     Yields:
-        A list that grows by one tensor `(batch, sequence)` for each call of f: the relative residual, at every
-        position, of the state it was called with. The largest of the last is the residual that the solve reports.
+        A list. Each call of f appends one tensor `(batch, sequence)`: the relative residual, at every position, of the
+        state that f was called with. The largest value in a row of the last tensor is the residual that the solve
+        reports.
     """
     residuals = []
 
@@ -160,14 +164,14 @@ def recorded_residuals(model: DEQPreTrainedModel, solver: FixedPointSolver) -> I
 
 @torch.no_grad()
 def captured_map(model: DEQPreTrainedModel, input_ids: Tensor) -> tuple[SequenceMap, Tensor]:
-    """The f of a model for these tokens, and the state that its solves start from.
+    """Return the map f of a model for these tokens, and the state from which its solve starts.
 
     Args:
         model: a deep equilibrium model, with or without its language modelling head.
         input_ids: `(batch, sequence)`, without padding.
 
     Returns:
-        f, which maps a state `(batch, sequence, features)` to the next, and the first state.
+        f, which maps a state `(batch, sequence, features)` to a state of the same shape, and the first state.
     """
     captured = []
 
@@ -181,11 +185,12 @@ def captured_map(model: DEQPreTrainedModel, input_ids: Tensor) -> tuple[Sequence
 
 
 class Divergence(NamedTuple):
-    """What a loose solve costs in predictions.
+    """How much a loose solve changes the predictions.
 
     Attributes:
-        nats: Kullback-Leibler divergence from the prediction at the equilibrium, float64 `(batch, sequence)`.
-        num_evaluations, converged: of the loose solve, `(batch,)`.
+        nats: Kullback-Leibler divergence KL(p || q), float64 `(batch, sequence)`: p is the prediction at the
+            equilibrium, q is the prediction of the loose solve.
+        num_evaluations, converged: report of the loose solve, `(batch,)`.
     """
 
     nats: Tensor
@@ -195,17 +200,20 @@ class Divergence(NamedTuple):
 
 @torch.no_grad()
 def divergences(model: DEQForCausalLM, input_ids: Tensor, tolerances: Sequence[float]) -> dict[float, Divergence]:
-    """How far predictions at several tolerances are from those at the equilibrium, position by position.
+    """Compare predictions at several tolerances with the predictions at the equilibrium, at every position.
 
-    The equilibrium is solved for in double precision, to a residual of 1e-7.
+    The equilibrium is computed in double precision, to a residual of 1e-7.
 
     Args:
         model: a deep equilibrium language model.
         input_ids: `(batch, sequence)`, without padding.
-        tolerances: of the relative residual.
+        tolerances: tolerances of the relative residual.
+
+    Returns:
+        The `Divergence` for each tolerance.
 
     Raises:
-        ValueError: the equilibrium of a row is not found within 1,000 evaluations.
+        ValueError: if the equilibrium of a row is not found within 1,000 evaluations.
     """
     input_ids = input_ids.to(model.device)
     with evaluating(model), unconverged_on_purpose():
@@ -223,15 +231,15 @@ def divergences(model: DEQForCausalLM, input_ids: Tensor, tolerances: Sequence[f
 
 
 def spectral_radii(model: DEQPreTrainedModel, input_ids: Tensor, steps: int = 50) -> np.ndarray:
-    """The spectral radius of the Jacobian of f at the equilibrium, row by row.
+    """Return the spectral radius of the Jacobian of f at the equilibrium, for each row.
 
     Args:
-        model: a deep equilibrium model, with or without its language modelling head; solved as configured.
+        model: a deep equilibrium model, with or without its language modelling head. It solves as configured.
         input_ids: `(batch, sequence)`, without padding.
-        steps: vector-Jacobian products of the estimate, see `jacobian.spectral_radius`.
+        steps: number of vector-Jacobian products of the estimate, see `jacobian.spectral_radius`.
 
     Returns:
-        Float64 `(batch,)`. Below 1, plain iteration converges from near the equilibrium.
+        Float64 `(batch,)`. Below 1, plain iteration converges if it starts near the equilibrium.
     """
     solve, radii = model.base_model.layers[0].solve, []
 
@@ -247,10 +255,10 @@ def spectral_radii(model: DEQPreTrainedModel, input_ids: Tensor, steps: int = 50
 
 @contextmanager
 def _solved_by(model: DEQPreTrainedModel, solve: Callable) -> Iterator[None]:
-    """Within this context `solve(f, z0, dial, texts)` takes the place of the model's own."""
+    """Within this context `solve(f, z0, dial, texts)` replaces the model's own `solve`."""
     (layer,) = model.base_model.layers
     before = vars(layer).get("solve")
-    layer.solve = solve  # on the instance, in front of the method of its class
+    layer.solve = solve  # an attribute of the instance hides the method of the class
     try:
         yield
     finally:
@@ -260,21 +268,21 @@ def _solved_by(model: DEQPreTrainedModel, solve: Callable) -> Iterator[None]:
 
 
 def _configured(name: str, config, budget: int, damping: float | None = None) -> FixedPointSolver:
-    """A solver with the model's settings, that goes on until its budget is spent."""
+    """Return a solver with the model's settings. Its tolerance is zero, so it continues until its budget is spent."""
     undamped = {} if damping is None else {"damping": damping}
     return make_solver(config, name, tolerance=0.0, max_evaluations=budget, **undamped)
 
 
 def _stacked(residuals: list[Tensor], budget: int, dim: int) -> np.ndarray:
-    """As many residuals as the budget, in a dimension of their own."""
-    # After its budget a solver may evaluate its best iterate once more; after an early end nothing moves.
+    """Return as many residuals as the budget, stacked in the dimension `dim`."""
+    # After its budget, a solver may evaluate f once more at its best iterate. After an early end, nothing moves.
     kept = residuals[:budget] + residuals[-1:] * (budget - len(residuals))
     return torch.stack(kept, dim).double().cpu().numpy()
 
 
 @contextmanager
 def unconverged_on_purpose() -> Iterator[None]:
-    """No warning for a solve that is cut short; one that should converge can still give its first one later."""
+    """Within this context, solves do not warn if they end early. The next solve outside may still warn as usual."""
     warned = set(FixedPointSolver._warned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -286,7 +294,7 @@ def unconverged_on_purpose() -> Iterator[None]:
 
 @contextmanager
 def same_random_numbers(model: torch.nn.Module) -> Iterator[None]:
-    """Within this context random numbers are the same every time, and outside as if there had been none."""
+    """Within this context random numbers are the same every time. The random state outside does not change."""
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)
         yield

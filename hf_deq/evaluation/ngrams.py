@@ -1,4 +1,4 @@
-"""N-gram baselines: what counting achieves on the same tokens."""
+"""N-gram baselines: the score that counting n-grams achieves on the same tokens."""
 
 import numpy as np
 
@@ -6,14 +6,14 @@ from ..data import TokenStream, with_progress
 
 
 def ngram_bits_per_byte(train: TokenStream, valid: TokenStream, start_id: int, vocab_size: int, order: int) -> float:
-    """Bits per byte of an interpolated Witten-Bell n-gram model (Witten & Bell 1991) on the same tokens.
+    """Return the bits per byte of an interpolated Witten-Bell n-gram model (Witten & Bell 1991) on `valid`.
 
-    P(w | h) = (c(hw) + T(h) P(w | h')) / (c(h) + T(h)) where T(h) counts the distinct successors
-    of h, h' is h without its oldest token, and the recursion ends at the uniform distribution.
+    P(w | h) = (c(hw) + T(h) P(w | h')) / (c(h) + T(h)). Here c counts occurrences in `train`, T(h) is the number of
+    distinct successors of h, and h' is h without its oldest token. The recursion ends at the uniform distribution.
 
     Args:
-        train, valid: streams of the same tokenizer.
-        start_id: stands in front of both streams.
+        train, valid: token streams of the same tokenizer.
+        start_id: the id that is put before both streams, `order - 1` times.
         vocab_size: number of ids.
         order: 1 for unigrams, 2 for bigrams, 3 for trigrams.
     """
@@ -35,7 +35,7 @@ def ngram_bits_per_byte(train: TokenStream, valid: TokenStream, start_id: int, v
 
 
 def _ngram_keys(ids: np.ndarray, n: int, order: int, vocab_size: int) -> np.ndarray:
-    """One integer per n-gram that ends at each token, the last token in the lowest digit."""
+    """Return one integer for the n-gram that ends at each token. The last token is the lowest digit."""
     keys = np.zeros(len(ids) - order + 1, dtype=np.int64)
     for offset in range(order - n, order):
         keys = keys * vocab_size + ids[offset : len(ids) - order + 1 + offset]
@@ -43,6 +43,6 @@ def _ngram_keys(ids: np.ndarray, n: int, order: int, vocab_size: int) -> np.ndar
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, 0 for those not among the sorted keys."""
+    """Return the value of each wanted key; 0 for a key that is not among the sorted `keys`."""
     places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[places] == wanted, values[places], 0)

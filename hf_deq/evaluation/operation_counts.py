@@ -1,4 +1,4 @@
-"""What a piece of code does to tensors, counted: operations, and bytes that are alive at once. Counts have no noise.
+"""Count what code does with tensors: its operations, and the bytes that are alive at once. Counts have no noise.
 
 with CountOperations() as count:
     solution = solver(count.uncounted(f), z0)
@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_flatten
 
 
 class CountingMode(TorchDispatchMode):
-    """A dispatch mode that notes every operation, except those of functions called through `uncounted`."""
+    """A dispatch mode that records every operation, except the operations of functions wrapped by `uncounted`."""
 
     def __init__(self):
         super().__init__()
         self._paused = False
 
     def uncounted(self, f):
-        """f, of whose operations none is noted."""
+        """Return a function that calls f without recording its operations."""
 
         def called(*arguments):
             self._paused, before = True, self._paused
@@ -39,16 +39,16 @@ class CountingMode(TorchDispatchMode):
         return outputs
 
     def note(self, operation, outputs) -> None:
-        """Take note of an operation and its outputs."""
+        """Record an operation and its outputs."""
         raise NotImplementedError
 
 
 class CountOperations(CountingMode):
-    """Counts operations, views among them.
+    """Counts operations, including views.
 
     Attributes:
-        names: how often each was called, by its name.
-        total: how many there were in all.
+        names: number of calls of each operation, by its name.
+        total: number of all calls.
     """
 
     def __init__(self):
@@ -64,10 +64,10 @@ class CountOperations(CountingMode):
 
 
 class LiveBytes(CountingMode):
-    """Follows the storages of all tensors that operations make.
+    """Tracks the storages of all tensors that operations return.
 
     Attributes:
-        most: the largest number of bytes that were alive at once.
+        most: the largest number of bytes that were alive at the same time.
     """
 
     def __init__(self):

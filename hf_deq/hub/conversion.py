@@ -1,12 +1,13 @@
-"""Checkpoints of the authors' code to models of this package.
+"""Convert checkpoints of the authors' code to models of this package.
 
     model = convert_checkpoint(state_dict, constructor_arguments, family="deq_transformer")
 
-Families are the three published code bases: `"deq_transformer"` (locuslab/deq, DEQ-Sequence), `"deq_trellisnet"`
-(the same, branch pytorch-1.5) and `"torchdeq_lm"` (locuslab/torchdeq, deq-zoo/deq-lm). The constructor arguments are
-those of their language model classes, by their own names; every tensor of the state dict must be accounted for.
+There are three families, one for each published code base: `"deq_transformer"` (locuslab/deq, DEQ-Sequence),
+`"deq_trellisnet"` (the same repository, branch pytorch-1.5) and `"torchdeq_lm"` (locuslab/torchdeq, deq-zoo/deq-lm).
+The constructor arguments are those of the language model class in the authors' code, with the same names. Every tensor
+of the state dict must be used, or be known as a copy or as derived from other tensors.
 
-Reading order: the conversion, the arguments of each family as a configuration, and where each parameter comes from.
+Reading order: the conversion; for each family, from arguments to a configuration; and the source of each parameter.
 """
 
 import re
@@ -24,24 +25,24 @@ from ..modeling_deq import DEQForCausalLM
 from ..modeling_deq_transformer import DEQTransformerForCausalLM
 from ..modeling_deq_trellisnet import DEQTrellisNetForCausalLM
 
-# What local_size stands for in the authors' attention when it is 0 or None.
+# The window in the authors' attention if their local_size is 0 or None.
 DEFAULT_WINDOW = 1000
 
-# Tensors that the authors' code derives from others: position frequencies, and normalised copies of weights.
+# Tensors that the authors' code computes from other tensors: position frequencies, and normalised copies of weights.
 DERIVED = re.compile(r"(^|\.)(pos_emb\.inv_freq|func_copy\..*)$")
 
-# The same tensors under a second name.
+# Prefixes under which some tensors appear a second time, and the first prefix of these tensors.
 SECOND_NAMES = {"trellisnet.deq.func.": "trellisnet.func.", "mixsoft.decoder.": "decoder."}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter comes from.
+    """The source of a parameter in the state dict.
 
     Attributes:
-        key: its name in the state dict.
-        trailing: whether it has one more dimension there, of size one (a convolution of one tap).
-        rows: rows of the tensor in our order, where the two orders differ.
+        key: name of the tensor in the state dict.
+        trailing: whether the tensor has one more dimension at the end, of size one (a convolution with one tap).
+        rows: indices that bring the rows of the tensor into our order; `None` if the order is the same.
     """
 
     key: str
@@ -49,7 +50,7 @@ class Source:
     rows: Tensor | None = None
 
     def read(self, tensor: Tensor) -> Tensor:
-        """The parameter, from the tensor of that name."""
+        """Return the parameter, computed from the tensor with the name `key`."""
         tensor = tensor.squeeze(-1) if self.trailing else tensor
         return tensor if self.rows is None else tensor[self.rows]
 
@@ -57,24 +58,27 @@ class Source:
 def convert_checkpoint(
     state_dict: dict[str, Tensor], constructor_arguments: dict, family: str, **config_fields
 ) -> DEQForCausalLM:
-    """The model that a state dict of the authors' code holds, in evaluation mode and the dtype of the tensors.
+    """Convert a state dict of the authors' code to a model, in evaluation mode and in the dtype of the tensors.
 
-    Projections that their code ties share storage there but have gradients of their own; here they are one parameter.
-    torchdeq's f has no isolated fixed point (every sub-layer sees the state through a norm), so its models unroll 12
-    applications, as theirs do. A TrellisNet of theirs carries its last state into the place of all before it, and no
-    inputs; ours carries what its convolutions reach.
+    In the authors' code, tied projections share storage, but each has its own gradient. Here they are one parameter.
+    torchdeq's f has no isolated fixed point, because every sub-layer sees the state through a norm. So torchdeq's
+    models unroll 12 applications of f, and the converted models do the same. Between segments, the authors' TrellisNet
+    carries only its last state, and uses it in place of all states before it. It carries no inputs. Our TrellisNet
+    carries all states and inputs that its convolutions reach.
 
     Args:
-        state_dict: tensors by their original names, tied ones under every name. Dead copies are ignored.
-        constructor_arguments: of `DEQTransformerLM` or `DEQTrellisNetLM`, by their names. For a TrellisNet with a split
-            softmax also `splits`, the argument of its criterion, whose tensors are `criterion.tail_vectors` and
-            `criterion.tail_bias`.
+        state_dict: tensors with their original names. Tied tensors are present under every name. Unused copies are
+            ignored.
+        constructor_arguments: arguments of `DEQTransformerLM` or `DEQTrellisNetLM`, by name. For a TrellisNet with a
+            split softmax also `splits`, the argument of its criterion. The tensors of the criterion are
+            `criterion.tail_vectors` and `criterion.tail_bias`.
         family: `"deq_transformer"`, `"deq_trellisnet"` or `"torchdeq_lm"`.
-        config_fields: fields of our configuration to set besides, such as the solver's.
+        config_fields: further fields of our configuration, such as the solver. They override converted fields.
 
     Raises:
-        ValueError: an unknown family or argument; tensors that are missing, left over, of another shape than the
-            arguments say, or different where the arguments say that they are tied. All of them are named.
+        ValueError: if the family or an argument is unknown; if an argument is missing; if the arguments make no valid
+            model; if tensors are missing, are left over, or do not have the shape that the arguments imply (the message
+            names all of them); or if tensors differ that are tied according to the arguments.
     """
     require_one_of("family", family, FAMILIES)
     state_dict = _distinct(state_dict)
@@ -94,8 +98,12 @@ def convert_checkpoint(
 
 
 def _distinct(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that are parameters, each under its first name."""
-    # A model that was trained in parallel has one more prefix.
+    """Return the tensors that are parameters, each under its first name only.
+
+    Raises:
+        ValueError: if a tensor differs between its two names.
+    """
+    # The names of a model that was trained in parallel have one more prefix.
     state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     distinct = {}
     for name, tensor in state_dict.items():
@@ -114,7 +122,11 @@ def _distinct(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check(state_dict, sources: dict[str, Source], shapes: dict[str, tuple], arguments: dict) -> None:
-    """Every tensor is used, none is missing, and all have the shapes that the arguments say."""
+    """Check that every tensor is used, that none is missing, and that all have the shapes that the arguments imply.
+
+    Raises:
+        ValueError: if this is not so. The message names all these tensors.
+    """
     wanted = {source.key: shapes[name] + (1,) * source.trailing for name, source in sources.items()}
     problems = [f"missing: {key}" for key in wanted if key not in state_dict]
     problems += [f"left over: {key}" for key in state_dict if key not in wanted]
@@ -131,7 +143,11 @@ def _check(state_dict, sources: dict[str, Source], shapes: dict[str, tuple], arg
 
 
 def _check_ties(model: DEQForCausalLM, sources: dict[str, Source], state_dict: dict[str, Tensor]) -> None:
-    """Parameters that are one here have one value there."""
+    """Check that parameters which are tied in our model have equal values in the state dict.
+
+    Raises:
+        ValueError: if the values differ.
+    """
     for ours, theirs in model.all_tied_weights_keys.items():
         one, other = sources[ours].key, sources[theirs].key
         if not torch.equal(state_dict[one], state_dict[other]):
@@ -141,7 +157,7 @@ def _check_ties(model: DEQForCausalLM, sources: dict[str, Source], state_dict: d
             )
 
 
-# The arguments of each family as a configuration
+# From the arguments of each family to a configuration
 
 
 def _transformer_config(arguments: dict, state_dict: dict, fields: dict) -> DEQTransformerConfig:
@@ -152,7 +168,7 @@ def _transformer_config(arguments: dict, state_dict: dict, fields: dict) -> DEQT
         norm_affine=False,
         weight_norm=given("wnorm", False),
     )
-    given.ignore("n_layer", "pretrain_steps", "eval_n_layer", "load")  # how shallow pretraining goes, a file to load
+    given.ignore("n_layer", "pretrain_steps", "eval_n_layer", "load")  # for shallow pretraining, and a file to load
     given.refuse_unknown()
     return DEQTransformerConfig(**(theirs | fields))
 
@@ -163,8 +179,8 @@ def _torchdeq_config(arguments: dict, state_dict: dict, fields: dict) -> DEQTran
         num_hidden_layers=given("n_layer"),
         norm_position="pre_open",
         attention_output_norm=True,
-        weight_norm=any(name.endswith("_v") for name in state_dict),  # not an argument of the model there
-        gradient="unrolled",  # such an f has no isolated fixed point: theirs is trained and used with 12 applications
+        weight_norm=any(name.endswith("_v") for name in state_dict),  # not an argument of torchdeq's model
+        gradient="unrolled",  # f has no isolated fixed point; torchdeq trains and uses it with 12 applications
         solver="picard",
         solver_max_evaluations=12,
     )
@@ -216,7 +232,7 @@ def _trellisnet_config(arguments: dict, state_dict: dict, fields: dict) -> DEQTr
         hidden_size=given("nout"),
         kernel_size=given("kernel_size", 2),
         dilation=given("dilation", 1),
-        cell_scan=False,  # theirs takes one step of the recurrence in an application; the equilibrium is the same
+        cell_scan=False,  # their f takes one step of the recurrence; the equilibrium is the same
         weight_norm=given("wnorm", True),
         cutoffs=given("splits", None) or None,
         num_softmax_experts=given("n_experts", 0),
@@ -227,14 +243,14 @@ def _trellisnet_config(arguments: dict, state_dict: dict, fields: dict) -> DEQTr
         weight_dropout=given("wdrop", 0.0),
         tie_word_embeddings=given("tie_weights", True),
     )
-    # Shallow pretraining, dropout within a mixture of softmaxes, and a file to load.
+    # For shallow pretraining, dropout within a mixture of softmaxes, and a file to load.
     given.ignore("n_layer", "pretrain_steps", "dropoutl", "load")
     given.refuse_unknown()
     return DEQTrellisNetConfig(**(theirs | fields))
 
 
 class _Arguments:
-    """Constructor arguments, each of which must be asked for."""
+    """Constructor arguments. It records which ones were read or ignored, so that it can refuse all others."""
 
     def __init__(self, arguments: dict):
         self.arguments, self.left = arguments, set(arguments)
@@ -253,11 +269,11 @@ class _Arguments:
             raise ValueError(f"constructor_arguments has {sorted(self.left)}, which no model of this family takes.")
 
 
-# Where each parameter comes from
+# The source of each parameter
 
 
 def _transformer_sources(config: DEQTransformerConfig) -> dict[str, Source]:
-    """locuslab/deq: linear maps of f are convolutions of one tap, but for the feed-forward sub-layer's."""
+    """For locuslab/deq: linear maps of f are convolutions with one tap, except in the feed-forward sub-layer."""
     layer, block = "model.layers.0", "model.layers.0.blocks.0"
     return (
         _vocabulary_sources(config)
@@ -267,7 +283,7 @@ def _transformer_sources(config: DEQTransformerConfig) -> dict[str, Source]:
 
 
 def _torchdeq_sources(config: DEQTransformerConfig) -> dict[str, Source]:
-    """torchdeq: every head has its queries, keys and values side by side, where here all queries come first."""
+    """For torchdeq: rows are ordered by head, then by query, key and value. In our order all queries come first."""
     heads, size = config.num_attention_heads, config.head_dim
     rows = torch.arange(3 * heads * size).view(heads, 3, size).transpose(0, 1).flatten()
     sources = _vocabulary_sources(config) | _linear("model.layers.0.injection", "injection", rows=rows)
@@ -327,7 +343,10 @@ def _trellisnet_sources(config: DEQTrellisNetConfig) -> dict[str, Source]:
 
 
 def _linear(ours: str, theirs: str, trailing: bool = False, rows: Tensor | None = None) -> dict[str, Source]:
-    """The parameters of a linear map, a convolution or a norm; of which kind it is, the model's own names decide."""
+    """Return the sources of a linear map, a convolution or a norm, for all parameter names that it may have.
+
+    The caller uses only the names that the model really has.
+    """
     return {
         f"{ours}.weight": Source(f"{theirs}.weight", trailing, rows),
         f"{ours}.magnitude": Source(f"{theirs}.weight_g", trailing, rows),

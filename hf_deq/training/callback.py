@@ -1,4 +1,4 @@
-"""What `transformers.Trainer` does not log by itself: how the equilibria of the training steps were solved.
+"""A callback for `transformers.Trainer` that logs how the equilibria of the training steps were solved.
 
 trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[EquilibriumCallback()])
 """
@@ -10,23 +10,24 @@ from ..layer_deq import DEQLayer, DEQLayerOutput
 
 
 class EquilibriumCallback(TrainerCallback):
-    """Adds to the Trainer's logs the means, over the training steps since the last log, of
+    """Adds means over the training steps since the last log to the logs of Trainer:
 
     - `forward_evaluations`: calls of f per sequence,
     - `backward_evaluations`: vector-Jacobian products per sequence (implicit gradient),
     - `residual`: relative residual of the equilibrium,
     - `converged`: share of the sequences that reached the tolerance,
-    - `jacobian_loss`: unweighted Jacobian regularization, of the steps that have one.
+    - `jacobian_loss`: unweighted Jacobian regularization, over the steps that have one.
 
-    They are this process's. A forward hook on the layer reads them, from the beginning of training to its end; the
-    model and its outputs are left as they are, and so are the logs of evaluations.
+    The means are those of this process. A forward hook on the layer reads the values, from the beginning to the end of
+    training. The callback does not change the model, its outputs, or the logs of evaluations.
 
-    They reach the console and `trainer.state.log_history`. Trainer calls reporting integrations before the callbacks
-    it is given, so name those that should report them after this one, and not in `report_to`:
+    The means are written to the console and to `trainer.state.log_history`. Trainer calls the reporting integrations of
+    `report_to` before the callbacks of its argument `callbacks`. If an integration should report these means, put it
+    after this callback, and not into `report_to`:
     `callbacks=[EquilibriumCallback(), TensorBoardCallback()]` with `report_to="none"`.
 
     Raises:
-        ValueError: training begins with a model that has no equilibrium.
+        ValueError: if training begins with a model that has no equilibrium.
     """
 
     def __init__(self):
@@ -35,9 +36,9 @@ class EquilibriumCallback(TrainerCallback):
         self._means: dict[str, _Mean] = {}
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
-        self._unhook()  # from a training that was interrupted
+        self._unhook()  # an interrupted training may have left a hook
         self._means = {}
-        # Among all modules, since adapters and wrappers put theirs around the model.
+        # Search all modules, because adapters and wrappers put the model into other modules.
         self._layer = next((module for module in model.modules() if isinstance(module, DEQLayer)), None)
         if self._layer is None:
             raise ValueError(
@@ -53,12 +54,12 @@ class EquilibriumCallback(TrainerCallback):
         self._read_backward()
 
     def on_log(self, args, state, control, logs: dict | None = None, **kwargs):
-        if "loss" not in logs:  # of an evaluation, or the summary at the end
+        if "loss" not in logs:  # these are logs of an evaluation, or the summary at the end
             return
         means = {name: mean.value() for name, mean in self._means.items()}
         self._means = {}
         logs.update(means)
-        state.log_history[-1].update(means)  # which Trainer copied before it asked us
+        state.log_history[-1].update(means)  # Trainer copied the logs before it called us
 
     def on_train_end(self, args, state, control, **kwargs):
         self._unhook()
@@ -86,7 +87,7 @@ class EquilibriumCallback(TrainerCallback):
 
 
 class _Mean:
-    """A running mean that stays on its device until it is asked for: asking at every step would stall a GPU."""
+    """A running mean. It stays on its device until `value` is called: reading it at every step would stall a GPU."""
 
     def __init__(self):
         self.total, self.count = 0.0, 0

@@ -1,4 +1,4 @@
-"""What a training run says about itself: means over steps, metrics.jsonl, the progress bar's text."""
+"""The log of a training run: means over steps, the file metrics.jsonl, and the text of the progress bar."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 TRAINING_COLUMNS = ("step", "forward_evaluations", "backward_evaluations", "residual", "loss")
-# How the progress bar says what a line may have.
+# How the progress bar shows the values that a line may have.
 SUMMARY = {
     "loss": "loss {:.3g}",
     "perplexity": "ppl {:.4g}",
@@ -24,38 +24,38 @@ SUMMARY = {
     "residual": "res {:.0e}",
     "tokens_per_second": "{:.0f} tok/s",
 }
-# With a summary this fits a terminal of 100 columns; steps per second give way to tokens per second.
+# With a summary, the bar fits into 100 columns. It shows tokens per second instead of steps per second.
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class MetricsFile:
-    """metrics.jsonl, one JSON object a line, written by the main process; any tracker gets the same numbers."""
+    """The file metrics.jsonl, one JSON object per line. The main process writes it. Trackers get the same numbers."""
 
     def __init__(self, folder: Path, accelerator: Accelerator):
         self.path, self.accelerator = folder / "metrics.jsonl", accelerator
 
     def write(self, line: dict) -> None:
-        """Append a line; it must have a `step`."""
+        """Append a line, which must have a `step`."""
         self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["step"])
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def keep_until(self, step: int) -> None:
-        """Drop the lines of later steps, which will be taken again; of all steps if `step` is 0."""
+        """Drop the lines of steps after `step`, because these steps will be taken again. With 0, drop all steps."""
         if self.accelerator.is_main_process and self.path.is_file():
             lines = [line for line in parse_metrics(self.path.read_text()) if line["step"] <= step]
-            new = self.path.with_suffix(".new")  # in its place at once: a kill in between loses no line
+            new = self.path.with_suffix(".new")  # replaces the file in one operation, so that a kill loses no line
             new.write_text("".join(json.dumps(line) + "\n" for line in lines))
             new.replace(self.path)
         self.accelerator.wait_for_everyone()
 
 
 def parse_metrics(text: str) -> list[dict]:
-    """The whole lines of a metrics.jsonl.
+    """Return the complete lines of a metrics.jsonl.
 
-    A run that is killed while it writes leaves a part of a line. It is left out, and a note on stderr says so.
+    A run that is killed while it writes leaves an incomplete line. Such lines are left out, with a note on stderr.
     """
     whole, broken = [], 0
     for line in text.splitlines():
@@ -73,7 +73,7 @@ def parse_metrics(text: str) -> list[dict]:
 
 
 class Clock:
-    """Seconds spent on training: it stands still while `paused`, and goes on where a checkpoint stopped."""
+    """Counts the seconds spent on training. It does not count within `paused`, and can continue from a checkpoint."""
 
     def __init__(self):
         self.resume(0.0)
@@ -82,21 +82,21 @@ class Clock:
         return self.spent + time.perf_counter() - self.started
 
     def resume(self, spent: float) -> None:
-        """Go on from so many seconds."""
+        """Continue from this number of seconds."""
         self.spent, self.started = spent, time.perf_counter()
 
     @contextmanager
     def paused(self):
-        """Within this context no time passes."""
+        """Within this context, the clock does not count."""
         if torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # what a device has yet to do is training
+            torch.accelerator.synchronize()  # the pending work of the device still belongs to training
         spent = self.seconds()
         yield
         self.resume(spent)
 
 
 class Meter:
-    """Means of what is logged since the last line, summed on the device so that nothing waits for it."""
+    """Means of the logged values since the last line. Sums stay on the device, so the host does not wait for it."""
 
     def __init__(self, device: torch.device, clock: Clock):
         self.device, self.clock = device, clock
@@ -109,20 +109,20 @@ class Meter:
         self.started = self.clock.seconds()
 
     def add(self, **values: torch.Tensor) -> None:
-        """Count in a scalar tensor for each name, if it is finite."""
+        """Add one value for each name, a scalar tensor. Values that are not finite are left out."""
         for name, value in values.items():
             is_finite = torch.isfinite(value.detach())
             self.sums[name] = self.sums.get(name, 0) + torch.where(is_finite, value.detach().float(), 0)
             self.counts[name] = self.counts.get(name, 0) + is_finite.float()
 
     def means(self) -> dict[str, float]:
-        """The mean of every name that was finite at least once, over all processes."""
+        """Return the mean for every name over all processes. A name without any finite value has no mean."""
         totals = self.totals()
         counts = totals["counts"]
         return {name: total / counts[name] for name, total in totals["sums"].items() if counts[name]}
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """Sums and counts over all processes, which need not have met the same names."""
+        """Return sums and counts over all processes. Processes may have added different names."""
         mine = {
             part: {name: float(value) for name, value in values.items()}
             for part, values in (("sums", self.sums), ("counts", self.counts))
@@ -134,7 +134,7 @@ class Meter:
         }
 
     def resume(self, state: dict) -> None:
-        """Go on from the `totals` of a checkpoint."""
+        """Continue from the `totals` of a checkpoint."""
         self.sums, self.counts = (
             {name: torch.tensor(value, device=self.device) for name, value in state[part].items()}
             for part in ("sums", "counts")
@@ -145,9 +145,10 @@ class Meter:
 
 
 class Summary:
-    """What a line of training metrics has, short enough for a progress bar.
+    """Summarises a line of training metrics for the progress bar.
 
-    Beside the evaluations of f stands their course over the last six lines, if the terminal's encoding can say it.
+    After the number of evaluations of f, it shows a small chart of this number over the last six lines, if the encoding
+    of the terminal has the characters.
     """
 
     def __init__(self, encoding: str | None):
@@ -164,25 +165,28 @@ class Summary:
 
 
 def sparkline(values: Collection[float]) -> str:
-    """A block for each value, from the lowest of them to the highest; less than one between these shows as less."""
+    """Return one block character for each value: a low block for the lowest, a high block for the highest value.
+
+    If the values differ by less than one, the heights of the blocks differ less, too.
+    """
     low, high = min(values, default=0), max(values, default=0)
     steps = (len(BLOCKS) - 1) / max(1, high - low)
     return "".join(BLOCKS[round((value - low) * steps)] for value in values)
 
 
 def evaluations_over_training(metrics_file: str | Path) -> dict[str, np.ndarray]:
-    """Read what a training run logged of its solves.
+    """Read what a training run logged about its solves.
 
     Args:
         metrics_file: the `metrics.jsonl` of a run. Lines of validation are skipped.
 
     Returns:
-        Arrays of one length: `step`; `forward_evaluations` (calls of f) and `backward_evaluations` (vector-Jacobian
-        products), means per sequence; `residual`, relative; `loss`, nats. They are not a number where a step did not
-        log a value, because shallow pretraining has no backward solve.
+        Arrays of equal length: `step`; `forward_evaluations` (calls of f) and `backward_evaluations` (vector-Jacobian
+        products), means per sequence; `residual`, the relative residual; `loss`, in nats. A value is NaN if its line
+        did not log it: for example, shallow pretraining has no backward solve.
 
     Raises:
-        ValueError: if the file is missing, or has no line of training.
+        ValueError: if the file is missing, or has no training line.
     """
     metrics_file = Path(metrics_file)
     if not metrics_file.is_file():

@@ -1,4 +1,4 @@
-"""What a model remembers from training step to training step, also across a checkpoint."""
+"""The memory of a model that is carried from training step to training step, and saved in checkpoints."""
 
 from pathlib import Path
 
@@ -10,10 +10,14 @@ FILE = "memory.safetensors"
 
 
 class CarriedMemory:
-    """The memory of every micro-batch of a step; the rows of a micro-batch are shared among the processes in order.
+    """The memory of every micro-batch of a step. The rows of a micro-batch are divided among the processes, in order.
+
+    Args:
+        accelerator: the accelerator of the training run.
+        pieces: number of micro-batches of a step.
 
     Attributes:
-        pieces: one memory a micro-batch, `None` where nothing is remembered.
+        pieces: one memory per micro-batch; `None` if there is no memory.
     """
 
     def __init__(self, accelerator: Accelerator, pieces: int):
@@ -21,7 +25,7 @@ class CarriedMemory:
         self.pieces: list[tuple[torch.Tensor, ...] | None] = [None] * pieces
 
     def forget(self) -> None:
-        """Start anew."""
+        """Discard the memory of all micro-batches."""
         self.pieces = [None] * len(self.pieces)
 
     def save(self, folder: Path) -> None:
@@ -35,7 +39,7 @@ class CarriedMemory:
             save_file(tensors, folder / FILE)
 
     def load(self, folder: Path) -> None:
-        """Take this process's share of a saved memory, if there is one."""
+        """Read this process's share of a saved memory. Without a saved memory, discard the present one."""
         self.forget()
         if not (folder / FILE).is_file():
             return

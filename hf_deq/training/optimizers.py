@@ -3,7 +3,7 @@
     optimizer = make_optimizer(model, run)
     schedule = make_schedule(optimizer, run)
 
-The schedule is stepped once after every step of the optimizer.
+Call `schedule.step()` once after every step of the optimizer.
 """
 
 from bisect import bisect_right
@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, get_constant_schedule_with_warmup, get
 from .arguments import RunArguments
 from .models import parameter_groups
 
-MILESTONE_FACTOR = 0.1  # of the learning rate, at every milestone
+MILESTONE_FACTOR = 0.1  # at every milestone, the learning rate is multiplied by this factor
 
 
 def make_optimizer(model: PreTrainedModel, run: RunArguments) -> torch.optim.Optimizer:
-    """AdamW (with `weight_decay` 0 it is Adam), or plain stochastic gradient descent without momentum.
+    """Return AdamW (with `weight_decay` 0 it is Adam), or plain stochastic gradient descent without momentum.
 
-    AdamW's weight decay is decoupled from the gradient, SGD's is part of it.
+    The weight decay of AdamW is decoupled from the gradient. The weight decay of SGD is part of the gradient.
     """
     groups = parameter_groups(model, run.weight_decay)
     fused = model.device.type != "cpu"  # only fused kernels skip a bad step without waiting for the device
@@ -31,7 +31,11 @@ def make_optimizer(model: PreTrainedModel, run: RunArguments) -> torch.optim.Opt
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, run: RunArguments) -> LambdaLR:
-    """Linear warm-up, then a cosine to zero at `max_steps`, nothing, or a tenth at every milestone."""
+    """Return the schedule of the learning rate: a linear warm-up, then a schedule by `run.lr_scheduler_type`.
+
+    `"cosine"` follows a cosine to zero at `max_steps`. `"constant"` keeps the rate. `"multistep"` divides it by ten at
+    every milestone.
+    """
     if run.lr_scheduler_type == "cosine":
         return get_cosine_schedule_with_warmup(optimizer, run.warmup_steps, run.max_steps)
     if run.lr_scheduler_type == "constant":

@@ -1,27 +1,27 @@
-"""Perplexity and its kin from sums of negative log-likelihoods."""
+"""Perplexity and related scores from sums of negative log-likelihoods."""
 
 import math
 from collections.abc import Iterable
 
-LARGEST_EXPONENT = 700  # exp of more overflows
+LARGEST_EXPONENT = 700  # exp of a larger number overflows
 
 
 def perplexity_of(
     nats: Iterable[float], counts: Iterable[int], num_words: int | None = None, num_bytes: int | None = None
 ) -> dict[str, float]:
-    """Perplexity exp(nats / tokens), and the same nats shared out among words and bytes.
+    """Return the perplexity exp(nats / tokens), and the same nats divided among words and bytes.
 
     Args:
-        nats: negative log-likelihoods (natural logarithm), each summed over a batch, a sequence, or of one token.
-        counts: tokens that each is the sum over.
-        num_words, num_bytes: words and UTF-8 bytes of the text that these tokens spell, if known.
+        nats: negative log-likelihoods (natural logarithm), each of one token or summed over a sequence or a batch.
+        counts: for each entry of `nats`, the number of tokens in the sum.
+        num_words, num_bytes: number of words and of UTF-8 bytes in the text of these tokens, if known.
 
     Returns:
-        `perplexity` (per token; infinite where a float cannot hold it), its logarithm `nats_per_token`, and with
-        `num_words` and `num_bytes` also `word_perplexity` and `bits_per_byte`.
+        `perplexity` per token (infinite if it is too large for a float), and its logarithm `nats_per_token`. With
+        `num_words` also `word_perplexity`, and with `num_bytes` also `bits_per_byte`.
 
     Raises:
-        ValueError: no tokens were counted, or `num_words` or `num_bytes` is less than 1.
+        ValueError: if no tokens were counted, or if `num_words` or `num_bytes` is less than 1.
     """
     nats, count = math.fsum(nats), sum(counts)
     if count < 1:

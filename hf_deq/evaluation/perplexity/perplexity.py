@@ -1,12 +1,12 @@
 """Perplexity from negative log-likelihoods, as a metric of the `evaluate` library.
 
-    metric = evaluate.load("path/to/hf_deq/perplexity")
+    metric = evaluate.load("path/to/hf_deq/evaluation/perplexity")
     for batch in batches:
-        metric.add_batch(nats=[...], counts=[...])      # of each batch, sequence or token
+        metric.add_batch(nats=[...], counts=[...])      # for each batch, sequence or token
     metric.compute(num_words=1000, num_bytes=5000)
 
-The formula is in `formula.py`, for those who need neither the library nor its files on disk. Nothing here is imported
-from outside of this folder: the library loads a copy of it.
+The formula is in `formula.py`. It can be used directly, without the library and the files that the library writes to
+disk. This folder imports nothing from the rest of the package, because the library loads a copy of the folder.
 """
 
 import datasets
