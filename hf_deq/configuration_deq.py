@@ -6,11 +6,15 @@ from itertools import pairwise
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from .fixed_point import SOLVERS
 
+logger = logging.get_logger(__name__)
+
 SOLVER_SCOPES = ("causal", "sequence")
 GRADIENTS = ("implicit", "phantom", "unrolled")
+LARGEST_NUMBER = 100_000_000  # of any field: more is a slip of the hand
 OWN_PREFIXES = ("solver_", "backward_", "phantom_", "jacobian_")
 
 
@@ -75,8 +79,15 @@ class DEQConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """Make a configuration as in Transformers, also from the fields that an earlier version saved."""
-        return super().from_dict(cls.upgrade(config_dict), **kwargs)
+        """Make a configuration as in Transformers, also from the fields that another version saved.
+
+        Fields of an earlier version become those of today. Fields of a later one are left out, with a warning.
+        """
+        config_dict = cls.upgrade(config_dict)
+        unknown = sorted(name for name in config_dict if cls._misspelt(name))
+        if unknown:
+            logger.warning(f"{cls.__name__} leaves out {unknown}, which a later version seems to have saved.")
+        return super().from_dict({n: value for n, value in config_dict.items() if n not in unknown}, **kwargs)
 
     @classmethod
     def upgrade(cls, fields: dict) -> dict:
@@ -94,15 +105,21 @@ class DEQConfig(PreTrainedConfig):
 
         PreTrainedConfig keeps every unknown key as an attribute. So a misspelt field would be ignored silently.
         """
-        own = [field.name for field in fields(self) if field.name not in PreTrainedConfig.__dataclass_fields__]
         for key in unknown:
             if key in self.former_fields:
                 raise ValueError(f"{type(self).__name__} has no field {key!r}: {self.former_fields[key]}.")
-            similar = get_close_matches(key, own, n=1, cutoff=0.8)
-            if key.startswith(OWN_PREFIXES) or similar:
-                ours = key.startswith(OWN_PREFIXES)
-                hint = max(own, key=lambda name: _shared_start(name, key)) if ours else similar[0]
-                raise ValueError(f"{type(self).__name__} has no field {key!r}; did you mean {hint!r}?")
+            if meant := self._misspelt(key):
+                raise ValueError(f"{type(self).__name__} has no field {key!r}; did you mean {meant!r}?")
+
+    @classmethod
+    def _misspelt(cls, key: str) -> str | None:
+        """The field that a key seems to mean; `None` if the key is a field, or looks like none."""
+        own = [field.name for field in fields(cls) if field.name not in PreTrainedConfig.__dataclass_fields__]
+        if key in own:
+            return None
+        if key.startswith(OWN_PREFIXES):
+            return max(own, key=lambda name: _shared_start(name, key))
+        return next(iter(get_close_matches(key, own, n=1, cutoff=0.8)), None)
 
     def validate_equilibrium(self):
         """Check the ranges of the shared fields. `@strict` calls this method after construction."""
@@ -111,26 +128,27 @@ class DEQConfig(PreTrainedConfig):
         require_one_of("solver_scope", self.solver_scope, SOLVER_SCOPES)
         require_one_of("gradient", self.gradient, GRADIENTS)
         self.require_at_least(0, "solver_tolerance", "backward_tolerance", "jacobian_loss_weight")
-        self.require_at_least(
-            1, "solver_max_evaluations", "backward_max_evaluations", "solver_history", "phantom_steps"
-        )
+        self.require_at_least(1, "solver_max_evaluations", "backward_max_evaluations", "phantom_steps")
+        self.require_at_least(1, "solver_history", largest=100)
         for name in ("solver_damping", "phantom_damping", "jacobian_loss_frequency"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
 
-    def require_at_least(self, smallest: int, *names: str) -> None:
-        """Refuse fields that are below a number, infinite, or not a number.
+    def require_at_least(self, smallest: int, *names: str, largest: int = LARGEST_NUMBER) -> None:
+        """Refuse fields that are below a number or above another one, or not a number.
 
         Raises:
             ValueError: if there is such a field. The message names the first one.
         """
         for name in names:
             value = getattr(self, name)
-            if not value >= smallest:  # also true for NaN
+            if not value >= smallest:  # also if it is not a number
                 what = "zero or positive" if smallest == 0 else f"at least {smallest}"
                 raise ValueError(f"{name} must be {what}, got {value}.")
             if value == float("inf"):
                 raise ValueError(f"{name} must be finite, got {value}.")
+            if value > largest:
+                raise ValueError(f"{name} must be at most {largest:,}, got {value:,}.")
 
     def require_positive(self, *names: str) -> None:
         """Refuse fields that are not positive and finite.

@@ -1,7 +1,8 @@
 """The configuration of a DEQ-Transformer."""
 
 from huggingface_hub.dataclasses import strict
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .configuration_deq import DEQConfig, require_one_of
 
@@ -142,15 +143,10 @@ class DEQTransformerConfig(DEQConfig):
     def validate_architecture(self):
         """Check sizes and names. `@strict` calls this method after construction."""
         self.require_at_least(
-            1,
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "embedding_size",
-            "div_val",
+            1, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "embedding_size", "div_val"
         )
+        self.require_at_least(1, "num_hidden_layers", largest=1000)
+        require_one_of("hidden_act", self.hidden_act, ACT2FN)
         self.require_at_least(0, "memory_length", "max_position_embeddings")
         self.require_positive("initializer_range", "layer_norm_eps")
         self.require_probabilities("embedding_dropout", "hidden_dropout", "attention_dropout", "output_dropout")
@@ -158,18 +154,32 @@ class DEQTransformerConfig(DEQConfig):
         require_one_of("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         self._validate_heads()
         self._validate_vocabulary()
-        if self.rope_parameters["rope_type"] in LENGTH_DEPENDENT_ROPE:
-            raise ValueError(
-                f"rope_type {self.rope_parameters['rope_type']!r} rotates early positions according to the length of "
-                'the whole text, so nothing computed for a prefix would be final: use "default", "linear", "yarn" or '
-                '"llama3".'
-            )
+        if self.position_embedding_type == "rotary":
+            self._validate_rope()
         if self.position_embedding_type == "relative" and self.hidden_size % 2:
             raise ValueError(f"Relative positions need an even hidden_size, got {self.hidden_size}.")
         if self.sliding_window is not None and self.sliding_window < 2:
             raise ValueError(
                 f"sliding_window must be at least 2 (a token and the one before it) or None, got {self.sliding_window}."
             )
+
+    def _validate_rope(self):
+        kind = self.rope_parameters.get("rope_type", "default")
+        require_one_of("rope_type", kind, ("default", *ROPE_INIT_FUNCTIONS))
+        if kind in LENGTH_DEPENDENT_ROPE:
+            raise ValueError(
+                f"rope_type {kind!r} rotates early positions according to the length of "
+                'the whole text, so nothing computed for a prefix would be final: use "default", "linear", "yarn" or '
+                '"llama3".'
+            )
+        for name, value in self.rope_parameters.items():
+            if isinstance(value, int | float) and not 0 < value < float("inf"):
+                raise ValueError(f"rope_parameters: {name} must be positive and finite, got {value}.")
+        if kind != "default":
+            try:
+                ROPE_INIT_FUNCTIONS[kind](self, "cpu")
+            except Exception as error:  # the library's functions trust their input
+                raise ValueError(f"rope_parameters={self.rope_parameters} do not fit together: {error!r}.") from error
 
     def _validate_heads(self):
         if self.head_dim is None:

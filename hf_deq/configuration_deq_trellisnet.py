@@ -84,9 +84,10 @@ class DEQTrellisNetConfig(DEQConfig):
 
     def validate_architecture(self):
         """Check sizes and options. `@strict` calls this method after construction."""
-        self.require_at_least(1, "vocab_size", "hidden_size", "intermediate_size", "embedding_size", "dilation")
-        self.require_at_least(2, "kernel_size")
-        self.require_at_least(0, "num_softmax_experts")
+        self.require_at_least(1, "vocab_size", "hidden_size", "intermediate_size", "embedding_size")
+        self.require_at_least(1, "dilation", largest=100_000)
+        self.require_at_least(2, "kernel_size", largest=1000)
+        self.require_at_least(0, "num_softmax_experts", largest=1000)
         self.require_probabilities(
             "embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout"
         )

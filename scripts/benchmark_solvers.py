@@ -88,6 +88,8 @@ def compare(f: Callable, z0: Tensor, tolerance: float, arguments: SolverBenchmar
 
 def torchdeq_ways(name: str, f: Callable, z0: Tensor, tolerance: float, budget: int) -> dict[str, Callable]:
     """torchdeq's solver of that name at this tolerance, and at one at which its worst position reaches it."""
+    if name not in TORCHDEQ_NAMES:
+        return {}
     try:
         from torchdeq.solver import get_solver
     except ImportError:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..data import read_recipe
+from ..data import check_at_least, read_recipe
 from ..evaluation import HeldOut, dial_settings, evaluate_dial, format_table, load_model
 from ..evaluation.reports import RADIUS_WINDOWS
 from ..tasks import LanguageModeling, task_of
@@ -38,6 +38,10 @@ class EvaluateArguments:
     )
     output: str | None = field(default=None, metadata={"help": "Also write the table to this JSON file."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu, cuda, mps."})
+
+    def __post_init__(self):
+        check_at_least(0, tolerances=self.tolerances, memory_length=self.memory_length)
+        check_at_least(1, budgets=self.budgets)
 
 
 def main() -> None:

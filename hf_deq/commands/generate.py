@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoTokenizer, TextStreamer, set_seed
 
+from ..data import check_at_least
 from ..evaluation import load_model
 from . import run
 
@@ -35,6 +36,16 @@ class GenerateArguments:
     )
     dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ...; auto is what was saved."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu, cuda, mps."})
+
+    def __post_init__(self):
+        check_at_least(1, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
+        check_at_least(1, solver_max_evaluations=self.solver_max_evaluations)
+        check_at_least(0, top_k=self.top_k, seed=self.seed, solver_tolerance=self.solver_tolerance)
+        check_at_least(0, temperature=self.temperature)
+        if self.temperature == 0:
+            raise ValueError("temperature must be positive; for the likeliest token use --do_sample false.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
 
 
 def main() -> None:

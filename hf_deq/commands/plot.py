@@ -30,7 +30,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from ..data import read_recipe
+from ..data import check_at_least, read_recipe
 from ..evaluation import HeldOut, load_model
 from ..fixed_point import ConvergenceWarning
 from ..modeling_deq import DEQForCausalLM
@@ -70,6 +70,10 @@ class PlotArguments(EvaluateArguments):
         default=None, metadata={"help": "Draw what every token of this text takes, and nothing else."}
     )
     output: str = field(default="figures", metadata={"help": "Folder for figures and their numbers."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(1, windows=self.windows, evaluations=self.evaluations, depths=self.depths)
 
 
 def main() -> None:

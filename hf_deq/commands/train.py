@@ -11,8 +11,9 @@
 
 A recipe is a YAML file of the same names as the flags. Flags win over the recipe. Without a recipe, the smallest one
 for the model type and the task is taken. Every field of the model's configuration is a flag too (`--help` lists them).
-An explicit baseline takes the recipe of the DEQ-Transformer, so that it sees the same tokens, optimizer and schedule,
-without the names that it does not have. Its size and its dropout are flags, with the defaults of its own configuration.
+An explicit baseline takes the recipe of the DEQ-Transformer, so that it sees the same tokens, optimizer and schedule.
+Names of the recipe that it does not have are left out. Its size and its dropout are flags, with the defaults of its own
+configuration.
 """
 
 import argparse

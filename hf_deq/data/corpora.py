@@ -4,7 +4,7 @@
     tokenizer = corpus.train_tokenizer(vocab_size=2048)
     stream = corpus.encode("validation", tokenizer)                # one long tensor of ids
 
-The same four arguments name a corpus everywhere: in a recipe, on the command line and in lm-eval.
+The same arguments name a corpus everywhere: in a recipe, on the command line and in lm-eval.
 """
 
 import hashlib

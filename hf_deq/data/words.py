@@ -84,9 +84,8 @@ def train_word_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are the words of a corpus.
 
-    A line's ids are those of its words and a line break is `<eos>`: of whole lines, each with its line break, the ids
-    are those of `encode_words`. `<eos>` also begins and pads texts; `<unk>`, if the corpus has it, stands for words
-    the corpus does not have.
+    Every word is a token, and a line break is `<eos>`. So whole lines get the ids that `encode_words` gives them.
+    `<eos>` also begins texts and pads them. If the corpus has `<unk>`, it stands for words that the corpus lacks.
 
     Args:
         corpus: lines in the column `text` of each split.
@@ -118,9 +117,9 @@ def train_word_tokenizer(
 def encode_words(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
     """The words of a split as one stream of ids, with `<eos>` after every line.
 
-    `num_words` counts words without the `<eos>` that the stream adds, and `num_bytes` the lines without white space at
-    either end, as for any other corpus: word perplexity and bits per byte share out the nats of all tokens, `<eos>`
-    included, among them.
+    `num_words` counts words without the `<eos>` that the stream adds, and `num_bytes` counts the lines without white
+    space at either end, as for any other corpus. So word perplexity and bits per byte divide the nats of all tokens,
+    `<eos>` included, by these numbers.
 
     Raises:
         ValueError: the split has no lines, the tokenizer is not one of words, or a word has no id and there is no

@@ -4,7 +4,7 @@ from .held_out import HeldOut, HeldOutText
 from .model_folders import load_model
 from .protocol import Protocol, solver_settings
 from .reports import METRICS, Evaluation, by_budget, by_tolerance, dial_settings, evaluate_dial, format_table
-from .scoring import PerplexityReport, evaluate_perplexity, evaluating, solve_sums, summed
+from .scoring import PerplexityReport, evaluate_perplexity, evaluating, in_step, solve_sums, summed
 
 __all__ = [
     "METRICS",
@@ -20,6 +20,7 @@ __all__ = [
     "evaluate_perplexity",
     "evaluating",
     "format_table",
+    "in_step",
     "load_model",
     "solve_sums",
     "solver_settings",

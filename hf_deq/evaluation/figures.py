@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from ..fixed_point import SOLVERS
 from ..modeling_deq import DEQForCausalLM
 from .activations import activations_by_depth
 from .convergence import evaluations_to_tolerance, residual_trajectories, token_trajectories
@@ -68,7 +69,7 @@ def draw_training(runs: dict[str, dict[str, np.ndarray]]) -> tuple[Figure, dict]
 
 def draw_residuals(trained: Trained, others: Sequence[Trained], budget: int) -> tuple[Figure, dict]:
     """Draw how every solver approaches the equilibrium of a model, and how other models do by their own solver."""
-    curves = {_name_of(solver, trained): (trained, solver) for solver in SOLVER_TITLES}
+    curves = {_name_of(solver, trained): (trained, solver) for solver in SOLVERS}
     for other in others:
         solver = "picard" if other.model.config.gradient == "unrolled" else other.model.config.solver
         depth = other.model.config.solver_max_evaluations
@@ -229,7 +230,7 @@ def _readable(token: str) -> str:
 
 
 def _name_of(solver: str, trained: Trained) -> str:
-    return SOLVER_TITLES[solver] + ("" if solver == "picard" else f" ({trained.model.config.solver_scope})")
+    return SOLVER_TITLES.get(solver, solver) + ("" if solver == "picard" else f" ({trained.model.config.solver_scope})")
 
 
 def _finish(figure: Figure, *panels, legend: bool = True) -> None:

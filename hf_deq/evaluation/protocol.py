@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from ..data import check_at_least
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -33,9 +35,7 @@ class Protocol:
     drop_remainder: bool = False
 
     def __post_init__(self):
-        for name in ("length", "batch_size"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_at_least(1, length=self.length, batch_size=self.batch_size)
         if self.carry_memory and self.stride is not None:
             raise ValueError(f"stride={self.stride} is for windows: with carry_memory segments follow each other.")
         if self.drop_remainder and not self.carry_memory:

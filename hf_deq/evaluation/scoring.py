@@ -6,7 +6,7 @@ Every token of the stream is predicted once, the first one from an end-of-text t
 in `perplexity/`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -87,9 +87,28 @@ def evaluate_perplexity(
         steps, scores = _score_windows(model, ids, protocol, share, dial)
     totals = torch.zeros(6, dtype=torch.float64)
     with evaluating(model):
+        scores = in_step(scores, steps, model, ids[None, :1], accelerator)
         for sums in tqdm(scores, desc="evaluate", total=steps, leave=False, disable=not progress or share[0] > 0):
             totals += sums
     return _report(summed(totals, accelerator), stream)
+
+
+def in_step(scores: Iterable, calls: int, model: PreTrainedModel, input_ids: Tensor, accelerator=None) -> Iterator:
+    """Go through scores so that all processes call the model equally often, because a sharded model needs all of them.
+
+    Args:
+        scores: each one calls the model once.
+        calls: how many there are in this process.
+        input_ids: any inputs, for the calls that are missing.
+        accelerator: of the processes; without one there is a single process.
+    """
+    most = calls
+    if accelerator is not None and accelerator.num_processes > 1:
+        most = int(accelerator.gather(torch.tensor([calls], device=accelerator.device)).max())
+    yield from scores
+    with torch.no_grad():
+        for _ in range(most - calls):
+            model(input_ids.to(model.device), use_cache=False)
 
 
 def summed(totals: Tensor, accelerator=None) -> Tensor:

@@ -125,7 +125,7 @@ def _card_data(record, repo_id, pipeline_tag, config, license, language) -> Mode
 
 
 def _is_own_file(dataset: str) -> bool:
-    """Whether a dataset is a file or folder of the one who trained; of such a dataset a record keeps only the name."""
+    """Whether a dataset is a local file or folder. A record keeps only the last part of its name."""
     return dataset not in (*BUILT_IN_CORPORA, *TASKS) and "/" not in dataset
 
 

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..evaluation import HeldOut, evaluating, solve_sums, summed
+from ..data import check_at_least
+from ..evaluation import HeldOut, evaluating, in_step, solve_sums, summed
 from ..generation_deq import REPORTED
 from .task import Task
 
@@ -36,6 +37,11 @@ class CopyMemoryArguments:
         metadata={"help": "deq (a single sign; 20,000 sequences) or tcn (eleven signs; 10,000 sequences)."},
     )
 
+    def __post_init__(self):
+        check_at_least(1, copy_delay=self.copy_delay)
+        if self.copy_variant not in VARIANTS:
+            raise ValueError(f"copy_variant must be one of {sorted(VARIANTS)}, got {self.copy_variant!r}.")
+
 
 @dataclass
 class CopyMemoryEvaluation:
@@ -44,8 +50,7 @@ class CopyMemoryEvaluation:
     batch_size: int = field(default=50, metadata={"help": "Test sequences per forward pass."})
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+        check_at_least(1, batch_size=self.batch_size)
 
 
 class CopyMemoryTask(Task):
@@ -113,8 +118,10 @@ class HeldOutSequences(HeldOut):
         rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         mine = Subset(self.sequences, range(rank, len(self.sequences), processes))
         batches = tqdm(DataLoader(mine, self.batch_size), desc="evaluate", leave=False, disable=rank > 0)
+        scores = (_score(model, batch, dial) for batch in batches)
         with evaluating(model):
-            totals = torch.stack([_score(model, batch, dial) for batch in batches]).sum(0)
+            sums = in_step(scores, len(batches), model, self.windows(1), accelerator)
+            totals = sum(sums, torch.zeros(5, dtype=torch.float64))
         totals = summed(totals, accelerator)
         names = ("loss", "recalled", *REPORTED)
         return dict(zip(names, (totals / len(self.sequences)).tolist(), strict=True))

@@ -9,6 +9,7 @@ from ..data import (
     ContiguousBatches,
     CorpusArguments,
     SequenceBlocks,
+    check_at_least,
     read_corpus,
     read_corpus_of,
 )
@@ -47,10 +48,8 @@ class LanguageModelingArguments(CorpusArguments):
         super().__post_init__()
         if self.id_order not in ID_ORDERS:
             raise ValueError(f"id_order must be one of {', '.join(ID_ORDERS)}, got {self.id_order!r}.")
-        if self.sequence_length < 1:
-            raise ValueError(f"sequence_length must be at least 1, got {self.sequence_length}.")
-        if self.sample_tokens < 0:
-            raise ValueError(f"sample_tokens must not be negative, got {self.sample_tokens}.")
+        check_at_least(1, sequence_length=self.sequence_length)
+        check_at_least(0, sample_tokens=self.sample_tokens)
         if self.sample_tokens and not self.sample_prompt:
             raise ValueError(
                 "sample_prompt is empty: give the sample something to continue, or set sample_tokens to 0."
@@ -58,18 +57,11 @@ class LanguageModelingArguments(CorpusArguments):
 
 
 @dataclass
-class TextArguments:
-    """Which text to evaluate on, and how it is read."""
+class TextArguments(CorpusArguments):
+    """Which text to evaluate on, and how it is read; by default as in training."""
 
     corpus: str | None = field(
         default=None, metadata={"help": "As for training; default: what the model was trained on."}
-    )
-    corpus_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Local file to evaluate on, if corpus is a local file."}
-    )
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column of a .jsonl, .csv or .parquet file, or of a dataset; default: text."}
     )
     word_level: bool | None = field(
         default=None, metadata={"help": "Read lines of whitespace-separated words; default: as in training."}
@@ -93,6 +85,10 @@ class TextArguments:
             "first token of each, as the literature's code does."
         },
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(1, length=self.length, stride=self.stride, batch_size=self.batch_size)
 
     def protocol(self, recipe: dict) -> Protocol:
         """How the text is read: as asked for, or else as in training."""

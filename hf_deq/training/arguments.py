@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from ..data import check_at_least
+
 OPTIMIZERS = ("adamw", "sgd")
 LR_SCHEDULER_TYPES = ("cosine", "constant", "multistep")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
@@ -58,30 +60,18 @@ class RunArguments:
     report_to: str | None = field(default=None, metadata={"help": "An accelerate tracker: tensorboard, wandb, ..."})
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "shallow_depth"):
-            self._check_at_least(1, name)
-        self._check_at_least(1, "keep_checkpoints")
-        if self.num_threads is not None:
-            self._check_at_least(1, "num_threads")
+        positive = ("max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "shallow_depth")
+        positive += ("keep_checkpoints", "num_threads")
         not_negative = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps")
-        for name in (*not_negative, "shallow_steps"):
-            self._check_at_least(0, name)
-        if self.train_solver_tolerance is not None:
-            self._check_at_least(0, "train_solver_tolerance")
+        not_negative += ("shallow_steps", "train_solver_tolerance", "seed")
+        for smallest, names in ((1, positive), (0, not_negative)):
+            check_at_least(smallest, **{name: getattr(self, name) for name in names})
         if not 0 <= self.adam_beta2 < 1:
             raise ValueError(f"adam_beta2 must lie in [0, 1), got {self.adam_beta2}.")
         self._check_choice("optimizer", OPTIMIZERS)
         self._check_choice("lr_scheduler_type", LR_SCHEDULER_TYPES)
         self._check_choice("mixed_precision", MIXED_PRECISIONS)  # in YAML it is "no" in quotes: a bare no is false
         self._check_milestones()
-
-    def _check_at_least(self, smallest: int, name: str) -> None:
-        value = getattr(self, name)
-        if not value >= smallest:  # also if it is not a number
-            bound = "must not be negative" if smallest == 0 else f"must be at least {smallest}"
-            raise ValueError(f"{name} {bound}, got {value}.")
-        if value == float("inf"):
-            raise ValueError(f"{name} must be finite, got {value}.")
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:

@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
 NAME, UNFINISHED = "step-{:08d}", ".new-{:08d}"
-# What may differ between a run and its continuation.
+# Arguments that may change when a run is resumed.
 FREE_ON_RESUME = (
     "output_dir",
     "overwrite",

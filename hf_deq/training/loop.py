@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..tasks import Task, make_task
 from .arguments import RunArguments
 from .checkpoints import Checkpoints, holds_a_run
+from .engine import check_engine, save_whole
 from .log import BAR, Clock, Meter, MetricsFile, Summary
 from .memory import CarriedMemory
 from .models import EquilibriumModel, ExplicitModel, model_kind
@@ -71,6 +72,7 @@ def train(
     folder = _writable_folder(run.output_dir)
     _check_folder(folder, run)
     accelerator = _make_accelerator(run, folder)
+    check_engine(accelerator)
     if accelerator.device.type == "cpu":
         torch.set_num_threads(run.num_threads or _cores_per_process())
     set_seed(run.seed)
@@ -236,8 +238,8 @@ class _Trainer:
             self.meter.resume(progress["meter"])
 
     def _save_model(self) -> None:
+        save_whole(self.model, self.accelerator, self.folder)
         if self.accelerator.is_main_process:
-            self.bare_model.save_pretrained(self.folder)
             self.task.save(self.folder, self.bare_model.config)
             (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
         self.accelerator.wait_for_everyone()
@@ -280,8 +282,7 @@ class _Trainer:
         self.accelerator.end_training()
 
     def _say_sample(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
+        set_seed(self.arguments.seed)  # all processes draw the same sample, because a sharded model needs all of them
         sample = self.task.sample(self.bare_model.eval())
         if sample is not None:
             self.accelerator.print(f"\nsample:\n{sample}")

@@ -61,7 +61,7 @@ class EquilibriumModel:
         return measures
 
     def scores(self, scores: dict[str, float]) -> dict[str, float]:
-        """The scores of a validation that say something about the model: all of them."""
+        """The scores of a validation that make sense for this kind of model: all of them."""
         return scores
 
     def describe(self, scores: dict[str, float]) -> str:

@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 MOST_IN_A_ROW = 5  # skipped steps, before the run ends
 # A gradient scaler of fp16 begins with a large scale. It skips steps itself, and halves the scale every time.
 MOST_IN_A_ROW_WITH_SCALER = 30
-GROWN_LOSS = 10.0  # a loss of this many times the best one is said
+GROWN_LOSS = 10.0  # times the best loss: a warning
 
 
 class StepGuard:

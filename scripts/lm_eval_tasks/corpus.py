@@ -27,7 +27,7 @@ def as_one_document(pretrained: str, split: str = "validation", **arguments) -> 
     Args:
         pretrained: the model's folder or Hub repository, whose tokenizer says what ends a text.
         split: of the corpus: `"validation"`, `"test"` or `"train"`.
-        arguments: `corpus`, `corpus_config`, `validation_file` and `word_level`, as for training; without a `corpus`
+        arguments: the fields of `CorpusArguments`, as for training; without a `corpus`
             they are those of the model's recipe.yaml, or the built-in corpus. `tokenizer`, if not the model's. The
             model's other arguments are ignored.
 
