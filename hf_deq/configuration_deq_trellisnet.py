@@ -77,7 +77,7 @@ class DEQTrellisNetConfig(DEQConfig):
     @property
     def layer_types(self) -> list[str]:
         """The name of the cache layer type. Transformers uses it to make a cache for this model."""
-        return [TrellisStateLayer._layer_type] * self.num_hidden_layers
+        return [TrellisStateLayer._layer_type]  # num_hidden_layers is 1, or refused
 
     def validate_layer_type(self):
         """Skip the check of Transformers, which accepts only its own layer types. Our layer type is registered."""

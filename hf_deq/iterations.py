@@ -145,7 +145,7 @@ class BroydenIteration(SafeguardedIteration):
     def observe(self, z, f_z):
         if self.previous is not None:
             self._remember(z, f_z, *self.previous)
-        self.previous, self.residual = (z, f_z), f_z - z
+        self.previous, self.iterate, self.residual = (z, f_z), z, f_z - z
         return norm(self.residual)
 
     def _remember(self, z, f_z, z_before, f_z_before):
@@ -167,7 +167,7 @@ class BroydenIteration(SafeguardedIteration):
             is_finite = weights.sum(-1, keepdim=True).abs() < float("inf")
             weights = torch.where(helps & is_finite, weights, 0)
             direction = direction - self.changes.combine(weights)
-        return self.rounded(self.previous[0] + self.damping * direction)
+        return self.rounded(self.iterate + self.damping * direction)
 
     def _weights(self) -> Tensor:
         """Return the weights `(batch, sequence, history)` of the changes."""

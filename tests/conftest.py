@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the Hub, and asking for what is not there takes time
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny and every core has a worker
 
 import pytest

@@ -53,7 +53,7 @@ class CountOperations(CountingMode):
 
     def __init__(self):
         super().__init__()
-        self.names = Counter()
+        self.names: Counter[str] = Counter()
 
     @property
     def total(self) -> int:

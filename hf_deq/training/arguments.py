@@ -60,10 +60,14 @@ class RunArguments:
     report_to: str | None = field(default=None, metadata={"help": "An accelerate tracker: tensorboard, wandb, ..."})
 
     def __post_init__(self):
-        positive = ("max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "shallow_depth")
-        positive += ("keep_checkpoints", "num_threads")
-        not_negative = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps")
-        not_negative += ("shallow_steps", "train_solver_tolerance", "seed")
+        positive = [
+            *("max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "shallow_depth"),
+            *("keep_checkpoints", "num_threads"),
+        ]
+        not_negative = [
+            *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps", "eval_steps"),
+            *("shallow_steps", "train_solver_tolerance", "seed"),
+        ]
         for smallest, names in ((1, positive), (0, not_negative)):
             check_at_least(smallest, **{name: getattr(self, name) for name in names})
         if not 0 <= self.adam_beta2 < 1:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Collection
@@ -13,6 +12,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 TRAINING_COLUMNS = ("step", "forward_evaluations", "backward_evaluations", "residual", "loss")
 # How the progress bar shows the values that a line may have.
@@ -55,7 +57,7 @@ class MetricsFile:
 def parse_metrics(text: str) -> list[dict]:
     """Return the complete lines of a metrics.jsonl.
 
-    A run that is killed while it writes leaves an incomplete line. Such lines are left out, with a note on stderr.
+    A run that is killed while it writes leaves an incomplete line. Such lines are left out, with a warning.
     """
     whole, broken = [], 0
     for line in text.splitlines():
@@ -68,7 +70,7 @@ def parse_metrics(text: str) -> list[dict]:
         else:
             broken += 1
     if broken:
-        print(f"note: {broken} line(s) of metrics.jsonl are not whole and are left out.", file=sys.stderr)
+        logger.warning(f"{broken} line(s) of metrics.jsonl are not whole and are left out.")
     return whole
 
 

@@ -23,17 +23,17 @@ def perplexity_of(
     Raises:
         ValueError: if no tokens were counted, or if `num_words` or `num_bytes` is less than 1.
     """
-    nats, count = math.fsum(nats), sum(counts)
+    total, count = math.fsum(nats), sum(counts)
     if count < 1:
         raise ValueError(f"counts sum to {count}: there is no perplexity without a predicted token.")
     for name, number in (("num_words", num_words), ("num_bytes", num_bytes)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}; leave it out if it is not known.")
-    results = {"perplexity": _exp(nats / count), "nats_per_token": nats / count}
+    results = {"perplexity": _exp(total / count), "nats_per_token": total / count}
     if num_words is not None:
-        results["word_perplexity"] = _exp(nats / num_words)
+        results["word_perplexity"] = _exp(total / num_words)
     if num_bytes is not None:
-        results["bits_per_byte"] = nats / math.log(2) / num_bytes
+        results["bits_per_byte"] = total / math.log(2) / num_bytes
     return results
 
 
