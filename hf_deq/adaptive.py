@@ -51,6 +51,9 @@ class VocabularyTables(nn.Module):
         for table, count in enumerate(rows):
             setattr(self, self.table_name(table), nn.Parameter(torch.empty(count, self.sizes[table])))
 
+    def extra_repr(self) -> str:
+        return f"features={self.features}, vocab_size={self.vocab_size}, cutoffs={self.ends[:-1]}, sizes={self.sizes}"
+
     def table_name(self, cluster: int) -> str:
         """Return the name of the parameter that holds the rows of a cluster."""
         return "weight" if self.one_table else f"cluster{cluster}_weight"

@@ -114,6 +114,13 @@ class DEQLayer(nn.Module):
         self.config = config
         self.backward_evaluations: Tensor | None = None
 
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"solver={config.solver}, scope={config.solver_scope}, tolerance={config.solver_tolerance:g}, "
+            f"max_evaluations={config.solver_max_evaluations}, gradient={config.gradient}"
+        )
+
     def solve(
         self, f: SequenceMap, z0: Tensor, dial: Dial, texts: Texts | None = None
     ) -> tuple[FixedPointSolution, Tensor | None]:

@@ -66,6 +66,9 @@ class MixtureOfSoftmaxes(LogProbabilityHead):
         self.prior = nn.Linear(features, num_experts)
         self.latent = nn.Linear(features, num_experts * latent_size)
 
+    def extra_repr(self) -> str:
+        return f"vocab_size={self.vocab_size}, num_experts={self.num_experts}"
+
     def initialize(self, std: float) -> None:
         """Initialise the weight with standard deviation `std` and the bias with zero.
 

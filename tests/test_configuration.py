@@ -182,3 +182,12 @@ def test_an_unrolled_model_does_not_cache(family):
 def test_the_embeddings_of_a_trellisnet_are_as_wide_as_its_output():
     assert TRELLISNET.config().embedding_size == 16
     assert TRELLISNET.config(embedding_size=8, num_softmax_experts=2).embedding_size == 8
+
+
+def test_a_printed_model_says_how_it_is_solved_and_what_its_parts_are():
+    printed = repr(TRANSFORMER.model(cutoffs=[9, 30], weight_norm=True, solver_tolerance=1e-3))
+    assert "solver=anderson, scope=causal, tolerance=0.001, max_evaluations=" in printed
+    assert "cutoffs=[9, 30]" in printed and "WeightNormLinear(in_features=16, " in printed
+    printed = repr(TRELLISNET.model(num_softmax_experts=3, hidden_dropout=0.1, input_dropout=0.2))
+    assert "num_experts=3" in printed and "kernel_size=2, dilation=1, weight_norm=True" in printed
+    assert "VariationalDropout(probability=0.2)" in printed
