@@ -116,7 +116,7 @@ class _Trainer:
         self.memory = CarriedMemory(accelerator, arguments.gradient_accumulation_steps)
         self.checkpoints = Checkpoints(folder, accelerator, self.memory, self.recipe, arguments.keep_checkpoints)
         self.stop_requested = False
-        optimizer = make_optimizer(prepared.model, arguments)
+        optimizer = make_optimizer(prepared.model, arguments, accelerator.device)
         schedule = make_schedule(optimizer, arguments)
         self.model, self.optimizer, self.schedule = accelerator.prepare(prepared.model, optimizer, schedule)
         self.guard = StepGuard(accelerator, self.optimizer)

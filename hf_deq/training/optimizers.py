@@ -18,13 +18,16 @@ from .models import parameter_groups
 MILESTONE_FACTOR = 0.1  # at every milestone, the learning rate is multiplied by this factor
 
 
-def make_optimizer(model: PreTrainedModel, run: RunArguments) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: PreTrainedModel, run: RunArguments, device: torch.device | None = None
+) -> torch.optim.Optimizer:
     """Return AdamW (with `weight_decay` 0 it is Adam), or plain stochastic gradient descent without momentum.
 
     The weight decay of AdamW is decoupled from the gradient. The weight decay of SGD is part of the gradient.
     """
     groups = parameter_groups(model, run.weight_decay)
-    fused = model.device.type != "cpu"  # only fused kernels skip a bad step without waiting for the device
+    # Only fused kernels skip a bad step without waiting for the device. The model may move there later.
+    fused = (device or model.device).type != "cpu"
     if run.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=run.learning_rate, fused=fused)
     return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, run.adam_beta2), fused=fused)

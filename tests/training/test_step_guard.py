@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import TRANSFORMER
 
 from hf_deq.evaluation.operation_counts import CountOperations
+from hf_deq.training import RunArguments, make_optimizer
 from hf_deq.training.step_guard import MOST_IN_A_ROW, StepGuard
 
 
@@ -38,6 +40,14 @@ def test_the_fused_way_does_not_wait_for_the_device():
     with CountOperations() as operations:
         guard.step(weight.grad.norm())
     assert not [name for name in operations.names if "item" in name or "local_scalar" in name or "nonzero" in name]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_model_that_will_move_to_an_accelerator_gets_a_fused_optimizer(kind):
+    """When the optimizer is made, the model is still on the CPU."""
+    model, run = TRANSFORMER.model(), RunArguments(optimizer=kind)
+    for device, fused in ((torch.device("cuda"), True), (torch.device("cpu"), False), (None, False)):
+        assert make_optimizer(model, run, device).defaults["fused"] is fused
 
 
 def test_too_many_bad_steps_end_the_run():
