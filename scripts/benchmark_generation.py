@@ -1,22 +1,24 @@
-"""What generation takes: memory and time against the length of the text, or speed by the way of decoding.
+"""The cost of generation: memory and time against the length of the text, or speed by the way of decoding.
 
     python scripts/benchmark_generation.py                       # lengths: both models, freshly initialised
     python scripts/benchmark_generation.py --lengths 100 1000    # shorter
     python scripts/benchmark_generation.py --model deq-model     # ways of decoding: one trained model
     python scripts/benchmark_generation.py --model deq-model --gpt2_layers 12   # against an explicit model
 
-Lengths: each model generates greedily, batch 1, in a process of its own that reports at each length the bytes its
-cache holds, how much the process has grown since it began to generate (peak resident memory), and the
-time per token of the last tenth. Weights do not matter to either, so the models are untrained; sizes are equal.
+Lengths: each model generates greedily, with batch 1, in a process of its own. At each length the process reports the
+bytes in its cache, how much it has grown since it began to generate (peak resident memory), and the time per token of
+the last tenth. Memory and time do not depend on the values of the weights, so the models are untrained. Both have the
+same size.
 
-Ways: the trained model continues its beginning-of-text token greedily and by sampling, plainly, with a draft by
-its own weights at each of `--draft_tolerances`, and from a static cache, with `--compile` also compiled. Speed is
-relative to plain decoding, in CPU time on one thread; the ways take turns, a first turn for what is done once is not
-counted, and of the others the best is. Evaluations are counted per new token, the model's and the draft's; one of
-the model's may check several tokens at once.
+Ways: the trained model continues its beginning-of-text token, greedily and by sampling. It decodes plainly, with a
+draft by its own weights at each of `--draft_tolerances`, from a static cache, and with `--compile` also compiled.
+Speed is relative to plain decoding, in CPU time on one thread. The ways take turns. The first turn is not counted,
+and the best of the others counts. Evaluations are counted per new token, those of the model and those of the draft.
+One evaluation of the model may check several tokens at once.
 
-Against GPT-2: greedy decoding at each of `--tolerances`, and by an untrained GPT-2 of the same width and vocabulary
-with its cache, which take turns in this process. Speed is relative to GPT-2, by the clock; the best turn counts.
+Against GPT-2: the model decodes greedily at each of `--tolerances`, and so does an untrained GPT-2 of the same width
+and vocabulary, with its cache. They take turns in this process. Speed is relative to GPT-2, in seconds. The best turn
+counts.
 """
 
 import json

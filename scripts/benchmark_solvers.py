@@ -3,12 +3,12 @@
     python scripts/benchmark_solvers.py                                      # both shipped models
     python scripts/benchmark_solvers.py --models my-model --states 1x256     # one row of 256 tokens
 
-Solvers take turns on the same f, the same start and the same tolerance, in one process. A time is the median over the
-turns, and `ratio` is torchdeq's time over ours. torchdeq stops when the residual of every whole row is at the
-tolerance, ours when that of every position is. The row `torchdeq, worst position` therefore gives torchdeq a tolerance
-at which its worst position is at the tolerance too. `operations` are those outside of f in each evaluation, views
-counted, and `memory` is what a solve holds besides f's output, in states. Without torchdeq
-(`pip install -e ".[bench]"`) its rows are left out.
+The solvers take turns on the same f, with the same start and the same tolerance, in one process. A time is the median
+over the turns, and `ratio` is the time of torchdeq divided by ours. torchdeq stops when the residual of every whole
+row is at the tolerance. Our solvers stop when the residual of every position is. Therefore the row `torchdeq, worst
+position` gives torchdeq a tolerance at which its worst position reaches the tolerance too. `operations` counts the
+operations outside of f in each evaluation, views included. `memory` is what a solve holds besides the output of f, in
+states. Without torchdeq (`pip install -e ".[bench]"`) its rows are left out.
 """
 
 import json

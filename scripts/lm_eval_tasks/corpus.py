@@ -3,14 +3,14 @@
     lm_eval --model hf --model_args pretrained=deq-model,max_length=128 --tasks scripts/lm_eval_tasks/corpus.yaml
     lm_eval ... --metadata '{"corpus": "my_text.txt", "split": "validation"}'
 
-lm-eval predicts every token of a document once, the first one from the beginning-of-text token, in windows of
-`max_length` that do not overlap, but for the last one, which reaches back to be as long as the others. Of the same
-tokens these are the windows of `python scripts/evaluate.py deq-model --length 128 --stride 128`. For the tokens to be
-the same, the documents of the corpus are joined here by what ends each of them in training, and counted as there: what
-the end-of-text tokens cost is shared out among words and bytes, but they are neither.
+lm-eval predicts every token of a document once, the first one from the beginning-of-text token. Its windows of
+`max_length` tokens do not overlap, except the last one, which reaches back to be as long as the others. These are the
+windows of `python scripts/evaluate.py deq-model --length 128 --stride 128`, if the tokens are the same. So the
+documents of the corpus are joined here by the token that ends each of them in training. Words and bytes are counted
+as there: an end-of-text token is neither a word nor a byte, but its nats count.
 
-lm-eval hands its metadata to the functions of a task, and the model's arguments with it. A task that is given as a file
-is read before the model is loaded: importing hf_deq here lets it load what scripts/train.py writes.
+lm-eval passes its metadata and the arguments of the model to the functions of a task. A task that is given as a file
+is read before the model is loaded. So importing hf_deq here lets lm-eval load a model that scripts/train.py wrote.
 """
 
 from dataclasses import fields
