@@ -134,7 +134,8 @@ class FixedPointSolver:
         if torch.is_autocast_enabled(device):
             # The casts cached here have no gradients. Some torch versions would reuse them in the caller's graph.
             torch.clear_autocast_cache()
-        self._warn_unless_converged(solution, tolerance)
+        if not record.all_solved:  # known already; asking the solution would wait for an accelerator again
+            self._warn_unless_converged(solution, tolerance)
         return solution
 
     def attainable_tolerance(self, state: Tensor) -> float:
@@ -287,7 +288,8 @@ class _Record:
     def solution(self, f: SequenceMap, z: Tensor, f_z: Tensor) -> FixedPointSolution:
         """Return the best state, f at this state, and the report. If all positions are solved, it is the last state."""
         own, num_evaluations = self.own, torch.stack(self.moved).sum(0)
-        if torch.compiler.is_compiling() or not bool((self.worst <= self.threshold).all()):
+        self.all_solved = not torch.compiler.is_compiling() and bool((self.worst <= self.threshold).all())
+        if not self.all_solved:
             at_best = (self.worst == self.lowest_worst) | ~self.moved[-1]
             # Where the best state is not the last one, f at the best state is unknown. One more call computes it.
             unknown = self.positions.worst((~at_best).float()) > 0

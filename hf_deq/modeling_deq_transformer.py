@@ -370,7 +370,9 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         past_length = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
-        mask = self._make_mask(inputs_embeds, attention_mask, position_ids, cache)
+        # The library looks for packed texts in position_ids, which rows have found already.
+        packed_ids = None if rows.texts is None else position_ids
+        mask = self._make_mask(inputs_embeds, attention_mask, packed_ids, cache)
         if self.config.position_embedding_type == "relative":
             # A sliding cache has dropped the keys before its first key.
             first_key = 0 if cache is None else cache.get_mask_sizes(inputs_embeds.shape[1], 0)[1]

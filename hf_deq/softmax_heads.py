@@ -93,10 +93,9 @@ def check_ids(name: str, ids: Tensor, vocab_size: int, exception: str = "") -> N
     """
     if torch.compiler.is_compiling() or not ids.numel():
         return
-    smallest, largest = ids.aminmax()
-    if smallest < 0 or largest >= vocab_size:
+    if bool(((ids < 0) | (ids >= vocab_size)).any()):  # one question, because an accelerator waits for each
         raise ValueError(
-            f"{name} must lie in [0, vocab_size={vocab_size}){exception}, got {int(smallest)} to {int(largest)}. "
+            f"{name} must lie in [0, vocab_size={vocab_size}){exception}, got {int(ids.min())} to {int(ids.max())}. "
             "Do the tokenizer and the model belong together?"
         )
 
