@@ -30,6 +30,7 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    # `generate` and `Trainer` read this signature to decide which arguments they pass, so the list is repeated here.
     @deprecate_kwarg(**FORMER_CACHE_NAME)
     @can_return_tuple
     def forward(

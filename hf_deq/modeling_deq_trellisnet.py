@@ -87,7 +87,8 @@ class DEQTrellisNetLayer(DEQLayer):
         memory = tuple(
             latest(before, new, before.shape[1]) for before, new in ((past_states, states), (past_inputs, inputs))
         )
-        output = solution.value[..., self.config.intermediate_size : self.channels]
+        # Not a view: FSDP2 would lose its hook if anybody changed the output in place.
+        output = solution.value[..., self.config.intermediate_size : self.channels].contiguous()
         return DEQLayerOutput(output, None, solution, jacobian_loss, memory)
 
     def _map(self, injection: Tensor, past_states: Tensor, rows: Rows):

@@ -46,6 +46,8 @@ def load_model(folder: str | Path, device: str = "cpu", memory_length: int | Non
 def _class_of(config) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:
     if not isinstance(config, DEQConfig) or not config.architectures:
         return AutoModelForCausalLM
+    if not isinstance(config.architectures, list):
+        raise ValueError(f"config.json: architectures must be a list of class names, got {config.architectures!r}.")
     modeling, name = importlib.import_module(f"hf_deq.modeling_{config.model_type}"), config.architectures[0]
     if not hasattr(modeling, name):
         raise ValueError(f"config.json names the architecture {name!r}, which is no {config.model_type} of hf_deq.")

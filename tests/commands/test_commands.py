@@ -173,6 +173,11 @@ def test_generate_and_evaluate_refuse_what_is_not_a_model(trained, tmp_path):
         assert (
             f"error: the weights in '{damaged}' are damaged" in finished.stderr and "Traceback" not in finished.stderr
         )
+    config = json.loads((damaged / "config.json").read_text())
+    for names, message in ((["Nonsense"], "names the architecture 'Nonsense'"), ("Nonsense", "architectures")):
+        (damaged / "config.json").write_text(json.dumps(config | {"architectures": names}))
+        finished = script("generate.py", damaged)
+        assert message in finished.stderr and "Traceback" not in finished.stderr
     (damaged / "recipe.yaml").write_text("a: [")
     assert "is not YAML" in script("evaluate.py", damaged).stderr
     (damaged / "recipe.yaml").write_text("task: translation")

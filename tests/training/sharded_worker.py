@@ -18,10 +18,14 @@ os.environ |= {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 
+if sys.argv[1] == "trainer":  # which saves a whole model from whole weights only
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+
 import torch
 from accelerate import state
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_deq.commands.train import parse
 from hf_deq.training import loop
@@ -55,7 +59,31 @@ def optimize_counting(self, micro_batches):
 
 loop._Trainer._optimize = optimize_counting
 torch.set_num_threads(1)
+
+
+def train_with_trainer(folder: Path, model_folder: str) -> None:
+    """Transformers' own Trainer: rows of numbers, AdamW, no dropout."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(2, 60, (80, 12), generator=generator)]
+    each = 8 // int(os.environ.get("WORLD_SIZE", 1))
+    how = dict(max_steps=10, logging_steps=1, per_device_train_batch_size=each, learning_rate=1e-3, report_to="none")
+    arguments = TrainingArguments(str(folder), use_cpu=True, disable_tqdm=True, save_strategy="no", **how)
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(folder / "saved"))
+    if int(os.environ["RANK"]) == 0:
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        sharded = trainer.accelerator.distributed_type == DistributedType.FSDP
+        (folder / "outcome.json").write_text(json.dumps({"losses": losses, "sharded": sharded}))
+    trainer.accelerator.free_memory(trainer.model_wrapped)
+    trainer.accelerator.end_training()
+
+
 flags = sys.argv[1:]
+if flags[0] == "trainer":
+    train_with_trainer(Path(flags[1]), flags[2])
+    sys.exit()
 try:
     loop.train(*parse(flags))
     outcome = "finished"

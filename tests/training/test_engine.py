@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from families import TRANSFORMER, TRELLISNET
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -122,6 +123,20 @@ def test_a_sharded_checkpoint_is_resumed_exactly_or_refused(sharded, corpus, tmp
     shutil.copytree(sharded / "transformer", tmp_path / "one")
     launch(flags(corpus, tmp_path / "one", **RUNS["transformer"], resume="true"), processes=1)
     assert "a run of 2 process(es), this one has 1" in outcome(tmp_path / "one")["outcome"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+def test_transformers_own_trainer_shards_them_too(family, tmp_path):
+    family.model(solver_tolerance=1e-6, backward_tolerance=1e-6).float().save_pretrained(tmp_path / "model")
+    for name, processes in (("two", 2), ("one", 1)):
+        (tmp_path / name).mkdir()
+        launch(["trainer", str(tmp_path / name), str(tmp_path / "model")], processes)
+    two, one = outcome(tmp_path / "two"), outcome(tmp_path / "one")
+    assert two["sharded"] and two["losses"] == pytest.approx(one["losses"], rel=1e-4)  # logged with four digits
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "saved").eval() for name in ("two", "one")]
+    ids = torch.arange(10)[None]
+    torch.testing.assert_close(*(model(ids).logits for model in models), rtol=0, atol=1e-3)
 
 
 def accelerator(kind, **how):
