@@ -162,6 +162,8 @@ class DropoutMasks:
     @classmethod
     def draw(cls, config: DEQTransformerConfig, like: Tensor, keys: int, training: bool) -> "DropoutMasks":
         """Draw the masks for inputs `like`, `(batch, sequence, hidden)`, and this number of keys."""
+        if not training:
+            return cls(None, None, None)
         shape = like[:, :1] if config.variational_dropout else like
         attended, fed = (draw_dropout_mask(shape, config.hidden_dropout, training) for _ in ("attention", "feed"))
         scores = (len(like), config.num_attention_heads, like.shape[1], keys)
@@ -380,10 +382,10 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             memory_positions = positions
         else:
             positions = RotaryPositions.make(self.config, position_ids, inputs_embeds.dtype)
-            before = position_ids[:, :1] - past_length + torch.arange(past_length, device=inputs_embeds.device)
-            memory_positions = (
-                None if memory is None else RotaryPositions.make(self.config, before, inputs_embeds.dtype)
-            )
+            memory_positions = None
+            if memory is not None:
+                before = position_ids[:, :1] - past_length + torch.arange(past_length, device=inputs_embeds.device)
+                memory_positions = RotaryPositions.make(self.config, before, inputs_embeds.dtype)
         if rows.texts is not None:
             kwargs["position_ids"] = position_ids  # flash attention needs them to separate packed texts
         return {

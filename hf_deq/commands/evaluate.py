@@ -57,10 +57,8 @@ def parse_for_folder(description: str, arguments: type) -> tuple:
     """
     folder = first_argument(sys.argv[1:])
     task = LanguageModeling if folder is None else task_of(read_recipe(folder))
-    folder, flags, task_flags = parse(
-        description, arguments, task.evaluation_arguments, model="Model folder or Hub repository; the first argument."
-    )
-    return folder, flags, task_flags
+    help_text = "Model folder or Hub repository; the first argument."
+    return parse(description, arguments, task.evaluation_arguments, model=help_text)
 
 
 def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
@@ -77,8 +75,8 @@ def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
         radius = f"{evaluation.spectral_radius:.2f} (an estimate, the mean of {RADIUS_WINDOWS} windows)"
         print(f"\nspectral radius of the Jacobian of f at the equilibrium: {radius}")
     if arguments.output:
-        is_solved = "solver_tolerance" in evaluation.rows[0]
-        results = {"arguments": given_arguments(arguments, task_arguments, always=ROWS if is_solved else ())}
+        always = ROWS if evaluation.is_solved else ()
+        results = {"arguments": given_arguments(arguments, task_arguments, always=always)}
         results |= asdict(evaluation)
         del results["metrics"]
         Path(arguments.output).write_text(json.dumps(results, indent=1))

@@ -36,7 +36,7 @@ from ..fixed_point import ConvergenceWarning
 from ..modeling_deq import DEQForCausalLM
 from ..training import evaluations_over_training
 from . import with_errors_in_a_line
-from .evaluate import EvaluateArguments, given_arguments, held_out_of, parse_for_folder
+from .evaluate import ROWS, EvaluateArguments, given_arguments, held_out_of, parse_for_folder
 
 try:
     from ..evaluation import figures
@@ -129,7 +129,7 @@ class Saver:
 
     def __init__(self, arguments: PlotArguments, task_arguments):
         self.output = Path(arguments.output)
-        self.given = {"arguments": given_arguments(arguments, task_arguments, always=("budgets", "tolerances"))}
+        self.given = {"arguments": given_arguments(arguments, task_arguments, always=ROWS)}
 
     def __call__(self, name: str, drawn: tuple) -> None:
         figure, data = drawn

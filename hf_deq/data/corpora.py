@@ -193,8 +193,8 @@ def is_local(name: str) -> bool:
 def _read_documents(where: CorpusArguments) -> DatasetDict:
     name = where.corpus
     is_file = name not in BUILT_IN_CORPORA and Path(name).is_file()
-    for argument in () if is_file else ("validation_file",):
-        _refuse(where, argument, "goes with a local file as corpus")
+    if not is_file:
+        _refuse(where, "validation_file", "goes with a local file as corpus")
     if name in BUILT_IN_CORPORA:
         for argument in ("corpus_config", "text_column"):
             _refuse(where, argument, "does not go with a built-in corpus")

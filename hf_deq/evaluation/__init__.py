@@ -3,8 +3,17 @@
 from .held_out import HeldOut, HeldOutText
 from .model_folders import load_model
 from .protocol import Protocol, solver_settings
-from .reports import METRICS, Evaluation, by_budget, by_tolerance, dial_settings, evaluate_dial, format_table
-from .scoring import PerplexityReport, evaluate_perplexity, evaluating, in_step, solve_sums, summed
+from .reports import (
+    METRICS,
+    Evaluation,
+    by_budget,
+    by_tolerance,
+    dial_settings,
+    evaluate_dial,
+    format_table,
+    is_by_tolerance,
+)
+from .scoring import PerplexityReport, evaluate_perplexity, evaluating, in_step, share_of, solve_sums, summed
 
 __all__ = [
     "METRICS",
@@ -21,7 +30,9 @@ __all__ = [
     "evaluating",
     "format_table",
     "in_step",
+    "is_by_tolerance",
     "load_model",
+    "share_of",
     "solve_sums",
     "solver_settings",
     "summed",

@@ -29,7 +29,7 @@ from ..modeling_deq import DEQForCausalLM
 from .activations import activations_by_depth
 from .convergence import evaluations_to_tolerance, residual_trajectories, token_trajectories
 from .held_out import HeldOut
-from .reports import METRICS, by_budget, by_tolerance
+from .reports import METRICS, by_budget, by_tolerance, score_settings
 
 SOLVER_TITLES = {"anderson": "Anderson", "broyden": "Broyden", "picard": "plain iteration\n(deep weight-tied stack)"}
 TOKENS_PER_LINE, MOST_TOKENS = 40, 512  # of a text
@@ -100,9 +100,7 @@ def draw_dial(
 ) -> tuple[Figure, dict]:
     """Draw the headline metric of a model against tolerance and against budget."""
     settings = by_tolerance(sorted(tolerances, reverse=True)), by_budget(sorted(budgets))
-    rows = [
-        [setting | held_out.score(trained.model, progress=True, **setting) for setting in half] for half in settings
-    ]
+    rows = [score_settings(trained.model, held_out, half) for half in settings]
     measured, headline = held_out.describe(rows[0][0], trained.model.config), held_out.headline
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = panels = figure.subplots(1, 2, sharey=True)

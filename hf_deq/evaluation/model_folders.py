@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..configuration_deq import DEQConfig
+from ..data import check_at_least
 
 
 def load_model(folder: str | Path, device: str = "cpu", memory_length: int | None = None, **arguments):
@@ -28,8 +29,7 @@ def load_model(folder: str | Path, device: str = "cpu", memory_length: int | Non
     if memory_length is not None:
         if not hasattr(config, "memory_length"):
             raise ValueError(f"memory_length: a {config.model_type} has a memory of fixed size; leave it out.")
-        if memory_length < 0:
-            raise ValueError(f"memory_length must not be negative, got {memory_length}.")
+        check_at_least(0, memory_length=memory_length)
         config.memory_length = memory_length
     try:
         model = _class_of(config).from_pretrained(folder, config=config, **arguments)

@@ -48,6 +48,17 @@ def dial_settings(config: PreTrainedConfig, budgets: list[int], tolerances: list
     return by_budget(budgets) + by_tolerance(tolerances)
 
 
+def is_by_tolerance(row: dict) -> bool:
+    """Whether a row stopped at a tolerance."""
+    return "solver_tolerance" in row and row["solver_max_evaluations"] is None
+
+
+def score_settings(model: PreTrainedModel, held_out: HeldOut, settings: list[dict]) -> list[dict]:
+    """Score a model at every setting of the dial: one row for each, with the setting and the scores."""
+    bar = tqdm(settings, desc="rows", leave=False)
+    return [setting | held_out.score(model, progress=True, **setting) for setting in bar]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured of a model.
@@ -66,15 +77,20 @@ class Evaluation:
     metrics: tuple[str, ...]
     spectral_radius: float | None = None
 
+    @property
+    def is_solved(self) -> bool:
+        """Whether the model solves for an equilibrium, so that the rows are settings of the dial."""
+        return "solver_tolerance" in self.rows[0]
+
     def table(self) -> list[dict]:
         """The rows with the columns that are shown, for `format_table`."""
-        columns = [*self.metrics, *(REPORTED if "solver_tolerance" in self.rows[0] else ())]
+        columns = [*self.metrics, *(REPORTED if self.is_solved else ())]
         return [{"dial": _label(row)} | {name: row[name] for name in columns} for row in self.rows]
 
 
 def evaluate_dial(model: PreTrainedModel, held_out: HeldOut, settings: list[dict]) -> Evaluation:
     """Score a model at every setting of the dial (`solver_tolerance`, `solver_max_evaluations`)."""
-    rows = [setting | held_out.score(model, progress=True, **setting) for setting in _with_bar(settings)]
+    rows = score_settings(model, held_out, settings)
     solves = getattr(model.config, "gradient", "unrolled") != "unrolled"
     return Evaluation(
         measured=held_out.describe(rows[0], model.config),
@@ -97,14 +113,10 @@ def _label(row: dict) -> str:
     """The first column of a row."""
     if "solver_max_evaluations" not in row:
         return "no solver"
-    if row["solver_max_evaluations"] is None:
+    if is_by_tolerance(row):
         return f"tolerance {row['solver_tolerance']:.0e}"
     budget = row["solver_max_evaluations"]
     return "no solver, f(0)" if budget == 1 else f"{budget} evaluations"
-
-
-def _with_bar(settings: list[dict]) -> tqdm:
-    return tqdm(settings, desc="rows", leave=False)
 
 
 def _format(value) -> str:

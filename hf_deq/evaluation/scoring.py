@@ -75,7 +75,7 @@ def evaluate_perplexity(
     """
     protocol = protocol or Protocol()
     ids = torch.cat([torch.tensor([start_id]), stream.ids])
-    share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    share = share_of(accelerator)
     if protocol.carry_memory:
         streams = (
             _equal_streams(stream.ids, protocol.batch_size)
@@ -91,6 +91,11 @@ def evaluate_perplexity(
         for sums in tqdm(scores, desc="evaluate", total=steps, leave=False, disable=not progress or share[0] > 0):
             totals += sums
     return _report(summed(totals, accelerator), stream)
+
+
+def share_of(accelerator=None) -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    return (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
 
 
 def in_step(scores: Iterable, calls: int, model: PreTrainedModel, input_ids: Tensor, accelerator=None) -> Iterator:

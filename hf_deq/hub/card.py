@@ -13,9 +13,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from ..data import BUILT_IN_CORPORA, is_local, known_corpus
-from ..evaluation import METRICS, solver_settings
+from ..evaluation import METRICS, is_by_tolerance, solver_settings
 from ..tasks import TASKS
-from .record import FIGURES, RunRecord, is_by_tolerance
+from .record import FIGURES, RunRecord
 
 TEMPLATE = Path(__file__).with_name("template.md")
 # How the class ends that an Auto class loads, and how the Hub calls its task.

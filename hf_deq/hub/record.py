@@ -13,7 +13,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from ..data import DEFAULT_CORPUS, is_local, parse_recipe
-from ..evaluation import METRICS
+from ..evaluation import METRICS, is_by_tolerance
 from ..tasks import LanguageModeling
 from ..training import parse_metrics
 
@@ -122,11 +122,6 @@ def read_record(folder: str | Path, config: PreTrainedConfig) -> RunRecord:
     if results["arguments"].keys() <= {"budgets", "tolerances"}:
         _check_agreement(record, config)
     return record
-
-
-def is_by_tolerance(row: dict) -> bool:
-    """Whether a row of results stopped at a tolerance."""
-    return "solver_tolerance" in row and row["solver_max_evaluations"] is None
 
 
 def _measured_on(results: dict, recipe: dict) -> tuple[str, str]:

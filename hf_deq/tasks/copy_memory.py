@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data import check_at_least
-from ..evaluation import HeldOut, evaluating, in_step, solve_sums, summed
+from ..evaluation import HeldOut, evaluating, in_step, share_of, solve_sums, summed
 from ..generation_deq import REPORTED
 from .task import Task
 
@@ -115,7 +115,7 @@ class HeldOutSequences(HeldOut):
 
     def score(self, model, accelerator=None, progress=False, **dial):
         """Loss over all positions, share of the symbols recalled, and what the solves took."""
-        rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        rank, processes = share_of(accelerator)
         mine = Subset(self.sequences, range(rank, len(self.sequences), processes))
         batches = tqdm(DataLoader(mine, self.batch_size), desc="evaluate", leave=False, disable=rank > 0)
         scores = (_score(model, batch, dial) for batch in batches)

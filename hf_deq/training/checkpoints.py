@@ -129,21 +129,24 @@ class Checkpoints:
     def remove_all(self) -> None:
         """Remove the checkpoints of an earlier run, and nothing else."""
         self._remove_unfinished()
-        for path in self._all():
-            if (path / MANIFEST).is_file():
-                _remove(path)
+        for path in self._finished():
+            _remove(path)
 
     def _all(self) -> list[Path]:
-        """The checkpoints, the newest first."""
+        """What has the name of a checkpoint, the newest first."""
         return sorted(self.folder.glob("step-[0-9]*"), reverse=True)
+
+    def _finished(self) -> list[Path]:
+        """The checkpoints that a run has written to the end, the newest first."""
+        return [path for path in self._all() if _is_finished(path)]
 
     @property
     def last(self) -> Path | None:
         """The newest checkpoint, or `None`."""
-        return next((path for path in self._all() if (path / MANIFEST).is_file()), None)
+        return next(iter(self._finished()), None)
 
     def _remove_old(self) -> None:
-        for path in [path for path in self._all() if (path / MANIFEST).is_file()][self.keep :]:
+        for path in self._finished()[self.keep :]:
             _remove(path)
 
     def _remove_unfinished(self) -> None:
@@ -160,6 +163,11 @@ def write_manifest(path: Path) -> None:
         files[file.relative_to(path).as_posix()] = {"size": file.stat().st_size, "sha256": _checksum(file)}
     (path / MANIFEST).write_text(json.dumps(files, indent=1))
     _sync(path / MANIFEST)
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether a run has written a checkpoint to the end. Then it is ours, though it may be damaged since."""
+    return (path / MANIFEST).is_file()
 
 
 def find_fault(path: Path) -> str | None:
@@ -191,7 +199,7 @@ def _make_room(path: Path) -> None:
 
     A folder without a manifest may not be ours, so it is only moved aside.
     """
-    if (path / MANIFEST).is_file():
+    if _is_finished(path):
         _remove(path)
     elif path.exists():
         path.rename(path.with_name(f"damaged-{path.name}-{os.getpid()}"))
@@ -199,10 +207,9 @@ def _make_room(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint. A kill in between leaves a folder that counts as unfinished."""
-    if path.exists():
-        gone = path.with_name(f".new-{path.name}")
-        path.rename(gone)
-        shutil.rmtree(gone)
+    gone = path.with_name(f".new-{path.name}")
+    path.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _checksum(file: Path) -> str:

@@ -205,11 +205,11 @@ class _Trainer:
         if "loss" in line:  # unless it was not finite in any step
             line["perplexity"] = math.exp(min(line["loss"], 700))
             self.guard.watch(line["loss"], self.step)
-        if self.guard.skipped > 0:
-            line["skipped_steps"] = int(self.guard.skipped)
+        if skipped := int(self.guard.skipped):
+            line["skipped_steps"] = skipped
         line["tokens_per_second"] = self.meter.tokens / self.meter.seconds()
         self.meter.reset()
-        self.guard.check(self.step, self.checkpoints.last)
+        self.guard.check(self.step, self.checkpoints)
         bar.set_postfix_str(self.summary(line))
         self.metrics.write(line)
 
@@ -226,7 +226,7 @@ class _Trainer:
                 )
 
     def _save_checkpoint(self) -> Path:
-        self.guard.check(self.step, self.checkpoints.last)
+        self.guard.check(self.step, self.checkpoints)
         return self.checkpoints.save({"step": self.step, "seconds": self.clock.seconds(), "meter": self.meter.totals()})
 
     def _load_checkpoint(self) -> None:

@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.utils import logging
 
+from .checkpoints import Checkpoints
+
 logger = logging.get_logger(__name__)
 
 MOST_IN_A_ROW = 5  # skipped steps, before the run ends
@@ -52,22 +54,23 @@ class StepGuard:
         self.optimizer.step()
         del inner.grad_scale, inner.found_inf
 
-    def check(self, step: int, last_checkpoint) -> None:
+    def check(self, step: int, checkpoints: Checkpoints | None) -> None:
         """Refuse to go on if the last steps were not finite.
 
         Args:
             step: how many steps were taken.
-            last_checkpoint: its folder, for the message; `None` if there is none.
+            checkpoints: of the run; the message names the last one.
 
         Raises:
             ValueError: if there were too many in a row.
         """
         in_a_row = int(self.in_a_row)
         if in_a_row > (MOST_IN_A_ROW_WITH_SCALER if self.scales else MOST_IN_A_ROW):
+            last = checkpoints and checkpoints.last
             raise ValueError(
                 f"The gradient was not finite in the last {in_a_row} steps, up to step {step}. They were skipped, so "
                 "the weights are still finite. Lower learning_rate or max_grad_norm, or raise warmup_steps; the last "
-                f"checkpoint is {last_checkpoint or 'not there (see save_steps)'}."
+                f"checkpoint is {last or 'not there (see save_steps)'}."
             )
 
     def watch(self, loss: float, step: int) -> None:
