@@ -29,11 +29,6 @@ class HeldOut:
     metrics: tuple[str, ...]
     headline: str
 
-    @property
-    def length(self) -> int:
-        """Tokens in a sequence."""
-        raise NotImplementedError
-
     def score(self, model: PreTrainedModel, accelerator=None, progress: bool = False, **dial) -> dict[str, float]:
         """Score a model; the metrics, and the means of `num_evaluations`, `residual` and `converged`."""
         raise NotImplementedError
@@ -66,10 +61,6 @@ class HeldOutText(HeldOut):
     metrics = ("bits_per_byte", "perplexity", "word_perplexity")
     headline = "perplexity"
 
-    @property
-    def length(self) -> int:
-        return self.protocol.length
-
     def score(self, model, accelerator=None, progress=False, **dial):
         return asdict(
             evaluate_perplexity(model, self.stream, self.start_id, self.protocol, accelerator, progress, **dial)
@@ -88,4 +79,4 @@ class HeldOutText(HeldOut):
         return f"{self.protocol.in_words(memory_length)}; {solver_settings(config)}"
 
     def windows(self, count):
-        return held_out_windows(self.stream.ids, count, min(self.length, len(self.stream.ids)))
+        return held_out_windows(self.stream.ids, count, min(self.protocol.length, len(self.stream.ids)))

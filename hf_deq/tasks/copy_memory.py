@@ -109,10 +109,6 @@ class HeldOutSequences(HeldOut):
     metrics = ("loss", "recalled")
     headline = "loss"
 
-    @property
-    def length(self) -> int:
-        return len(self.sequences[0]["input_ids"])
-
     def score(self, model, accelerator=None, progress=False, **dial):
         """Loss over all positions, share of the symbols recalled, and what the solves took."""
         rank, processes = share_of(accelerator)
