@@ -80,7 +80,7 @@ class Checkpoints:
                 _make_room(path)
                 new.rename(path)
                 _sync(self.folder)
-                self._remove_old()
+                self._remove_old(path)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise errors of their own
             raise OSError(
                 f"the checkpoint of step {progress['step']} could not be written to {self.folder} ({error}); free some "
@@ -98,7 +98,11 @@ class Checkpoints:
         for path in self._all():
             fault = find_fault(path)
             if fault is None:
-                return self._load(path)
+                progress = self._load(path)
+                if self.accelerator.is_main_process:  # what a kill in the last save left
+                    self._remove_unfinished()
+                    self._remove_old(path)
+                return progress
             logger.warning(f"resume: passing over {path}: {fault}.")
         raise ValueError(
             f"resume: {self.folder} holds no checkpoint that is whole. Check output_dir, or start without --resume."
@@ -145,8 +149,10 @@ class Checkpoints:
         """The newest checkpoint, or `None`."""
         return next(iter(self._finished()), None)
 
-    def _remove_old(self) -> None:
-        for path in self._finished()[self.keep :]:
+    def _remove_old(self, good: Path) -> None:
+        """Keep `keep` checkpoints, counted from a good one: those of later steps may be damaged."""
+        finished = self._finished()
+        for path in finished[finished.index(good) + self.keep :]:
             _remove(path)
 
     def _remove_unfinished(self) -> None:

@@ -300,6 +300,24 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_exactly(whole, tmp_path):
     assert sum(killed) >= 40
 
 
-def test_a_run_that_is_killed_while_an_old_checkpoint_goes_can_be_resumed(whole, tmp_path):
+@pytest.mark.parametrize(
+    "owner, name, call",
+    [(shutil, "rmtree", 1), (shutil, "rmtree", 2), (Checkpoints, "_remove_old", 4)],
+    ids=["early", "in the last save", "before the last removal"],
+)
+def test_a_run_that_is_killed_while_an_old_checkpoint_goes_can_be_resumed(owner, name, call, whole, tmp_path):
     """The quick part of the test above: the moment at which both an old and a new checkpoint are on the disk."""
-    assert survives(tmp_path / "run", lambda: die_in(shutil, "rmtree", 1, False), whole)
+    assert survives(tmp_path / "run", lambda: die_in(owner, name, call, False), whole)
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_a_good_one(finished, whole):
+    """One checkpoint is kept, a damaged one has a later step, and the run is killed between the two."""
+    folder = finished / "checkpoints"
+    (folder / "step-00000012" / "model.safetensors").unlink()
+    how = dict(resume=True, keep_checkpoints=1, save_steps=2)
+    death = partial(die_in, Checkpoints, "_remove_old", 2, True)  # the first call is that of the resume
+    assert in_a_child(finished, how, death) == -signal.SIGKILL
+    assert names(finished) == ["step-00000010", "step-00000012"]
+    assert find_fault(folder / "step-00000010") is None
+    assert in_a_child(finished, how) == 0
+    assert_same(finished, whole)
