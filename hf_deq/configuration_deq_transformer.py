@@ -2,12 +2,12 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import RopeParameters
 
 from .configuration_deq import DEQConfig, require_one_of
+from .positions_deq import check_rotary, require_head_dim
 
 NORM_POSITIONS = ("post", "pre", "pre_normalized_residual", "pre_open")
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 POSITION_EMBEDDING_TYPES = ("rotary", "relative")
 
 
@@ -152,46 +152,15 @@ class DEQTransformerConfig(DEQConfig):
         self.require_probabilities("embedding_dropout", "hidden_dropout", "attention_dropout", "output_dropout")
         require_one_of("norm_position", self.norm_position, NORM_POSITIONS)
         require_one_of("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
-        self._validate_heads()
+        require_head_dim(self)
         self._validate_vocabulary()
         if self.position_embedding_type == "rotary":
-            self._validate_rope()
+            check_rotary(self)
         if self.position_embedding_type == "relative" and self.hidden_size % 2:
             raise ValueError(f"Relative positions need an even hidden_size, got {self.hidden_size}.")
         if self.sliding_window is not None and self.sliding_window < 2:
             raise ValueError(
                 f"sliding_window must be at least 2 (a token and the one before it) or None, got {self.sliding_window}."
-            )
-
-    def _validate_rope(self):
-        kind = self.rope_parameters.get("rope_type", "default")
-        require_one_of("rope_type", kind, ("default", *ROPE_INIT_FUNCTIONS))
-        if kind in LENGTH_DEPENDENT_ROPE:
-            raise ValueError(
-                f"rope_type {kind!r} rotates early positions according to the length of "
-                'the whole text, so nothing computed for a prefix would be final: use "default", "linear", "yarn" or '
-                '"llama3".'
-            )
-        for name, value in self.rope_parameters.items():
-            if isinstance(value, int | float) and not 0 < value < float("inf"):
-                raise ValueError(f"rope_parameters: {name} must be positive and finite, got {value}.")
-        if kind != "default":
-            try:
-                ROPE_INIT_FUNCTIONS[kind](self, "cpu")
-            except Exception as error:  # the library's functions trust their input
-                raise ValueError(f"rope_parameters={self.rope_parameters} do not fit together: {error!r}.") from error
-
-    def _validate_heads(self):
-        if self.head_dim is None:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} must divide hidden_size={self.hidden_size}, unless "
-                "head_dim is given."
-            )
-        self.require_at_least(1, "head_dim")
-        if self.position_embedding_type == "rotary" and self.head_dim % 2:
-            raise ValueError(
-                f"Rotary positions rotate pairs of channels: head_dim = {self.head_dim} must be even. Change "
-                "num_attention_heads or head_dim."
             )
 
     def _validate_vocabulary(self):

@@ -1,6 +1,5 @@
 """DEQ-Transformer: the equilibrium of one (or a few) weight-tied transformer layers (Bai et al. 2019, section 4.1)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +7,10 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import OutputRecorder
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from .attention_deq import attend, make_causal_mask
 from .cache_deq import EquilibriumCacheView
 from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_transformer import DEQTransformerConfig
@@ -49,38 +47,6 @@ def _norm(config: DEQTransformerConfig, features: int) -> nn.LayerNorm:
     return nn.LayerNorm(features, eps=config.layer_norm_eps, elementwise_affine=config.norm_affine)
 
 
-def eager_attention_forward(
-    module, query, key, value, attention_mask, scaling, dropout_mask=None, **kwargs
-) -> tuple[Tensor, Tensor]:
-    """Attention in plain operations.
-
-    The softmax is computed in single precision or wider. In a double precision model it is computed in double
-    precision, because otherwise rounding would keep the residual from falling.
-
-    Args:
-        module: not used; part of Transformers' interface.
-        query, key, value: `(batch, heads, sequence, size)`.
-        attention_mask: is added to the scores; `None` if nothing is masked.
-        scaling: factor of the scores.
-        dropout_mask: is multiplied with the attention weights; `None` if dropout is off.
-
-    Returns:
-        The output `(batch, sequence, heads, size)`, and the attention weights before dropout.
-    """
-    scores = query @ key.transpose(-2, -1) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    return (apply_mask(weights, dropout_mask) @ value).transpose(1, 2), weights
-
-
-def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a boolean (True attends) or additive mask as an additive mask, halved to leave room for added scores."""
-    if mask.dtype != torch.bool:
-        return mask / 2
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)
-
-
 class DEQTransformerAttention(nn.Module):
     """Causal multi-head attention. Queries, keys and values are the projected state plus the injected input."""
 
@@ -104,9 +70,10 @@ class DEQTransformerAttention(nn.Module):
 
     def project(self, z: Tensor, injection: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each `(batch, heads, sequence, size)`."""
-        qkv = (self.qkv_proj(z) + injection).unflatten(-1, (3, self.num_heads, self.head_dim))
-        queries_and_keys, value = qkv[:, :, :2], qkv[:, :, 2].transpose(1, 2)
-        query, key = positions.rotate(queries_and_keys).permute(2, 0, 3, 1, 4)
+        qkv = (self.qkv_proj(z) + injection).unflatten(-1, (-1, self.head_dim))
+        queries_and_keys, value = qkv.split([2 * self.num_heads, self.num_heads], 2)
+        query, key = positions.rotate(queries_and_keys).transpose(1, 2).chunk(2, 1)
+        value = value.transpose(1, 2)
         if self.layer_idx > 0:  # if the layer before has overflowed at a position, other positions must not see it
             key, value = key.nan_to_num(0.0, 0.0, 0.0), value.nan_to_num(0.0, 0.0, 0.0)
         return query, key, value
@@ -126,22 +93,7 @@ class DEQTransformerAttention(nn.Module):
         if view is not None:
             key, value = view.update(key, value, self.layer_idx)
         query, attention_mask = positions.score(query, attention_mask)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if dropout_mask is not None:  # only our own function takes a mask that stays fixed during the solve
-            attention, kernel_arguments = eager_attention_forward, {"dropout_mask": dropout_mask}
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.scaling,
-            sliding_window=self.config.sliding_window,
-            **kernel_arguments,
-        )
+        output, weights = attend(self, query, key, value, attention_mask, kernel_arguments, dropout_mask)
         return self.o_proj(self.output_norm(output.flatten(2))), weights
 
 
@@ -410,12 +362,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
                 'position_embedding_type="relative" and attention_dropout change the attention weights, which '
                 f'{config._attn_implementation!r} cannot: use attn_implementation="sdpa" or "eager".'
             )
-        make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
-        no_skip = {"allow_is_causal_skip": False} if additive else {}
-        mask = make_mask(config, inputs_embeds, attention_mask, cache, position_ids=position_ids, **no_skip)
-        if mask is not None and (additive or config._attn_implementation == "eager"):
-            mask = _additive_mask(mask, inputs_embeds.dtype)
-        return mask
+        return make_causal_mask(config, inputs_embeds, attention_mask, position_ids, cache, additive)
 
 
 class DEQTransformerForCausalLM(DEQTransformerPreTrainedModel, DEQForCausalLM):

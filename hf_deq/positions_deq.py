@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .configuration_deq import DEQConfig, require_one_of
+
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,14 @@ class RotaryPositions:
     """Rotary positions (Su et al. 2021): feature i of a head is rotated together with feature i + size / 2.
 
     Attributes:
-        cosines, sines: `(batch, sequence, 1, 1, head size)`. The first half of the sines is negated.
+        cosines, sines: `(batch, sequence, 1, head size)`. The first half of the sines is negated.
     """
 
     cosines: Tensor
     sines: Tensor
 
     @classmethod
-    def make(cls, config: PreTrainedConfig, position_ids: Tensor, dtype: torch.dtype) -> "RotaryPositions":
+    def make(cls, config: DEQConfig, position_ids: Tensor, dtype: torch.dtype) -> "RotaryPositions":
         """Compute the cosines and sines for `position_ids` `(batch, sequence)`.
 
         They are not stored in a buffer of the model, because a cast of the model would round the buffer.
@@ -41,14 +44,14 @@ class RotaryPositions:
         angles = position_ids[..., None].to(precise) * frequencies
         cosines, sines = (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
         cosines, sines = torch.cat([cosines, cosines], -1), torch.cat([-sines, sines], -1)
-        return cls(cosines[:, :, None, None], sines[:, :, None, None])
+        return cls(cosines[:, :, None], sines[:, :, None])
 
     def of_layer(self, attention: nn.Module) -> "RotaryPositions":
         """Return the positions as they are: they are the same for all layers."""
         return self
 
     def rotate(self, states: Tensor) -> Tensor:
-        """Return rotated queries and keys, `(batch, sequence, ..., size)`."""
+        """Return rotated queries and keys, `(batch, sequence, heads, size)`."""
         turned = torch.addcmul(states * self.cosines, states.roll(states.shape[-1] // 2, -1), self.sines)
         return turned.to(states.dtype)
 
@@ -110,3 +113,48 @@ class RelativePositions:
 
 
 Positions = RotaryPositions | RelativePositions
+
+
+def require_head_dim(config: DEQConfig) -> None:
+    """Refuse a configuration without a size of the heads.
+
+    Raises:
+        ValueError: if `head_dim` is missing or below 1.
+    """
+    if config.head_dim is None:
+        raise ValueError(
+            f"num_attention_heads={config.num_attention_heads} must divide hidden_size={config.hidden_size}, unless "
+            "head_dim is given."
+        )
+    config.require_at_least(1, "head_dim")
+
+
+def check_rotary(config: DEQConfig) -> None:
+    """Refuse rotary positions that this package cannot compute, or that are not causal.
+
+    Raises:
+        ValueError: if `head_dim` is odd, or if `rope_parameters` have an unknown or length-dependent type, numbers out
+            of range, or do not fit together.
+    """
+    if config.head_dim % 2:
+        raise ValueError(
+            f"Rotary positions rotate pairs of channels: head_dim = {config.head_dim} must be even. Change "
+            "num_attention_heads or head_dim."
+        )
+    parameters = config.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    require_one_of("rope_type", kind, ("default", *ROPE_INIT_FUNCTIONS))
+    if kind in LENGTH_DEPENDENT_ROPE:
+        raise ValueError(
+            f"rope_type {kind!r} rotates early positions according to the length of "
+            'the whole text, so nothing computed for a prefix would be final: use "default", "linear", "yarn" or '
+            '"llama3".'
+        )
+    for name, value in parameters.items():
+        if isinstance(value, int | float) and not 0 < value < float("inf"):
+            raise ValueError(f"rope_parameters: {name} must be positive and finite, got {value}.")
+    if kind != "default":
+        try:
+            ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+        except Exception as error:  # the library's functions trust their input
+            raise ValueError(f"rope_parameters={parameters} do not fit together: {error!r}.") from error

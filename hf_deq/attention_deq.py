@@ -1,0 +1,111 @@
+"""Attention of an f that contains attention: the mask of a call, and the attention function of the configuration."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_deq import DEQConfig
+from .weight_tying import apply_mask
+
+
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout_mask=None, **kwargs
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain operations.
+
+    The softmax is computed in single precision or wider. In a double precision model it is computed in double
+    precision, because otherwise rounding would keep the residual from falling.
+
+    Args:
+        module: its `num_key_value_groups` is the number of query heads that share a key/value head.
+        query: `(batch, heads, sequence, size)`.
+        key, value: `(batch, key/value heads, keys, size)`.
+        attention_mask: is added to the scores; `None` if nothing is masked.
+        scaling: factor of the scores.
+        dropout_mask: is multiplied with the attention weights; `None` if dropout is off.
+
+    Returns:
+        The output `(batch, sequence, heads, size)`, and the attention weights before dropout.
+    """
+    if module.num_key_value_groups > 1:
+        key, value = (heads.repeat_interleave(module.num_key_value_groups, 1) for heads in (key, value))
+    scores = query @ key.transpose(-2, -1) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    return (apply_mask(weights, dropout_mask) @ value).transpose(1, 2), weights
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kernel_arguments: dict,
+    dropout_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Call the configured attention function.
+
+    Args:
+        module: the attention module, with `config`, `scaling` and `num_key_value_groups`.
+        query, key, value, dropout_mask: as in `eager_attention_forward`.
+        attention_mask: the result of `make_causal_mask`.
+        kernel_arguments: further arguments that the caller of the model gave for the attention function.
+
+    Returns:
+        The output `(batch, sequence, heads, size)`, and the attention weights if the function returns them.
+    """
+    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    if dropout_mask is not None:  # only our own function takes a mask that stays fixed during the solve
+        attention, kernel_arguments = eager_attention_forward, {"dropout_mask": dropout_mask}
+    return attention(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=0.0,
+        scaling=module.scaling,
+        sliding_window=module.config.sliding_window,
+        **kernel_arguments,
+    )
+
+
+def make_causal_mask(
+    config: DEQConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+    additive: bool = False,
+) -> Tensor | None:
+    """Return the mask for the attention function; `None` if the attention function masks by itself.
+
+    Args:
+        config: supplies `sliding_window` and the name of the attention function.
+        inputs_embeds: `(batch, sequence, features)`.
+        attention_mask: the checked mask of the caller, see `check_mask`.
+        position_ids: positions of packed texts; `None` if every row is one text.
+        cache: the cache that precedes the new positions.
+        additive: whether a mask of numbers is needed in any case, because scores will be added to it.
+    """
+    make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+    no_skip = {"allow_is_causal_skip": False} if additive else {}
+    mask = make_mask(config, inputs_embeds, attention_mask, cache, position_ids=position_ids, **no_skip)
+    if mask is not None and (additive or config._attn_implementation == "eager"):
+        mask = _additive_mask(mask, inputs_embeds.dtype)
+    return mask
+
+
+def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a boolean (True attends) or additive mask as an additive mask, halved to leave room for added scores."""
+    if mask.dtype != torch.bool:
+        return mask / 2
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)
