@@ -3,11 +3,17 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .configuration_deq import DEQConfig
+from .configuration_deq_attractor import DEQAttractorConfig
 from .configuration_deq_transformer import DEQTransformerConfig
 from .configuration_deq_trellisnet import DEQTrellisNetConfig
 from .equilibrium import ImplicitGradient, PhantomGradient, UnrolledGradient, equilibrium
 from .fixed_point import AndersonSolver, BroydenSolver, ConvergenceWarning, FixedPointSolution, PicardSolver
 from .jacobian import jacobian_regularization, spectral_radius
+from .modeling_deq_attractor import (
+    DEQAttractorForCausalLM,
+    DEQAttractorForSequenceClassification,
+    DEQAttractorModel,
+)
 from .modeling_deq_transformer import (
     DEQTransformerForCausalLM,
     DEQTransformerForSequenceClassification,
@@ -27,6 +33,10 @@ AutoConfig.register("deq_trellisnet", DEQTrellisNetConfig)
 AutoModel.register(DEQTrellisNetConfig, DEQTrellisNetModel)
 AutoModelForCausalLM.register(DEQTrellisNetConfig, DEQTrellisNetForCausalLM)
 AutoModelForSequenceClassification.register(DEQTrellisNetConfig, DEQTrellisNetForSequenceClassification)
+AutoConfig.register("deq_attractor", DEQAttractorConfig)
+AutoModel.register(DEQAttractorConfig, DEQAttractorModel)
+AutoModelForCausalLM.register(DEQAttractorConfig, DEQAttractorForCausalLM)
+AutoModelForSequenceClassification.register(DEQAttractorConfig, DEQAttractorForSequenceClassification)
 
 __version__ = "0.1.0"
 
@@ -34,6 +44,10 @@ __all__ = [
     "AndersonSolver",
     "BroydenSolver",
     "ConvergenceWarning",
+    "DEQAttractorConfig",
+    "DEQAttractorForCausalLM",
+    "DEQAttractorForSequenceClassification",
+    "DEQAttractorModel",
     "DEQConfig",
     "DEQTransformerConfig",
     "DEQTransformerForCausalLM",

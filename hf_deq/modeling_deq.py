@@ -163,7 +163,8 @@ class DEQModel(DEQPreTrainedModel):
                 several packed texts. Each text is solved as if it were alone and has its own report, so the fields of
                 the report have shape `(texts,)`. Then the model returns neither a cache nor a memory.
             cache: the cache that the previous call returned. Only the new positions are solved.
-            use_cache: whether to return the cache; default: `config.use_cache`.
+            use_cache: whether to return the cache; default: `config.use_cache`. In training with activation
+                checkpointing, no cache is returned, as in Transformers.
             memory: the `memory` that the previous segment of the same text returned: its last states, without
                 gradients (truncated backpropagation through time). It replaces a cache in training, with unrolled
                 steps, and in sequence scope. A segment with a memory must not be padded, and no cache is returned.
@@ -195,7 +196,8 @@ class DEQModel(DEQPreTrainedModel):
         if memory is not None:
             _check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), rows, cache)
             attention_mask = None
-        use_cache = use_cache and unroll_steps is None and memory is None and rows.texts is None
+        recomputes = self.layers[0].gradient_checkpointing and self.training
+        use_cache = use_cache and not recomputes and unroll_steps is None and memory is None and rows.texts is None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if cache is not None:
@@ -289,7 +291,7 @@ class DEQForCausalLM(DEQPreTrainedModel, DEQGenerationMixin):
         by_likelihood = isinstance(self.lm_head, LogProbabilityHead)
         if labels is None or not (by_likelihood and self.training):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, keep])
+            logits = self._logits(outputs.last_hidden_state[:, keep])
         if labels is not None and by_likelihood:
             loss = self._likelihood_loss(outputs.last_hidden_state, labels, **kwargs)
         elif labels is not None:
@@ -297,6 +299,10 @@ class DEQForCausalLM(DEQPreTrainedModel, DEQGenerationMixin):
         if loss is not None and outputs.jacobian_loss is not None:
             loss = loss + self._jacobian_share(labels, **kwargs) * outputs.jacobian_loss
         return DEQCausalLMOutputWithPast(loss=loss, logits=logits, **outputs.passed_on())
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Return the logits `(..., vocab_size)` of states `(..., hidden_size)`."""
+        return self.lm_head(states)
 
     def _likelihood_loss(self, states, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor:
         """Return the loss as Transformers' loss function defines it, for output layers that return likelihoods."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from hf_deq import (
+    DEQAttractorConfig,
+    DEQAttractorForCausalLM,
+    DEQAttractorModel,
     DEQConfig,
     DEQTransformerConfig,
     DEQTransformerForCausalLM,
@@ -37,7 +40,7 @@ class Family:
     Attributes:
         tiny: fields of a model small enough for a test.
         wide: fields of one that is not: its initialisation should behave as in earnest.
-        remembering: fields with which a memory reaches as far as a cache.
+        remembering: fields with which a memory reaches as far as a cache; `None` if the family has no memory.
         dropouts: every dropout field.
         variants: fields of each variant that every law is tested for, by name.
     """
@@ -47,9 +50,13 @@ class Family:
     model_class: type[DEQForCausalLM]
     tiny: dict
     wide: dict
-    remembering: dict
+    remembering: dict | None
     dropouts: tuple[str, ...]
     variants: dict[str, dict]
+
+    @property
+    def remembers(self) -> bool:
+        return self.remembering is not None
 
     def config(self, **fields) -> DEQConfig:
         return self.config_class(**(TINY | self.tiny | fields))
@@ -135,6 +142,33 @@ TRELLISNET = Family(
         {"solver": "picard", "kernel_size": 3},
     ),
 )
+
+ATTRACTOR = Family(
+    config_class=DEQAttractorConfig,
+    base_class=DEQAttractorModel,
+    model_class=DEQAttractorForCausalLM,
+    tiny=dict(intermediate_size=32, num_attention_heads=2, num_hidden_layers=3, num_prelude_layers=2),
+    wide=dict(vocab_size=500, hidden_size=128, intermediate_size=512, num_attention_heads=4),
+    remembering=None,
+    dropouts=(),
+    variants={
+        "published": dict(hidden_act="relu2", gated_mlp=False, layer_scale_init_value=0.75, layer_scale_max=0.75),
+        "qwen3-like": dict(qk_norm="affine", layer_scale_init_value=None, num_attention_heads=4, num_key_value_heads=2),
+        "scaled": dict(embedding_multiplier=4.0, logit_scale=0.5, final_logit_softcapping=5, attention_bias=True),
+    }
+    | _named(
+        {},
+        {"num_hidden_layers": 1, "num_prelude_layers": 0},
+        {"num_hidden_layers": 4, "num_prelude_layers": 2, "qk_norm": None, "mlp_bias": True},
+        {"tie_word_embeddings": False, "head_dim": 12},
+        {"sliding_window": 3},
+        {"attn_implementation": "eager", "num_attention_heads": 4, "num_key_value_heads": 1},
+        {"solver": "broyden"},
+        {"solver": "picard"},
+    ),
+)
+
+FAMILIES = {"transformer": TRANSFORMER, "trellisnet": TRELLISNET, "attractor": ATTRACTOR}
 
 
 def random_ids(batch: int, length: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The laws of the house, for every model family and option: causality, invariance, gradients, memory, round trips.
+"""The laws of the house, for every model family and option: causality, invariance, gradients, round trips.
 
 A test class that derives from `ModelLaws` and names its `family` inherits a test of each law; those
 that take `fields` run once for every variant of the family.
@@ -9,7 +9,7 @@ from copy import deepcopy
 import pytest
 import torch
 from accelerate import cpu_offload
-from families import Family, random_ids
+from families import ATTRACTOR, Family, random_ids
 from torch.nn.functional import cross_entropy, pad
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -231,7 +231,7 @@ class ModelLaws:
     def test_implicit_gradient_equals_200_unrolled_steps(self, fields):
         """For every parameter and the input, at the start of a text and where a memory goes in."""
         ids, before = random_ids(2, 6), random_ids(2, 5)
-        for previous in (None, before):
+        for previous in (None, before) if self.family.remembers else (None,):
             implicit = self._gradients(ids, previous, fields)
             unrolled = self._gradients(ids, previous, fields, gradient="unrolled", solver_max_evaluations=200)
             assert implicit.keys() == unrolled.keys()
@@ -242,7 +242,7 @@ class ModelLaws:
 
     def _gradients(self, ids, previous, fields, **how):
         tolerances = dict(solver_tolerance=1e-12, backward_tolerance=1e-12)
-        model = self.family.model(**self.family.remembering, **fields, **tolerances, **how)
+        model = self.family.model(**(self.family.remembering or {}), **fields, **tolerances, **how)
         memory = None if previous is None else model(previous, use_cache=False).memory
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
         model(inputs_embeds=embeds, labels=ids, use_cache=False, memory=memory).loss.backward()
@@ -266,71 +266,6 @@ class ModelLaws:
             losses[-1].backward()
             optimizer.step()
         assert losses[-1] < 0.5 * losses[0]
-
-    # Memory over segments
-
-    def test_segments_with_memory_equal_the_whole_text(self, fields):
-        if fields.get("num_hidden_layers", 1) > 1:
-            pytest.skip("the memory of several layers is the state of the last one, as in torchdeq")
-        model = self.family.model(**self.family.remembering, **fields)
-        ids = random_ids(2, 14)
-        memory, logits = None, []
-        for piece in ids.split([5, 1, 6, 2], 1):
-            output = model(piece, memory=memory, use_cache=False)
-            memory = output.memory
-            logits.append(output.logits)
-        assert not any(state.requires_grad for state in memory)
-        assert (torch.cat(logits, 1) - model(ids).logits).abs().max() <= 1e-8
-
-    @pytest.mark.parametrize("how", [dict(gradient="unrolled"), dict(solver_scope="sequence")])
-    def test_memory_goes_where_a_cache_cannot(self, how):
-        model = self.family.model(**self.family.remembering, **how)
-        ids = random_ids(2, 8)
-        parts, memory = [], None
-        for piece in ids.split([4, 4], 1):
-            output = model(piece, memory=memory)
-            memory = output.memory
-            parts.append(output.logits)
-        torch.testing.assert_close(torch.cat(parts, 1), self.family.model()(ids).logits, rtol=0, atol=1e-8)
-
-    def test_memory_does_not_look_ahead(self):
-        model = self.family.model(**self.family.remembering)
-        ids = random_ids(1, 6)
-        memory = model(ids).memory
-        changed = torch.cat([ids[:, :4], random_ids(1, 2)], 1)
-        dial = dict(memory=memory, solver_max_evaluations=3)
-        difference = model(ids, **dial).logits - model(changed, **dial).logits
-        assert difference[:, :4].abs().max() <= 1e-12
-
-    def test_memory_and_a_cache_exclude_each_other(self):
-        model = self.family.model(**self.family.remembering)
-        first = model(random_ids(1, 4), use_cache=True)
-        with pytest.raises(ValueError, match="memory and cache.*pass one of them"):
-            model(random_ids(1, 4), memory=first.memory, cache=first.cache)
-
-    def test_bad_memories_are_refused(self):
-        model = self.family.model(**self.family.remembering)
-        ids, memory = random_ids(2, 4), model(random_ids(2, 5)).memory
-        with pytest.raises(ValueError, match="output of this model for the same 3 rows"):
-            model(random_ids(3, 4), memory=memory)
-        with pytest.raises(ValueError, match="states of sizes"):
-            model(ids, memory=(memory[0], memory[1][..., :-1]))
-        padding = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-        with pytest.raises(ValueError, match="no padding: pass segments of one length"):
-            model(ids, memory=memory, attention_mask=padding)
-        assert model(ids, attention_mask=padding).memory is None
-        given = model(ids, memory=memory, attention_mask=torch.ones(2, 4, dtype=torch.long))
-        assert torch.equal(given.logits, model(ids, memory=memory).logits)
-
-    def test_generation_goes_on_from_a_memory_without_a_cache(self):
-        model = self.family.model(**self.family.remembering)
-        ids = random_ids(1, 9)
-        memory = model(ids[:, :5]).memory
-        how = dict(max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
-        step = model.generate(ids[:, 5:], memory=memory, use_cache=False, **how)
-        torch.testing.assert_close(step.logits[0], model(ids).logits[:, -1].float(), rtol=0, atol=1e-6)
-        with pytest.raises(ValueError, match="generate makes a cache of its own; use_cache=False"):
-            model.generate(ids[:, 5:], memory=memory, **how)
 
     # Saving and loading
 
@@ -411,20 +346,11 @@ class ModelLaws:
         torch.testing.assert_close(recomputed, gradients, rtol=0, atol=1e-12)
         assert kept_of_them < 0.7 * kept
 
-    def test_activation_checkpointing_of_unrolled_applications_after_a_memory(self):
-        ids, before, gradients = random_ids(2, 6), random_ids(2, 5), []
-        for checkpointing in (False, True):
-            model = self.family.model(**self.family.remembering).train()
-            memory = model(before, use_cache=False).memory
-            if checkpointing:
-                model.activation_checkpointing_enable()
-            model(ids, labels=ids, memory=memory, use_cache=False, unroll_steps=4).loss.backward()
-            gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-        torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
-
     def test_activation_checkpointing_changes_no_implicit_gradient(self):
+        """Only layers outside of f have activations to spare."""
         (gradients, kept), (same, also_kept) = self._trained_with_and_without_checkpointing({}, None)
-        assert torch.equal(same, gradients) and also_kept == kept
+        assert torch.equal(same, gradients)
+        assert also_kept < kept if self.family is ATTRACTOR else also_kept == kept
 
     def _trained_with_and_without_checkpointing(self, fields, unroll_steps) -> list[tuple[torch.Tensor, int]]:
         """All gradients of a step, and the bytes that it keeps for backward."""
@@ -483,7 +409,7 @@ class ModelLaws:
         assert torch.equal(model(inputs_embeds=embeds).logits, full.logits)
         injected, equilibrium_state = full.hidden_states
         assert injected.shape == embeds.shape and equilibrium_state.shape == (2, 9, model.config.hidden_size)
-        assert torch.equal(model.lm_head(equilibrium_state), full.logits)
+        assert torch.equal(model._logits(equilibrium_state), full.logits)
 
     def test_return_dict_false_and_model_outputs(self):
         model = self.family.model()

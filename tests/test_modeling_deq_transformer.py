@@ -4,11 +4,16 @@ import pytest
 import torch
 from families import PAPER, TRANSFORMER, application_of_f, random_ids
 from generation_laws import GenerationLaws
+from memory_laws import MemoryLaws
 from model_laws import ModelLaws
 from transformers import DynamicCache
 
 
 class TestLaws(ModelLaws):
+    family = TRANSFORMER
+
+
+class TestMemory(MemoryLaws):
     family = TRANSFORMER
 
 

@@ -4,12 +4,17 @@ import pytest
 import torch
 from families import TRELLISNET, random_ids
 from generation_laws import GenerationLaws
+from memory_laws import MemoryLaws
 from model_laws import ModelLaws
 
 from hf_deq.modeling_deq_trellisnet import linear_recurrence
 
 
 class TestLaws(ModelLaws):
+    family = TRELLISNET
+
+
+class TestMemory(MemoryLaws):
     family = TRELLISNET
 
 
