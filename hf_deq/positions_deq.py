@@ -155,6 +155,7 @@ def check_rotary(config: DEQConfig) -> None:
             raise ValueError(f"rope_parameters: {name} must be positive and finite, got {value}.")
     if kind != "default":
         try:
-            ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+            with torch.device("cpu"):  # models are checked within the meta device, too, when they are loaded
+                ROPE_INIT_FUNCTIONS[kind](config, "cpu")
         except Exception as error:  # the library's functions trust their input
             raise ValueError(f"rope_parameters={parameters} do not fit together: {error!r}.") from error

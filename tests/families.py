@@ -68,7 +68,11 @@ class Family:
 
 
 def _named(*variants: dict) -> dict[str, dict]:
-    return {"-".join(f"{name}={value}" for name, value in fields.items()) or "default": fields for fields in variants}
+    def said(value) -> str:
+        return value["rope_type"] if isinstance(value, dict) else str(value)
+
+    names = ("-".join(f"{name}={said(value)}" for name, value in fields.items()) for fields in variants)
+    return {name or "default": fields for name, fields in zip(names, variants, strict=True)}
 
 
 # The architecture of the paper's DEQ-Transformer, as its code has it.
@@ -112,6 +116,7 @@ TRANSFORMER = Family(
         {"num_hidden_layers": 2, "norm_position": "pre", "position_embedding_type": "relative"},
         {"sliding_window": 3},
         {"sliding_window": 4, "norm_position": "pre", "position_embedding_type": "relative"},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
         {"attn_implementation": "eager"},
         {"attn_implementation": "eager", "norm_position": "pre", "position_embedding_type": "relative"},
         {"solver": "broyden"},
@@ -161,7 +166,7 @@ ATTRACTOR = Family(
         {"num_hidden_layers": 1, "num_prelude_layers": 0},
         {"num_hidden_layers": 4, "num_prelude_layers": 2, "qk_norm": None, "mlp_bias": True},
         {"tie_word_embeddings": False, "head_dim": 12},
-        {"sliding_window": 3},
+        {"sliding_window": 3, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
         {"attn_implementation": "eager", "num_attention_heads": 4, "num_key_value_heads": 1},
         {"solver": "broyden"},
         {"solver": "picard"},

@@ -85,12 +85,12 @@ def belongings(tmp_path_factory) -> Path:
 
 def checkpoint_of_the_authors_code(arguments: dict) -> dict[str, torch.Tensor]:
     """A new model by the names that its tensors have there."""
-    make_config, sources_of, model_class = FAMILIES["deq_transformer"]
-    config = make_config(arguments, {}, {})
-    tensors, sources = {}, sources_of(config)
-    for name, parameter in model_class(config).named_parameters(remove_duplicate=False):
+    base = FAMILIES["deq_transformer"]
+    config = base.config(arguments, {}, {})
+    tensors, sources = {}, base.sources(config)
+    for name, parameter in base.model_class(config).named_parameters(remove_duplicate=False):
         tensor, source = parameter.detach().clone(), sources[name]
-        tensors[source.key] = tensor[..., None] if source.trailing else tensor
+        tensors[source.keys[0]] = tensor[..., None] if source.trailing else tensor
     return tensors
 
 

@@ -105,7 +105,7 @@ def test_every_switch_is_that_of_the_authors_constructor(name):
     published = PUBLISHED[name]
     arguments = {"n_token": WIKITEXT_103} | ARGUMENTS[published.family] | published.arguments
     state_dict = {"weight_v": None}  # torchdeq's weight norm shows in the names alone
-    expected = FAMILIES[published.family][0](arguments, state_dict, {}).to_dict()
+    expected = FAMILIES[published.family].config(arguments, state_dict, {}).to_dict()
     ours = configuration(name).to_dict()
     different = {field: (ours[field], value) for field, value in expected.items() if ours[field] != value}
     assert {field: values for field, values in different.items() if not OF_THE_SOLVER.search(field)} == {}
