@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from hf_deq import (
@@ -41,6 +42,7 @@ class Family:
         tiny: fields of a model small enough for a test.
         wide: fields of one that is not: its initialisation should behave as in earnest.
         remembering: fields with which a memory reaches as far as a cache; `None` if the family has no memory.
+        starts_at_zero: whether a solve starts at the zero state, and not at a state that the input proposes.
         dropouts: every dropout field.
         variants: fields of each variant that every law is tested for, by name.
     """
@@ -53,6 +55,7 @@ class Family:
     remembering: dict | None
     dropouts: tuple[str, ...]
     variants: dict[str, dict]
+    starts_at_zero: bool = True
 
     @property
     def remembers(self) -> bool:
@@ -171,9 +174,14 @@ ATTRACTOR = Family(
         {"solver": "broyden"},
         {"solver": "picard"},
     ),
+    starts_at_zero=False,
 )
 
 FAMILIES = {"transformer": TRANSFORMER, "trellisnet": TRELLISNET, "attractor": ATTRACTOR}
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+every_remembering_family = pytest.mark.parametrize(
+    "family", [family for family in FAMILIES.values() if family.remembers]
+)
 
 
 def random_ids(batch: int, length: int, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import get_args, get_origin
 
 import pytest
 import torch
-from families import TRANSFORMER, TRELLISNET
+from families import TRANSFORMER, every_family
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -57,7 +57,7 @@ def own_fields(config_class) -> list:
 
 
 @pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+@every_family
 def test_a_configuration_is_refused_by_name_or_its_model_runs(family):
     fields = own_fields(type(family.config()))
     names = [*(field.name for field in fields), "rope_type"]

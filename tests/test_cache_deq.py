@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import TRANSFORMER, TRELLISNET, random_ids
+from families import TRANSFORMER, TRELLISNET, every_family, random_ids
 from transformers import DynamicCache, StaticCache
 
 from hf_deq.cache_deq import EquilibriumCacheView, TrellisStateLayer
@@ -29,7 +29,7 @@ def test_the_view_reads_as_the_cache_would_and_writes_nothing(fields, kind):
         assert int(cache.get_seq_length()) == before + length
 
 
-@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET])
+@every_family
 def test_an_offloaded_cache_is_refused(family):
     cache = DynamicCache()
     cache.offloading = True

@@ -1,10 +1,8 @@
 """Configurations: validated at the edge, typos refused, saved and loaded unchanged."""
 
 import pytest
-from families import TRANSFORMER, TRELLISNET
+from families import TRANSFORMER, TRELLISNET, every_family
 from transformers import AutoConfig
-
-families = pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
 
 
 @pytest.mark.parametrize(
@@ -23,13 +21,13 @@ families = pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["tr
         ({"shallow_steps": 5}, "has no field 'shallow_steps': give it to the training"),
     ],
 )
-@families
+@every_family
 def test_bad_fields_name_themselves(family, fields, message):
     with pytest.raises(Exception, match=message):
         family.config(**fields)
 
 
-@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+@every_family
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_no_finite_number_is_refused(family, value):
     """In every field that takes a fraction; `<` alone is false of what is not a number."""
@@ -43,7 +41,7 @@ def test_what_is_no_finite_number_is_refused(family, value):
         family.config(initializer_range=value)
 
 
-@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+@every_family
 @pytest.mark.parametrize("value", [0, -4])
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size", "embedding_size", "solver_history"])
 def test_sizes_are_positive(family, name, value):
@@ -132,13 +130,13 @@ def test_misspelt_fields_of_a_trellisnet(typo, field):
         TRELLISNET.config(**{typo: 1})
 
 
-@families
+@every_family
 def test_wrong_types_are_refused(family):
     with pytest.raises(Exception, match="hidden_size"):
         family.config(hidden_size="wide")
 
 
-@families
+@every_family
 def test_fields_set_later_are_checked_when_a_model_is_made(family):
     config = family.config()
     config.solver = "newton"
@@ -153,7 +151,7 @@ def test_rotary_parameters_set_later_are_checked_too():
         TRANSFORMER.base_class(config)
 
 
-@families
+@every_family
 def test_keys_of_transformers_and_of_others_pass(family):
     config = family.config(num_labels=3, my_note="kept", attn_implementation="eager")
     assert config.num_labels == 3 and config.my_note == "kept"
@@ -173,7 +171,7 @@ def test_round_trip(family, fields, tmp_path):
     assert type(loaded) is family.config_class and loaded.to_diff_dict() == config.to_diff_dict()
 
 
-@families
+@every_family
 def test_an_unrolled_model_does_not_cache(family):
     assert not family.config(gradient="unrolled").use_cache and family.config().use_cache
     assert not family.config(solver_scope="sequence").use_cache

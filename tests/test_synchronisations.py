@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from families import TRANSFORMER, TRELLISNET, random_ids
+from families import every_family, random_ids
 
 from hf_deq import fixed_point
 from hf_deq.evaluation.operation_counts import CountOperations
@@ -32,7 +32,7 @@ def waits(call) -> tuple[int, int]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+@every_family
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-9])
 def test_a_forward_pass_waits_twice_and_once_every_four_evaluations(family, tolerance):
     """Are the ids of the vocabulary, and is everything solved?
@@ -48,7 +48,7 @@ def test_a_forward_pass_waits_twice_and_once_every_four_evaluations(family, tole
     assert waits(lambda: model(ids, attention_mask=mask, use_cache=False, **dial))[0] <= 4
 
 
-@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+@every_family
 def test_a_training_step_waits_no_more_for_more_evaluations(family):
     """Forward and backward solves each look once every four evaluations, and once at their end."""
     model, ids = family.model().train(), random_ids(2, 9)

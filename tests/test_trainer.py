@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from families import TRANSFORMER, TRELLISNET, random_ids
+from families import TRANSFORMER, every_family, random_ids
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -20,8 +20,6 @@ from transformers import (
 
 from hf_deq import DEQTransformerForSequenceClassification
 from hf_deq.training import EquilibriumCallback
-
-both = pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["deq_transformer", "deq_trellisnet"])
 
 PADDING = -100
 
@@ -54,7 +52,7 @@ def logged(trainer: Trainer, name: str) -> list[float]:
     return [log[name] for log in trainer.state.log_history if name in log]
 
 
-@both
+@every_family
 def test_loss_is_that_of_a_plain_forward(family, tmp_path):
     """Trainer's first losses, with labels shifted inside, against logits and shift_labels from outside."""
     model = make_model(family)
@@ -71,7 +69,7 @@ def test_loss_is_that_of_a_plain_forward(family, tmp_path):
     assert logged(trainer, "loss")[0] == pytest.approx(inside.item(), rel=1e-4)
 
 
-@both
+@every_family
 def test_label_smoothing_learns_the_next_token(family, tmp_path):
     """Trainer shifts the labels of models that it knows as causal. Others would learn to copy their input."""
     start = torch.randint(3, 61, (16, 1))
@@ -104,13 +102,13 @@ def assert_same_training(one: Trainer, other: Trainer):
         torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-5, msg=name)
 
 
-@both
+@every_family
 def test_accumulated_micro_batches_are_the_step_of_one_batch(family, tmp_path):
     """Though micro-batches differ in their counts of labels."""
     assert_same_training(*accumulated(lambda: make_model(family), tmp_path))
 
 
-@both
+@every_family
 def test_accumulated_micro_batches_share_the_jacobian_loss(family, tmp_path):
     # The penalty dominates: counted in full by each of four micro-batches the loss would be four times what it is.
     fields = dict(jacobian_loss_weight=1000.0)
@@ -129,7 +127,7 @@ def test_accumulated_micro_batches_of_classifiers(fields, label, tmp_path):
     assert_same_training(*accumulated(make, tmp_path, data=data))
 
 
-@both
+@every_family
 def test_training_evaluating_and_predicting(family, tmp_path):
     model = make_model(family, solver_tolerance=1e-3, backward_tolerance=1e-2)
     trainer = make_trainer(model, tmp_path, max_steps=30, logging_steps=5, learning_rate=2e-2)
@@ -142,7 +140,7 @@ def test_training_evaluating_and_predicting(family, tmp_path):
     assert loss == outputs.loss and outputs.residual.shape == (3,)
 
 
-@both
+@every_family
 def test_resuming_from_a_checkpoint_gives_the_same_weights(family, tmp_path):
     # With every random draw that a step has: data order, dropout, the probes of the penalty.
     fields = dict(hidden_dropout=0.1, output_dropout=0.1, jacobian_loss_weight=0.1)
@@ -167,7 +165,7 @@ class Recorder(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-@both
+@every_family
 def test_the_callback_logs_means_since_the_last_log(family, tmp_path):
     model, recorder = make_model(family, jacobian_loss_weight=0.1), Recorder()
     solves, vector_products, layer = [], [], model.model.layers[0]
@@ -225,7 +223,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@both
+@every_family
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_sft_trainer_loses_the_same_packed_padding_free_and_plain(family, tmp_path):
     """TRL's packing puts several texts into a row. Each is solved as if it were alone, at a loose tolerance too."""
@@ -258,7 +256,7 @@ def test_sft_trainer_loses_the_same_packed_padding_free_and_plain(family, tmp_pa
     assert losses["packed"] == pytest.approx(losses["plain"], rel=1e-5)
 
 
-@both
+@every_family
 def test_sft_trainer_learns_completions(family, tmp_path):
     """TRL's, as it is: with activation checkpointing, which it switches on by default, and the prompt left out."""
     trl = pytest.importorskip("trl", reason="TRL is not installed")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import TINY, script
 from datasets import Dataset, DatasetDict
-from families import TRANSFORMER, TRELLISNET, random_ids
+from families import TRANSFORMER, TRELLISNET, every_family, random_ids
 
 from hf_deq import AndersonSolver, ConvergenceWarning, PicardSolver, evaluation
 from hf_deq.data.words import train_word_tokenizer
@@ -27,10 +27,8 @@ from hf_deq.evaluation.convergence import (
 from hf_deq.fixed_point import SOLVERS
 from hf_deq.training import evaluations_over_training
 
-FAMILIES = pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
 
-
-@FAMILIES
+@every_family
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
 def test_a_trajectory_ends_at_the_residual_that_the_solver_reports(family, solver):
@@ -46,7 +44,7 @@ def test_a_trajectory_ends_at_the_residual_that_the_solver_reports(family, solve
         assert at_the_end.any()
 
 
-@FAMILIES
+@every_family
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_last_call_recorded_is_the_state_returned(family, name):
     """Also where that state is not the last iterate and takes one more call."""
@@ -55,24 +53,24 @@ def test_the_last_call_recorded_is_the_state_returned(family, name):
         solved = model(ids, use_cache=False)
     torch.testing.assert_close(residuals[-1].amax(1), solved.residual, rtol=1e-9, atol=0)
     assert len(residuals) == solved.num_evaluations.max()
-    assert solved.converged.all() and (residuals[0] == 1).all()  # from the zero state
+    assert solved.converged.all() and (residuals[0] == 1).all() == family.starts_at_zero
 
 
-@FAMILIES
+@every_family
 def test_the_captured_map_is_the_models_own(family):
     model, ids = family.model(), random_ids(2, 6)
     f, start = captured_map(model, ids)
     with torch.no_grad():
         solved = AndersonSolver(tolerance=1e-12, max_evaluations=200)(f, start)
         output = model(ids, output_hidden_states=True, use_cache=False)
-    assert (start == 0).all() and solved.converged.all()
+    assert (start == 0).all() == family.starts_at_zero and solved.converged.all()
     state = solved.image
     if family is TRELLISNET:  # its output is a part of the state
         state = state[..., model.config.intermediate_size :][..., : model.config.hidden_size]
     torch.testing.assert_close(model.model.norm(state), output.hidden_states[-1], rtol=0, atol=1e-8)
 
 
-@FAMILIES
+@every_family
 def test_divergences_are_those_of_the_predictions(family):
     """From the equilibrium, position by position; smaller at a tighter tolerance, and nothing at a tight one."""
     model, ids = family.model().float(), random_ids(3, 8)
@@ -88,7 +86,7 @@ def test_divergences_are_those_of_the_predictions(family):
         divergences(family.model(solver="picard", solver_damping=1e-3), ids, [0.5])
 
 
-@FAMILIES
+@every_family
 def test_spectral_radii_are_those_of_the_dense_jacobian(family):
     model, ids = family.model(), random_ids(2, 3)
     states = torch.get_rng_state()
@@ -110,7 +108,7 @@ def test_spectral_radii_are_those_of_the_dense_jacobian(family):
         assert radius == pytest.approx(torch.linalg.eigvals(jacobians[0]).abs().max().item(), rel=0.02)
 
 
-@FAMILIES
+@every_family
 def test_plain_iteration_is_the_unrolled_stack(family):
     """At any damping of the configured solver, and for a model trained by either gradient."""
     ids = random_ids(2, 6)
@@ -121,14 +119,18 @@ def test_plain_iteration_is_the_unrolled_stack(family):
         np.testing.assert_allclose(plain[:, -1], twin(ids, unroll_steps=4).residual.numpy(), rtol=1e-9)
 
 
-@FAMILIES
+@every_family
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
 def test_a_tokens_trajectory_is_that_of_its_state_and_of_its_prefix(family, solver):
     """Checked against f itself, by a text of one token, whose residual the solver reports, and by texts cut short."""
     model, ids = family.model(solver=solver), random_ids(1, 7)[0]
     residuals = token_trajectories(model, ids, 6)
-    assert residuals.shape == (6, 7) and residuals.dtype == np.float64 and (residuals[0] == 1).all()
+    assert (
+        residuals.shape == (6, 7)
+        and residuals.dtype == np.float64
+        and (residuals[0] == 1).all() == family.starts_at_zero
+    )
     for length in (1, 4):
         np.testing.assert_allclose(token_trajectories(model, ids[:length], 6), residuals[:, :length], rtol=1e-7)
     rows = residual_trajectories(model, ids[None, :1], [solver], 6)[solver]
@@ -164,7 +166,7 @@ def test_evaluations_to_tolerance_are_those_from_which_on_it_is_kept():
     assert evaluations_to_tolerance(unsolved, 0.001).tolist() == [2, math.inf]
 
 
-@FAMILIES
+@every_family
 def test_a_solve_at_the_tolerance_takes_about_as_many_as_its_slowest_token(family):
     model, ids = family.model(solver_tolerance=1e-4, solver_max_evaluations=100), random_ids(1, 20)
     slowest = evaluations_to_tolerance(token_trajectories(model, ids[0], 100), 1e-4).max()
@@ -189,7 +191,7 @@ def test_a_solve_that_ends_at_rounding_stays_there():
     assert (trajectory[:, -1] < 1e-6).all() and (trajectory[:, -1] == trajectory[:, -2]).all()
 
 
-@FAMILIES
+@every_family
 def test_measuring_leaves_no_trace(family):
     model = family.model(**dict.fromkeys(family.dropouts, 0.3), solver_tolerance=1e-3).train()
     ids, layer = random_ids(2, 6), model.model.layers[0]
@@ -213,7 +215,7 @@ def test_a_solve_that_fails_leaves_no_trace_either():
     assert "solve" not in vars(model.model.layers[0])
 
 
-@FAMILIES
+@every_family
 def test_implicit_activations_do_not_grow_and_unrolled_ones_do_by_the_step(family):
     sizes = activations_by_depth(family.model(), random_ids(2, 8), [1, 2, 4, 8, 16])
     assert len(set(sizes["implicit"])) == 1

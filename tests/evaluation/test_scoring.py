@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from families import TRANSFORMER, TRELLISNET, random_ids
+from families import TRANSFORMER, TRELLISNET, every_remembering_family, random_ids
 
 from hf_deq.data import TokenStream
 from hf_deq.evaluation import (
@@ -65,7 +65,7 @@ def test_dial_table_turns_the_dial():
     assert len(table) == 4 and len(set(map(len, table))) == 1
 
 
-@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+@every_remembering_family
 @pytest.mark.parametrize("tokens, streams, length", [(40, 1, 7), (40, 4, 5), (41, 4, 5), (9, 6, 4), (5, 8, 3)])
 def test_carried_memory_reads_each_stream_as_one_text(family, tokens, streams, length):
     """Segments with an exact memory are one forward pass over the whole stream."""
@@ -84,7 +84,7 @@ def test_carried_memory_reads_each_stream_as_one_text(family, tokens, streams, l
     assert report.nats_per_token == pytest.approx(nats / tokens, rel=1e-6)
 
 
-@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+@every_remembering_family
 @pytest.mark.parametrize("tokens, streams, length", [(40, 1, 7), (43, 4, 5), (41, 4, 30), (9, 4, 1)])
 def test_dropping_the_remainder_is_the_protocol_of_the_literature(family, tokens, streams, length):
     """Equal streams, each a text of its own: its first token is given, not predicted."""

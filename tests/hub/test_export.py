@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import TRANSFORMER, TRELLISNET, random_ids
+from families import ATTRACTOR, FAMILIES, TRANSFORMER, TRELLISNET, random_ids
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
@@ -22,6 +22,7 @@ EXPORTED = {
     "adaptive": (TRANSFORMER, TRANSFORMER.variants["adaptive"]),
     "trellisnet": (TRELLISNET, {}),
     "split": (TRELLISNET, {"cutoffs": [9, 30]}),
+    "attractor": (ATTRACTOR, {}),
 }
 WITHOUT_THE_PACKAGE = """
 import sys
@@ -92,7 +93,7 @@ def exported(tmp_path_factory):
             expected["AutoModel"] = model.model(ids).last_hidden_state
             expected["generated"] = model.generate(ids, max_new_tokens=4, do_sample=False)
         save_file({name: tensor.contiguous() for name, tensor in expected.items()}, root / f"{name}.safetensors")
-    for name, family in (("transformer", TRANSFORMER), ("trellisnet", TRELLISNET)):
+    for name, family in FAMILIES.items():
         model = AutoModelForSequenceClassification.from_config(family.config(num_labels=3)).double().eval()
         export_hub_folder(model, root / f"{name}-classifier")
         with torch.no_grad():
@@ -106,7 +107,7 @@ def test_every_auto_class_loads_without_the_package_and_saves_again(exported, tm
     assert finished.returncode == 0, finished.stderr[-3000:]
     auto_classes = ("AutoModel", "AutoModelForCausalLM")
     loaded = {f"{name} {auto_class}" for name in EXPORTED for auto_class in auto_classes}
-    loaded |= {f"{name}-classifier AutoModelForSequenceClassification" for name in ("transformer", "trellisnet")}
+    loaded |= {f"{name}-classifier AutoModelForSequenceClassification" for name in FAMILIES}
     assert set(finished.stdout.splitlines()) == loaded
 
 
@@ -119,7 +120,7 @@ def test_without_trust_the_library_asks_for_it(exported, tmp_path):
 
 def test_the_root_of_the_package_is_what_travels():
     """A reader sees in the tree which code goes to the Hub with a model."""
-    travels = {file.stem for family in (TRANSFORMER, TRELLISNET) for file in code_files(family.model())}
+    travels = {file.stem for family in FAMILIES.values() for file in code_files(family.model())}
     assert {file.stem for file in ROOT.joinpath("hf_deq").glob("*.py")} == travels | {"__init__"}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from families import TRANSFORMER, TRELLISNET
+from families import every_family
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -126,7 +126,7 @@ def test_a_sharded_checkpoint_is_resumed_exactly_or_refused(sharded, corpus, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET], ids=["transformer", "trellisnet"])
+@every_family
 def test_transformers_own_trainer_shards_them_too(family, tmp_path):
     family.model(solver_tolerance=1e-6, backward_tolerance=1e-6).float().save_pretrained(tmp_path / "model")
     for name, processes in (("two", 2), ("one", 1)):
