@@ -33,7 +33,7 @@ def test_what_is_no_finite_number_is_refused(family, value):
     """In every field that takes a fraction; `<` alone is false of what is not a number."""
     config = family.config()
     names = [name for name, field in config.__dataclass_fields__.items() if field.type in ("int | float", int | float)]
-    assert {"solver_tolerance", "backward_tolerance", "jacobian_loss_weight", "hidden_dropout"} <= set(names)
+    assert {"solver_tolerance", "backward_tolerance", "jacobian_loss_weight", *family.dropouts} <= set(names)
     for name in names:
         with pytest.raises(Exception, match=name):
             family.config(**{name: value})
@@ -43,10 +43,17 @@ def test_what_is_no_finite_number_is_refused(family, value):
 
 @every_family
 @pytest.mark.parametrize("value", [0, -4])
-@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size", "embedding_size", "solver_history"])
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "intermediate_size", "solver_history"])
 def test_sizes_are_positive(family, name, value):
     with pytest.raises(Exception, match=f"{name} must be at least 1, got {value}"):
         family.config(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -4])
+@pytest.mark.parametrize("family", [TRANSFORMER, TRELLISNET])
+def test_widths_of_embeddings_are_positive(family, value):
+    with pytest.raises(Exception, match=f"embedding_size must be at least 1, got {value}"):
+        family.config(embedding_size=value)
 
 
 @pytest.mark.parametrize(

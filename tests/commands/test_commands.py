@@ -16,7 +16,7 @@ import yaml
 from command_line import ROOT, TINY, TINY_TRELLISNET, script
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -310,6 +310,27 @@ def test_a_checkpoint_of_the_authors_code_becomes_a_model_folder(tmp_path):
     (tmp_path / "arguments.json").write_text(json.dumps(arguments | {"n_token": 300}))
     finished = script("convert_checkpoint.py", reference / "model.safetensors", *flags)
     assert finished.returncode != 0 and "crit.out_layers.2.bias is (100,), but should be (200,)" in finished.stderr
+
+
+@pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin", "model.safetensors"])
+def test_a_folder_of_an_attractor_model_becomes_a_model_folder(tmp_path, name):
+    reference = ROOT.parent / "shared" / "reference" / "attractor_anderson"
+    if not reference.is_dir():
+        pytest.skip("the reference implementation's tensors are not distributed with the package")
+    arguments = json.loads((reference / "config.json").read_text())["constructor"]
+    folder, out = tmp_path / "theirs", tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(arguments))
+    state_dict = load_file(reference / "model.safetensors")
+    save = {"model.safetensors": save_file, "model.pt": torch.save}.get(name, lambda s, f: torch.save({"model": s}, f))
+    save(state_dict, folder / name)
+    finished = script("convert_checkpoint.py", folder, "--family", "attractor", "--output_dir", out)
+    assert finished.returncode == 0 and "deq_attractor of 33,056 parameters" in finished.stdout, finished.stderr
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4).shape == (1, 7)
+    (folder / name).unlink()
+    finished = script("convert_checkpoint.py", folder, "--family", "attractor", "--output_dir", out)
+    assert "holds none of model.safetensors, model.pt, pytorch_model.bin" in finished.stderr
 
 
 def test_copy_memory_goes_through_the_same_scripts(tmp_path):
