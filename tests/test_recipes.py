@@ -41,7 +41,14 @@ REGULARIZED = dict(mem_len=300, dropout=0.06, dropatt=0.01)
 WITHOUT_EQUILIBRIUM = dict(n_layer=3, d_inner=14_800)
 TRELLISNET = dict(n_layer=40, ninp=500, nhid=1500, nout=500, splits=[2800, 20_000, 76_000])
 PENN = dict(n_token=PENN_TREEBANK, n_layer=58, ninp=400, nhid=1000, nout=400, emb_dropout=0.1, wdrop=0.5)
+ATTRACTOR = dict(
+    **dict(n_embd=1024, intermediate_size=4096, num_attention_heads=8, n_backbone_layers=7, n_fp_blocks=1),
+    **dict(vocab_size=32_768, padding_multiple=64, block_size=2048, tie_embeddings=True, qk_norm=True, norm_eps=1e-5),
+    **dict(block_class_name="TransformerPreNormBlock", norm_class_name="RMSNorm", nonlin_name="ReLU2"),
+    **dict(layer_scale_init=0.75, gamma_max=0.75, init_strategy="scaled-zero"),
+)
 ARGUMENTS = {
+    "attractor": {},
     "deq_transformer": dict(
         n_layer=2, dropout=0.05, tgt_len=150, mem_len=150, cutoffs=CUTOFFS, wnorm=True, pretrain_steps=32_000
     ),
@@ -58,6 +65,7 @@ PUBLISHED = {
     ),
     "deq-lm-wikitext103": Published(98, "torchdeq_lm", ADAPTIVE | WITHOUT_EQUILIBRIUM),
     "deq-trellisnet-wikitext103": Published(180, "deq_trellisnet", TRELLISNET, 0.04),
+    "deq-attractor-140m": Published(140, "attractor", ATTRACTOR, 0.05),
     "deq-trellisnet-ptb": Published(24, "deq_trellisnet", PENN | dict(dropout=0.45, dropouti=0.45, dropouth=0.28)),
 }
 OF_THE_SOLVER = re.compile("^(solver|backward|phantom|jacobian)_|^(solver|gradient|use_cache|initializer_range)$")
@@ -68,14 +76,11 @@ def recipe_file(name: str) -> Path:
     return ROOT / "model_cards" / name / "recipe.yaml"
 
 
-def vocabulary(name: str) -> int:
-    return PENN_TREEBANK if name.endswith("ptb") else WIKITEXT_103
-
-
 def configuration(name: str):
     """The recipe's, with the vocabulary that its corpus has."""
-    *_, fields, model_type = parse([str(recipe_file(name))])
-    return AutoConfig.for_model(model_type, **fields, vocab_size=vocabulary(name))
+    data, _, fields, model_type = parse([str(recipe_file(name))])
+    words = {"vocab_size": PENN_TREEBANK if name.endswith("ptb") else WIKITEXT_103} if data.word_level else {}
+    return AutoConfig.for_model(model_type, **(fields | words))
 
 
 def card_row(name: str, row: str) -> str:
@@ -103,7 +108,8 @@ def test_sizes_are_the_published_ones_and_the_card_says_so(name):
 def test_every_switch_is_that_of_the_authors_constructor(name):
     """What `convert_checkpoint` makes of the arguments in the published scripts, but for how it is solved."""
     published = PUBLISHED[name]
-    arguments = {"n_token": WIKITEXT_103} | ARGUMENTS[published.family] | published.arguments
+    words = {} if published.family == "attractor" else {"n_token": WIKITEXT_103}
+    arguments = words | ARGUMENTS[published.family] | published.arguments
     state_dict = {"weight_v": None}  # torchdeq's weight norm shows in the names alone
     expected = FAMILIES[published.family].config(arguments, state_dict, {}).to_dict()
     ours = configuration(name).to_dict()
@@ -151,4 +157,5 @@ def test_full_width_takes_steps(name):
         schedule.step()
         optimizer.zero_grad()
         memory = outputs.memory
-    assert memory is not None and not torch.equal(before, next(model.model.layers[0].parameters()))
+    assert (memory is not None) == bool(model.model.layers[0].memory_sizes)
+    assert not torch.equal(before, next(model.model.layers[0].parameters()))

@@ -87,6 +87,9 @@ def model_arguments(model_type: str) -> type:
         if kind is not None and not from_elsewhere:
             help_text = f"{config_class.__name__}.{config_field.name}, default {config_field.default}."
             flags.append((config_field.name, kind | None, field(default=None, metadata={"help": help_text})))
+        elif config_field.name == "rope_parameters":  # a dictionary; its usual entry is a flag
+            help_text = "Base of the angles of rotary positions; default: that of the model type."
+            flags.append(("rope_theta", float | None, field(default=None, metadata={"help": help_text})))
     return make_dataclass("ModelArguments", flags)
 
 
