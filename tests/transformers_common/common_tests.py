@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from families import TRANSFORMER, TRELLISNET, Family
+from families import ATTRACTOR, TRANSFORMER, TRELLISNET, Family
 from library_tests import test_modeling_common
 from library_tests.test_configuration_common import ConfigTester
 from library_tests.test_modeling_common import ModelTesterMixin, ids_tensor
@@ -35,15 +35,17 @@ EXCLUDED = {
     "test_generation_tester_mixin_inheritance": "the library's generation tests are in no source distribution; "
     "tests/generation_laws.py has ours",
 }
-EXCLUDED_TRANSFORMER = EXCLUDED | {
+EXCLUDED_ROTARY = EXCLUDED | {
     "test_model_rope_scaling_from_config_1_dynamic": "refused: dynamic scaling rotates early positions by the length "
     "of the whole text, so that no prefix would have an equilibrium of its own",
 }
 
 
 def set_large_epsilon(config):
-    """The library's helper against rounding, for the field that ours have: it sets six more, which ours refuse."""
-    config.layer_norm_eps = 1.0
+    """The library's helper against rounding, for the fields that ours have: it sets more, which ours refuse."""
+    for name in ("layer_norm_eps", "rms_norm_eps"):
+        if hasattr(config, name):
+            setattr(config, name, 1.0)
 
 
 test_modeling_common.set_config_for_less_flaky_test = set_large_epsilon
@@ -124,7 +126,7 @@ class CommonTests(ModelTesterMixin, TrainingTesterMixin):
 
 class DEQTransformerTest(CommonTests, unittest.TestCase):
     family = TRANSFORMER
-    excluded = EXCLUDED_TRANSFORMER
+    excluded = EXCLUDED_ROTARY
 
 
 class DEQTrellisNetTest(CommonTests, unittest.TestCase):
@@ -132,3 +134,8 @@ class DEQTrellisNetTest(CommonTests, unittest.TestCase):
     excluded = EXCLUDED
     has_attentions = False
     training_overfit_learning_rate = 1e-2  # gates of 28 channels learn slower than attention
+
+
+class DEQAttractorTest(CommonTests, unittest.TestCase):
+    family = ATTRACTOR
+    excluded = EXCLUDED_ROTARY
