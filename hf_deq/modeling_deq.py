@@ -100,7 +100,7 @@ class DEQModel(DEQPreTrainedModel):
 
     Subclasses set `layer_class` and define `_embed` and `_context`. They may replace `norm` and `output_dropout`.
     These two modules are applied to the equilibrium, and do nothing by default. The output field `hidden_states` has
-    two entries: the embedded input, which f injects, and `last_hidden_state`.
+    two entries, unless a subclass records more: the embedded input, which f injects, and `last_hidden_state`.
     """
 
     layer_class: type[DEQLayer]

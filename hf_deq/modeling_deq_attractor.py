@@ -147,15 +147,24 @@ class DEQAttractorBlock(nn.Module):
         return attended + fed, weights
 
 
+class DEQAttractorPreludeLayer(DEQAttractorBlock):
+    """A layer of the prelude: the same module, but its output is the sum."""
+
+    def forward(self, x: Tensor, *arguments) -> tuple[Tensor, Tensor | None]:
+        """Map states `(batch, sequence, hidden)` to states of the same shape and the attention weights."""
+        added, weights = super().forward(x, *arguments)
+        return x + added, weights
+
+
 class DEQAttractorLayer(DEQLayer):
     """The prelude, and the equilibrium of the head."""
 
     def __init__(self, config: DEQAttractorConfig):
         super().__init__(config)
         self.input_size = config.hidden_size
-        layers = [DEQAttractorBlock(config, i) for i in range(config.num_hidden_layers)]
-        self.prelude = nn.ModuleList(layers[: config.num_prelude_layers])
-        self.head = nn.ModuleList(layers[config.num_prelude_layers :])
+        explicit, all_layers = config.num_prelude_layers, config.num_hidden_layers
+        self.prelude = nn.ModuleList([DEQAttractorPreludeLayer(config, i) for i in range(explicit)])
+        self.head = nn.ModuleList([DEQAttractorBlock(config, i) for i in range(explicit, all_layers)])
 
     def forward(
         self,
@@ -192,12 +201,11 @@ class DEQAttractorLayer(DEQLayer):
     def _propose(self, hidden_states: Tensor, *arguments) -> Tensor:
         """Return the context, the output of the prelude. With activation checkpointing, backward recomputes it."""
         recompute = self.gradient_checkpointing and self.training
-        for block in self.prelude:
+        for layer in self.prelude:
             if recompute:
-                added, _ = checkpoint(block, hidden_states, *arguments, use_reentrant=False)
+                hidden_states, _ = checkpoint(layer, hidden_states, *arguments, use_reentrant=False)
             else:
-                added, _ = block(hidden_states, *arguments)
-            hidden_states = hidden_states + added
+                hidden_states, _ = layer(hidden_states, *arguments)
         return hidden_states
 
 
@@ -208,8 +216,8 @@ class DEQAttractorPreTrainedModel(DEQPreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {
-        "hidden_states": OutputRecorder(DEQAttractorLayer, index=0),
-        "attentions": OutputRecorder(DEQAttractorLayer, index=1),
+        "hidden_states": [OutputRecorder(DEQAttractorPreludeLayer), OutputRecorder(DEQAttractorLayer)],
+        "attentions": [OutputRecorder(DEQAttractorPreludeLayer, index=1), OutputRecorder(DEQAttractorLayer, index=1)],
     }
 
     @torch.no_grad()
@@ -225,8 +233,9 @@ class DEQAttractorPreTrainedModel(DEQPreTrainedModel):
 class DEQAttractorModel(DEQAttractorPreTrainedModel, DEQModel):
     """The base model: it maps token ids to equilibrium states.
 
-    The output field `attentions` (with eager attention only) has one entry: the attention weights of the last layer of
-    the head at the equilibrium.
+    The output field `hidden_states` has the embedded input, the output of each layer of the prelude, and
+    `last_hidden_state`. The field `attentions` (with eager attention only) has the attention weights of each layer of
+    the prelude, and those of the last layer of the head at the equilibrium.
     """
 
     layer_class = DEQAttractorLayer

@@ -155,7 +155,7 @@ ATTRACTOR = Family(
     config_class=DEQAttractorConfig,
     base_class=DEQAttractorModel,
     model_class=DEQAttractorForCausalLM,
-    tiny=dict(intermediate_size=32, num_attention_heads=2, num_hidden_layers=3, num_prelude_layers=2),
+    tiny=dict(intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, num_prelude_layers=1),
     wide=dict(vocab_size=500, hidden_size=128, intermediate_size=512, num_attention_heads=4),
     remembering=None,
     dropouts=(),

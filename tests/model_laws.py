@@ -407,7 +407,7 @@ class ModelLaws:
         torch.testing.assert_close(kept, full.logits[:, [0, 5]], rtol=0, atol=1e-12)
         embeds = model.get_input_embeddings()(ids)
         assert torch.equal(model(inputs_embeds=embeds).logits, full.logits)
-        injected, equilibrium_state = full.hidden_states
+        injected, *_, equilibrium_state = full.hidden_states
         assert injected.shape == embeds.shape and equilibrium_state.shape == (2, 9, model.config.hidden_size)
         assert torch.equal(model._logits(equilibrium_state), full.logits)
 

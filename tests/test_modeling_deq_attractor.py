@@ -18,10 +18,10 @@ class TestGeneration(GenerationLaws):
 
 
 def test_the_prelude_runs_once_a_call_and_the_solve_starts_at_its_output():
-    model, calls, starts = ATTRACTOR.model(), [], []
+    model, calls, starts = ATTRACTOR.model(num_hidden_layers=3, num_prelude_layers=2), [], []
     layer = model.model.layers[0]
     for block in layer.prelude:
-        block.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0] + output[0]))
+        block.register_forward_hook(lambda module, inputs, output: calls.append(output[0]))
     solve = layer.solve
     layer.solve = lambda f, z0, *others: starts.append(z0) or solve(f, z0, *others)
     output = model(random_ids(2, 7))
@@ -29,8 +29,16 @@ def test_the_prelude_runs_once_a_call_and_the_solve_starts_at_its_output():
     assert torch.equal(starts[0], calls[-1])
 
 
+def test_every_layer_of_the_prelude_is_recorded():
+    model = ATTRACTOR.model(num_hidden_layers=3, num_prelude_layers=2, attn_implementation="eager")
+    output = model(random_ids(2, 5), output_hidden_states=True, output_attentions=True)
+    assert [state.shape for state in output.hidden_states] == [(2, 5, 16)] * 4
+    assert [weights.shape for weights in output.attentions] == [(2, 2, 5, 5)] * 3
+    torch.testing.assert_close(output.attentions[-1].sum(-1), torch.ones(2, 2, 5).double())
+
+
 def test_the_cache_has_one_slot_per_layer_however_many_evaluations():
-    model = ATTRACTOR.model()
+    model = ATTRACTOR.model(num_hidden_layers=3, num_prelude_layers=1)
     for budget in (1, 20):
         cache = model(random_ids(2, 7), solver_max_evaluations=budget, use_cache=True).cache
         assert [layer.keys.shape for layer in cache.layers] == [(2, 2, 7, 8)] * 3
@@ -82,7 +90,7 @@ def test_gates_start_at_their_initial_value(initial, limit):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"num_prelude_layers": 3}, "num_prelude_layers=3 must be below num_hidden_layers=3"),
+        ({"num_prelude_layers": 2}, "num_prelude_layers=2 must be below num_hidden_layers=2"),
         ({"num_prelude_layers": -1}, "num_prelude_layers must be zero or positive"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=2"),
         ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1"),

@@ -65,7 +65,9 @@ def fetch(requirement: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "tests, at_least", [("DEQTransformerTest", 100), ("DEQTrellisNetTest", 70)], ids=["transformer", "trellisnet"]
+    "tests, at_least",
+    [("DEQTransformerTest", 100), ("DEQTrellisNetTest", 70), ("DEQAttractorTest", 100)],
+    ids=["transformer", "trellisnet", "attractor"],
 )
 def test_the_library_s_own_tests_hold(library_tests, tests, at_least):
     environment = os.environ | {
