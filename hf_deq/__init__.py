@@ -24,6 +24,7 @@ from .modeling_deq_trellisnet import (
     DEQTrellisNetForSequenceClassification,
     DEQTrellisNetModel,
 )
+from .reversible import ReversibleGradient
 
 AutoConfig.register("deq_transformer", DEQTransformerConfig)
 AutoModel.register(DEQTransformerConfig, DEQTransformerModel)
@@ -61,6 +62,7 @@ __all__ = [
     "ImplicitGradient",
     "PhantomGradient",
     "PicardSolver",
+    "ReversibleGradient",
     "UnrolledGradient",
     "equilibrium",
     "jacobian_regularization",

@@ -13,9 +13,9 @@ from .fixed_point import SOLVERS
 logger = logging.get_logger(__name__)
 
 SOLVER_SCOPES = ("causal", "sequence")
-GRADIENTS = ("implicit", "phantom", "unrolled")
+GRADIENTS = ("implicit", "phantom", "unrolled", "reversible")
 LARGEST_NUMBER = 100_000_000  # of any field: more is a slip of the hand
-OWN_PREFIXES = ("solver_", "backward_", "phantom_", "jacobian_")
+OWN_PREFIXES = ("solver_", "backward_", "phantom_", "reversible_", "jacobian_")
 
 
 @strict
@@ -32,11 +32,14 @@ class DEQConfig(PreTrainedConfig):
             With `gradient="unrolled"`: the number of applications of f.
         solver_history: number of past iterates that Anderson or Broyden remember.
         solver_damping: fraction of each solver step that is taken, in (0, 1].
-        gradient: `"implicit"` (exact), `"phantom"` (through a few damped steps at the equilibrium) or `"unrolled"` (an
-            explicit weight-tied stack; it has no equilibrium to cache, so it generates without a cache).
+        gradient: `"implicit"` (exact), `"phantom"` (through a few damped steps at the equilibrium), `"unrolled"` (an
+            explicit weight-tied stack; it has no equilibrium to cache, so it generates without a cache) or
+            `"reversible"` (through reversible steps, which backward undoes; without gradients, the solver runs).
         backward_solver, backward_tolerance, backward_max_evaluations: solver, tolerance and budget of the linear solve
             for the implicit gradient. Here evaluations are vector-Jacobian products.
         phantom_steps, phantom_damping: number and damping of the steps that the phantom gradient differentiates.
+        reversible_steps, reversible_beta: number of reversible steps, with two calls of f each, and the fraction of
+            each step that is taken, in (0, 1).
         jacobian_loss_weight: weight of the Jacobian regularization in the training loss; 0 turns it off.
         jacobian_loss_frequency: fraction of training steps that apply the regularization, in (0, 1].
 
@@ -74,6 +77,8 @@ class DEQConfig(PreTrainedConfig):
     backward_max_evaluations: int = 30
     phantom_steps: int = 5
     phantom_damping: int | float = 0.5
+    reversible_steps: int = 8
+    reversible_beta: int | float = 0.5
     jacobian_loss_weight: int | float = 0.0
     jacobian_loss_frequency: int | float = 1.0
 
@@ -128,11 +133,15 @@ class DEQConfig(PreTrainedConfig):
         require_one_of("solver_scope", self.solver_scope, SOLVER_SCOPES)
         require_one_of("gradient", self.gradient, GRADIENTS)
         self.require_at_least(0, "solver_tolerance", "backward_tolerance", "jacobian_loss_weight")
-        self.require_at_least(1, "solver_max_evaluations", "backward_max_evaluations", "phantom_steps")
+        self.require_at_least(
+            1, "solver_max_evaluations", "backward_max_evaluations", "phantom_steps", "reversible_steps"
+        )
         self.require_at_least(1, "solver_history", largest=100)
         for name in ("solver_damping", "phantom_damping", "jacobian_loss_frequency"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
+        if not 0 < self.reversible_beta < 1:
+            raise ValueError(f"reversible_beta must be in (0, 1), got {self.reversible_beta}.")
 
     def require_at_least(self, smallest: int, *names: str, largest: int = LARGEST_NUMBER) -> None:
         """Refuse fields that are below a number or above another one, or not a number.

@@ -8,6 +8,7 @@ The estimators differ in what they backpropagate through:
     ImplicitGradient    the equilibrium itself, by the implicit function theorem
     PhantomGradient     the last few damped applications of f (one of them: "Jacobian-free")
     UnrolledGradient    every application: an explicit stack with tied weights, no solver
+    ReversibleGradient  every application of reversible steps, which backward undoes (see `reversible`)
 
 The value is the image f(z) of the solver's iterate z, with and without gradients. So training and
 inference use the same value. (With gradients, the value of the phantom gradient is the end of
@@ -25,12 +26,15 @@ from .fixed_point import AndersonSolver, FixedPointSolution, FixedPointSolver, S
 from .packed_texts import Texts
 from .position_algebra import Positions, own_residuals
 
+# Returns a solution with gradients: (f, z0, solver, texts) -> solution.
+GradientEstimator = Callable[[SequenceMap, Tensor, FixedPointSolver, Texts | None], FixedPointSolution]
+
 
 def equilibrium(
     f: SequenceMap,
     z0: Tensor,
     solver: FixedPointSolver | None = None,
-    gradient: "GradientEstimator | None" = None,
+    gradient: GradientEstimator | None = None,
     texts: Texts | None = None,
 ) -> FixedPointSolution:
     """Solve z = f(z) and return f(z) with gradients to everything that f closes over.
@@ -38,15 +42,17 @@ def equilibrium(
     Args:
         f: maps a state `(batch, sequence, features)` to a state of the same shape. f must be
             deterministic (draw dropout masks outside of f).
-        z0: the state from which the solver starts. It receives no gradient, except from `UnrolledGradient`.
+        z0: the state from which the solver starts. It receives gradients only from
+            `UnrolledGradient` and `ReversibleGradient`.
         solver: how the equilibrium is found. Default: `AndersonSolver()`.
         gradient: how the equilibrium is differentiated. Default: `ImplicitGradient()`.
         texts: the texts of packed rows; `None` if every row is one text.
 
     Returns:
         `FixedPointSolution` whose `value` (and `image`) is f(z) for the last z that f was called with (with gradients,
-        `PhantomGradient` returns the end of its path). `residual` is the largest ||f(z) - z|| / ||f(z)|| over the
-        positions of a text. `num_evaluations` counts all calls of f, also those with a graph.
+        `PhantomGradient` and `ReversibleGradient` return the end of their path). `residual` is the largest
+        ||f(z) - z|| / ||f(z)|| over the positions of a text. `num_evaluations` counts all calls of f, also those with
+        a graph.
 
     Raises:
         ValueError: if z0 is not a floating point state of three dimensions, or f changes its shape.
@@ -61,6 +67,10 @@ class ImplicitGradient:
     f is evaluated once at z with a graph. For the incoming gradient g, backward solves w = J'w + g
     with vector-Jacobian products on this graph. Then it passes w on to the graph. Memory is that of
     one application of f, for any number of iterations in either direction.
+
+    The w that backward uses is J'w + g of the solver's last w, as the value is the image of the solver's last z. So
+    `PicardSolver(tolerance=0, max_evaluations=k)` gives the Neumann sum of k products, g + J'g + ... + J'^k g, as long
+    as the residual of every position falls (always for k = 1, the "one-step" gradient).
 
     Args:
         solver: solves for w. J' runs backwards in time, so `"causal"` scope becomes `"anticausal"`.
@@ -121,7 +131,7 @@ class PhantomGradient:
             z = value
             f_z = f(z)
             value = torch.lerp(z, f_z.to(z.dtype), self.damping)
-        return _measured(z, f_z, value, solution.num_evaluations + self.steps, solver, texts)
+        return measured(z, f_z, value, solution.num_evaluations + self.steps, solver, texts)
 
 
 @dataclass(frozen=True)
@@ -152,10 +162,7 @@ class UnrolledGradient:
             value = checkpoint(f, z, use_reentrant=False) if self.activation_checkpointing else f(z)
         count = z0.shape[0] if texts is None else len(texts.lasts)
         num_evaluations = torch.full((count,), self.steps, device=z0.device)
-        return _measured(z, value, value, num_evaluations, solver, texts)
-
-
-GradientEstimator = ImplicitGradient | PhantomGradient | UnrolledGradient
+        return measured(z, value, value, num_evaluations, solver, texts)
 
 
 def evaluate_with_graph(f: SequenceMap, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +192,7 @@ class _ImplicitFunction(torch.autograd.Function):
         solution = ctx.solver(transposed, grad, ctx.texts)
         if ctx.on_backward is not None:
             ctx.on_backward(solution)
-        w = solution.value
+        w = solution.image
         if torch.is_grad_enabled():  # create_graph=True
             w = _NoSecondDerivative.apply(w, grad, ctx.f_z)
         return w, None, None, None, None
@@ -206,7 +213,7 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def _measured(z, f_z, value, num_evaluations, solver: FixedPointSolver, texts: Texts | None) -> FixedPointSolution:
+def measured(z, f_z, value, num_evaluations, solver: FixedPointSolver, texts: Texts | None) -> FixedPointSolution:
     """Return the solution with this value, and with the residual measured at the last z and f(z)."""
     with torch.no_grad():
         residual = Positions(z.shape[1], solver.scope, texts).residuals(own_residuals(z, f_z))

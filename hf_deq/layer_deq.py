@@ -26,6 +26,7 @@ from .equilibrium import (
 from .fixed_point import SOLVERS, FixedPointSolution, FixedPointSolver, SequenceMap
 from .jacobian import jacobian_regularization
 from .packed_texts import Texts
+from .reversible import ReversibleGradient
 from .weight_tying import keeping_weights
 
 
@@ -134,7 +135,7 @@ class DEQLayer(nn.Module):
         """
         estimator = self.gradient_estimator(dial)
         # Backward recomputes f without kept weights. So the first computation must not use kept weights either.
-        recomputed = isinstance(estimator, UnrolledGradient) and estimator.activation_checkpointing
+        recomputed = getattr(estimator, "activation_checkpointing", isinstance(estimator, ReversibleGradient))
         with nullcontext() if recomputed else keeping_weights():
             solution = equilibrium(f, z0, self.forward_solver(dial), estimator, texts)
             return solution, self._jacobian_loss(f, solution.value, dial)
@@ -153,6 +154,8 @@ class DEQLayer(nn.Module):
             return UnrolledGradient(steps, self.gradient_checkpointing and self.training)
         if config.gradient == "phantom":
             return PhantomGradient(config.phantom_steps, config.phantom_damping)
+        if config.gradient == "reversible":
+            return ReversibleGradient(config.reversible_steps, config.reversible_beta)
         limits = {"tolerance": config.backward_tolerance, "max_evaluations": config.backward_max_evaluations}
         return ImplicitGradient(make_solver(config, config.backward_solver, **limits), self._record_backward)
 

@@ -107,7 +107,7 @@ class ModelLaws:
                 assert output.converged.tolist() == [text.converged.item() for text in expected]
                 assert output.cache is None and output.memory is None
 
-    @pytest.mark.parametrize("gradient", ["implicit", "phantom", "unrolled"])
+    @pytest.mark.parametrize("gradient", ["implicit", "phantom", "unrolled", "reversible"])
     def test_packed_texts_are_trained_as_texts_alone(self, gradient):
         """At a tight tolerance and at a loose one, where the solves are cut short in both directions."""
         for tolerance in (1e-2, 1e-10):
@@ -252,7 +252,7 @@ class ModelLaws:
                 gradients.setdefault(name, torch.zeros(()))
         return gradients | {"embeds": embeds.grad}
 
-    @pytest.mark.parametrize("gradient", ["implicit", "phantom", "unrolled"])
+    @pytest.mark.parametrize("gradient", ["implicit", "phantom", "unrolled", "reversible"])
     def test_a_few_steps_of_training_lower_the_loss(self, gradient):
         model = self.family.model(
             gradient=gradient, solver_max_evaluations=12, solver_tolerance=1e-3, backward_tolerance=1e-2

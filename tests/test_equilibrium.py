@@ -12,6 +12,7 @@ from hf_deq import (
     ImplicitGradient,
     PhantomGradient,
     PicardSolver,
+    ReversibleGradient,
     UnrolledGradient,
     equilibrium,
 )
@@ -60,8 +61,9 @@ def test_implicit_gradient_equals_the_dense_theorem(causal_map, x):
         ImplicitGradient(AndersonSolver(**TIGHT)),
         UnrolledGradient(4),
         UnrolledGradient(4, activation_checkpointing=True),
+        ReversibleGradient(4),
     ],
-    ids=["implicit", "unrolled", "unrolled-checkpointed"],
+    ids=["implicit", "unrolled", "unrolled-checkpointed", "reversible"],
 )
 def test_gradcheck(causal_map, gradient):
     x = torch.randn(1, 3, 6, dtype=torch.float64, requires_grad=True)
@@ -93,6 +95,72 @@ def test_one_undamped_phantom_step_is_jacobian_free_backpropagation(causal_map, 
     once = causal_map(solver(lambda z: causal_map(z, x), torch.zeros_like(x)).value, x)
     for ours, expected in zip(gradients(jfb.value, x), gradients(once, x), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("products", [1, 2, 5])
+def test_a_neumann_sum_is_a_setting_of_the_backward_solver(causal_map, x, products, recwarn):
+    """w = g + J'g + ... of so many products, without a warning: nobody asked for convergence."""
+    inputs = (x, *causal_map.parameters())
+    solver = PicardSolver(tolerance=0, max_evaluations=products)
+    solution = equilibrium(
+        lambda z: causal_map(z, x), torch.zeros_like(x), AndersonSolver(tolerance=1e-9), ImplicitGradient(solver)
+    )
+    ours = torch.autograd.grad(solution.value.square().sum(), inputs)
+    z = solution.value.detach().requires_grad_()
+    w = term = 2 * z.detach()
+    for _ in range(products):
+        (term,) = torch.autograd.grad(causal_map(z, x), z, term)
+        w = w + term
+    for a, b in zip(ours, torch.autograd.grad(causal_map(z, x), inputs, w), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("steps, beta", [(1, 0.5), (2, 0.9), (6, 0.3), (12, 0.5), (12, 0.7)])
+def test_reversible_gradient_is_backpropagation_through_its_steps(causal_map, x, steps, beta):
+    """Also to the start, and to a tensor with a graph of its own that f closes over; and when backward runs twice."""
+    start = torch.randn_like(x).requires_grad_()
+    inputs, through = (x, start, *causal_map.parameters()), 2 * x
+    solution = equilibrium(lambda z: causal_map(z, through), start, AndersonSolver(), ReversibleGradient(steps, beta))
+    y = z = start
+    for _ in range(steps):
+        y = torch.lerp(y, causal_map(z, 2 * x), beta)
+        z = torch.lerp(z, causal_map(y, 2 * x), beta)
+    torch.testing.assert_close(solution.value, z, rtol=0, atol=1e-14)
+    assert solution.num_evaluations.tolist() == [2 * steps] * 2
+    exact = gradients(z, *inputs)
+    weight = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view_as(z)
+    loss = (solution.value * weight).sum() + solution.value.square().sum()
+    for retain in (True, False):
+        for a, b in zip(torch.autograd.grad(loss, inputs, retain_graph=retain), exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
+
+
+def test_reversible_steps_of_an_f_without_activations(x):
+    """Backward asks for no activation of this f, and finds the states nevertheless."""
+    gradient = ReversibleGradient(3, 0.5)
+    solution = equilibrium(lambda z: 0.5 * z + x if z[0, 0, 0] < 9 else z, torch.zeros_like(x), None, gradient)
+    y = z = torch.zeros_like(x)
+    for _ in range(3):
+        y = torch.lerp(y, 0.5 * z + x, 0.5)
+        z = torch.lerp(z, 0.5 * y + x, 0.5)
+    for ours, exact in zip(gradients(solution.value, x), gradients(z, x), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"steps": 0}, "steps >= 1, got 0"),
+        ({"beta": 0.0}, r"beta in \(0, 1\), got 0.0"),
+        ({"beta": 1.0}, "got 1.0"),
+        ({"beta": float("nan")}, "got nan"),
+        ({"steps": float("nan")}, "got nan"),
+    ],
+)
+def test_reversible_settings_are_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ReversibleGradient(**fields)
 
 
 def test_longer_phantom_gradients_approach_the_implicit_one(causal_map, x):
@@ -151,7 +219,7 @@ def test_every_call_of_f_is_counted_and_the_residual_is_measured_at_the_end(caus
         calls += 1
         return causal_map(z, x)
 
-    for gradient in (ImplicitGradient(), PhantomGradient(3), UnrolledGradient(4)):
+    for gradient in (ImplicitGradient(), PhantomGradient(3), UnrolledGradient(4), ReversibleGradient(4)):
         calls = 0
         solution = equilibrium(f, torch.zeros_like(x), AndersonSolver(tolerance=1e-5), gradient)
         assert solution.num_evaluations.max() == calls
@@ -168,9 +236,24 @@ def test_activations_of_one_application_whatever_the_depth(causal_map, x):
             equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), solver, gradient(evaluations))
         return sum(sizes)
 
-    with pytest.warns(UserWarning):
-        assert saved(lambda n: ImplicitGradient(), 3) == saved(lambda n: ImplicitGradient(), 100)
+    assert saved(lambda n: ImplicitGradient(), 3) == saved(lambda n: ImplicitGradient(), 100)
+    assert saved(ReversibleGradient, 3) == saved(ReversibleGradient, 100)
     assert saved(UnrolledGradient, 100) > 20 * saved(UnrolledGradient, 3)
+
+
+def test_reversible_steps_hold_no_state_until_backward(causal_map, x):
+    """Counted in live tensors, since hooks see only what autograd saves."""
+
+    def living(steps):
+        gc.collect()
+        before = sum(isinstance(one, torch.Tensor) and one.shape == x.shape for one in gc.get_objects())
+        solution = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=ReversibleGradient(steps))
+        gc.collect()
+        after = sum(isinstance(one, torch.Tensor) and one.shape == x.shape for one in gc.get_objects())
+        assert solution.value.requires_grad
+        return after - before
+
+    assert living(3) == living(40)
 
 
 def test_graph_is_freed_with_its_solution(causal_map, x):
@@ -194,7 +277,9 @@ def test_backward_reports_and_gradients_accumulate(causal_map, x):
     assert len(reports) == 3 and reports[0].converged.all() and (reports[0].num_evaluations > 3).all()
 
 
-@pytest.mark.parametrize("gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(3)])
+@pytest.mark.parametrize(
+    "gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(3), ReversibleGradient(3)]
+)
 def test_autocast_does_not_cut_the_parameters_off(gradient):
     """Casts cached in the solve (without gradients) must not serve the graph that is differentiated."""
     linear = torch.nn.Linear(8, 8)
@@ -207,7 +292,9 @@ def test_autocast_does_not_cut_the_parameters_off(gradient):
     assert linear.weight.grad is not None and linear.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(3)])
+@pytest.mark.parametrize(
+    "gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(3), ReversibleGradient(3)]
+)
 def test_an_f_in_lower_precision_than_its_state(gradient):
     """What f returns under autocast, where nothing casts it back."""
     linear, x = torch.nn.Linear(8, 8), torch.randn(2, 4, 8)
@@ -250,14 +337,19 @@ def test_a_second_derivative_is_refused_or_right(causal_map, x):
     with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
         torch.autograd.grad(gradient(ImplicitGradient(solver), x).square().sum(), causal_map.own)
     small = torch.randn(1, 2, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(
-        lambda x: equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=UnrolledGradient(5)).value,
-        small,
-    )
+    for estimator in (UnrolledGradient(5), ReversibleGradient(3)):
+        assert torch.autograd.gradgradcheck(
+            lambda x, estimator=estimator: (
+                equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=estimator).value
+            ),
+            small,
+        )
 
 
 @pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
-@pytest.mark.parametrize("gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(3)])
+@pytest.mark.parametrize(
+    "gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(3), ReversibleGradient(3)]
+)
 def test_a_residual_that_is_no_number_is_infinite(x, gradient):
     solution = equilibrium(lambda z: z * x * float("nan"), torch.zeros_like(x), gradient=gradient)
     assert (solution.residual == float("inf")).all() and not solution.converged.any()

@@ -162,7 +162,7 @@ def _equilibrium(given: Arguments) -> dict:
 
 
 # The gradient with w = g + J'g, the first two terms of the Neumann series.
-ONE_STEP = {"gradient": "implicit", "backward_solver": "picard", "backward_tolerance": 0, "backward_max_evaluations": 2}
+ONE_STEP = {"gradient": "implicit", "backward_solver": "picard", "backward_tolerance": 0, "backward_max_evaluations": 1}
 
 
 def without_rotary_table(state_dict: dict[str, Tensor], config: DEQAttractorConfig) -> dict[str, Tensor]:

@@ -1,0 +1,113 @@
+"""The reversible gradient: the exact gradient of a number of steps, at the memory of one (RevDEQ, arXiv 2509.12917)."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from .equilibrium import measured
+from .fixed_point import FixedPointSolution, FixedPointSolver, SequenceMap
+from .packed_texts import Texts
+
+
+@dataclass(frozen=True)
+class ReversibleGradient:
+    """Backpropagation through reversible steps: backward finds every state again, so none is kept.
+
+    Two states y and z start at z0. A step calls f twice:
+
+        y <- (1 - beta) y + beta f(z)
+        z <- (1 - beta) z + beta f(y)
+
+    Backward undoes the steps, from the last one on: z <- (z - beta f(y)) / (1 - beta), and y likewise. It evaluates f
+    once more for each call, with a graph. The value is z after the last step. Without gradients, the solver runs
+    instead. So training and inference agree as far as the steps have converged.
+
+    Undoing a step divides rounding errors by 1 - beta. The two states are therefore in double precision (single on
+    MPS), whatever the precision of f.
+
+    Args:
+        steps: steps of two applications of f each, at least 1.
+        beta: fraction of each step that is taken, in (0, 1). Larger values converge faster, and lose precision faster.
+    """
+
+    steps: int = 8
+    beta: float = 0.5
+
+    def __post_init__(self):
+        if not self.steps >= 1:
+            raise ValueError(f"ReversibleGradient needs steps >= 1, got {self.steps}.")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"ReversibleGradient needs beta in (0, 1), got {self.beta}.")
+
+    def __call__(
+        self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver, texts: Texts | None = None
+    ) -> FixedPointSolution:
+        if not torch.is_grad_enabled():
+            solution = solver(f, z0, texts)
+            return replace(solution, value=solution.image)
+        tape = _Tape(f, z0.dtype, self.beta)
+        y = z = z0.to(torch.float32 if z0.device.type == "mps" else torch.float64)
+        for _ in range(self.steps):
+            y = torch.lerp(y, tape.image(z), self.beta)
+            image = tape.image(y)
+            z = torch.lerp(z, image, self.beta)
+        tape.end(y.detach(), z.detach())
+        count = z0.shape[0] if texts is None else len(texts.lasts)
+        num_evaluations = torch.full((count,), 2 * self.steps, device=z0.device)
+        return measured(y.to(z0.dtype), image, z.to(z0.dtype), num_evaluations, solver, texts)
+
+
+class _Tape:
+    """Calls of f whose activations, and whose arguments, are computed again in backward.
+
+    `checkpoint` drops the activations, and keeps the argument of each call. Here its argument is replaced by the number
+    of the call. In backward, the last call comes first. Its image undoes one update, and this gives the argument of the
+    call before it.
+    """
+
+    def __init__(self, f: SequenceMap, dtype: torch.dtype, beta: float):
+        self.f, self.dtype, self.beta = f, dtype, beta
+        self.calls = 0
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def image(self, state: Tensor) -> Tensor:
+        """Return f(state), in the dtype of the state, with a graph that holds no activations."""
+        self.calls += 1
+        number = self.calls
+
+        def call(state: Tensor) -> Tensor:
+            image = self.f(state.to(self.dtype)).to(state.dtype)
+            if self.last is not None and number == self.present:  # in backward
+                self._undo(image.detach())
+            return image
+
+        # Only the argument passes through these hooks: `checkpoint` has hooks of its own for the activations.
+        with saved_tensors_hooks(lambda _: number, self._argument), set_checkpoint_early_stop(False):
+            return checkpoint(call, state, use_reentrant=False, preserve_rng_state=False)
+
+    def end(self, y: Tensor, z: Tensor) -> None:
+        """Keep the final states. The last call had the argument y, and updated z."""
+        self.last = y, z
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self.argument, self.updated = self.last
+        self.present = self.calls
+
+    @torch.no_grad()
+    def _argument(self, number: int) -> Tensor:
+        """Return the argument of a call. Backward asks for the arguments of later calls first."""
+        if number > self.present:  # backward runs once more
+            self._rewind()
+        while number < self.present:  # autograd needed no activation of the calls between
+            self._undo(self.f(self.argument.to(self.dtype)).to(self.argument.dtype))
+        return self.argument
+
+    def _undo(self, image: Tensor) -> None:
+        """Undo the update of the present call, and go on to the call before it."""
+        before = (self.updated - self.beta * image) / (1 - self.beta)
+        self.argument, self.updated = before, self.argument
+        self.present -= 1
