@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from .cache_deq import check_cacheable
 from .layer_deq import Dial
+from .softmax_heads import check_ids
 from .weight_tying import keeping_weights
 
 # The reported fields of every solve, in this order.
@@ -141,9 +142,12 @@ class DEQGenerationMixin(GenerationMixin):
 
         Raises:
             TypeError: if the dial is passed: all requests are solved with the model's configuration.
-            ValueError: as in `init_continuous_batching`, and if `generate` passes on a mask of padded rows.
+            ValueError: as in `init_continuous_batching`; if a request is empty or has ids out of range; if `generate`
+                passes on a mask of padded rows.
         """
         _refuse_dial(kwargs)
+        for input_ids in inputs:
+            self._check_request(input_ids)
         if kwargs.get("attention_mask") is not None and not bool(kwargs["attention_mask"].all()):
             raise ValueError(
                 "attention_mask has padding, but requests have none: call generate_batch with one list of ids for each "
@@ -162,7 +166,8 @@ class DEQGenerationMixin(GenerationMixin):
         Each request is solved as if it were alone, and stops by itself. Its text is that of `generate` for the prompt
         alone, except for ties within the model's tolerance: a long prompt may be solved in parts, and requests may
         share the pages of a common beginning. `continuous_batching_config` is not changed. Flash attention, which
-        Transformers would choose on a GPU, is left out.
+        Transformers would choose on a GPU, is left out. The manager's `add_request` refuses empty requests and ids out
+        of range.
 
         Raises:
             TypeError: if the generation configuration sets the dial: all requests are solved with the model's
@@ -186,7 +191,24 @@ class DEQGenerationMixin(GenerationMixin):
                 f"{self.config._attn_implementation!r}: call model.set_attn_implementation('sdpa')."
             )
         config = _without_graphs(continuous_batching_config or ContinuousBatchingConfig())
-        return super().init_continuous_batching(generation_config, config, workload_hints)
+        manager = super().init_continuous_batching(generation_config, config, workload_hints)
+
+        def add_request(input_ids: list[int], *args, **kwargs) -> str | None:
+            self._check_request(input_ids)
+            return ContinuousBatchingManager.add_request(manager, input_ids, *args, **kwargs)
+
+        manager.add_request = add_request
+        return manager
+
+    def _check_request(self, input_ids: list[int]) -> None:
+        """Refuse a request that cannot be solved. In a shared row, its error would end the requests of everybody.
+
+        Raises:
+            ValueError: if it is empty, or has ids out of range.
+        """
+        if len(input_ids) == 0:
+            raise ValueError("A request is empty: give at least one token (a beginning-of-text token will do).")
+        check_ids("input_ids", torch.tensor(input_ids), self.config.vocab_size)
 
 
 def _refuse_dial(arguments: dict) -> None:
