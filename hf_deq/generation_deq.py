@@ -173,24 +173,14 @@ class DEQGenerationMixin(GenerationMixin):
             TypeError: if the generation configuration sets the dial: all requests are solved with the model's
                 configuration.
             ValueError: if the model has no keys and values, or no equilibrium to cache; if its attention is neither
-                `"eager"` nor `"sdpa"`; if the configuration asks for compilation or CUDA graphs, which cannot stop
-                when every request has converged.
+                `"eager"` nor `"sdpa"`; if there is more than one beam; if the configuration asks for compilation or
+                CUDA graphs, which cannot stop when every request has converged.
         """
-        if not self._supports_attention_backend:
-            raise ValueError(
-                f"{type(self).__name__} cannot be batched continuously (generate_batch, cache_implementation='paged', "
-                "a server's continuous batching). Paged caches hold keys and values for every token, but this model "
-                "keeps a state of constant size. Pass the requests to generate as a left-padded batch, whose rows are "
-                "solved independently."
-            )
-        check_cacheable(self.config)
-        _refuse_dial(vars(generation_config or self.generation_config))
-        if self.config._attn_implementation.removeprefix("paged|") not in ("eager", "sdpa"):
-            raise ValueError(
-                f"Continuous batching needs attn_implementation='sdpa' or 'eager', got "
-                f"{self.config._attn_implementation!r}: call model.set_attn_implementation('sdpa')."
-            )
-        config = _without_graphs(continuous_batching_config or ContinuousBatchingConfig())
+        # A copy, because Transformers notes in it that there is no end-of-text token.
+        generation_config = copy.deepcopy(generation_config or self.generation_config)
+        self._check_continuous_batching(generation_config)
+        asked = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
+        config = _without_graphs(asked or ContinuousBatchingConfig())
         manager = super().init_continuous_batching(generation_config, config, workload_hints)
 
         def add_request(input_ids: list[int], *args, **kwargs) -> str | None:
@@ -199,6 +189,28 @@ class DEQGenerationMixin(GenerationMixin):
 
         manager.add_request = add_request
         return manager
+
+    def _check_continuous_batching(self, generation_config: GenerationConfig) -> None:
+        """Refuse what `init_continuous_batching` says that it refuses, except for fields of its own configuration."""
+        if not self._supports_attention_backend:
+            raise ValueError(
+                f"{type(self).__name__} cannot be batched continuously (generate_batch, cache_implementation='paged', "
+                "a server's continuous batching). Paged caches hold keys and values for every token, but this model "
+                "keeps a state of constant size. Pass the requests to generate as a left-padded batch, whose rows are "
+                "solved independently."
+            )
+        check_cacheable(self.config)
+        _refuse_dial(vars(generation_config))
+        if (generation_config.num_beams or 1) > 1:
+            raise ValueError(
+                f"num_beams={generation_config.num_beams}: continuous batching follows one beam for each request. "
+                "Leave num_beams out, or pass the requests to generate."
+            )
+        if self.config._attn_implementation.removeprefix("paged|") not in ("eager", "sdpa"):
+            raise ValueError(
+                f"Continuous batching needs attn_implementation='sdpa' or 'eager', got "
+                f"{self.config._attn_implementation!r}: call model.set_attn_implementation('sdpa')."
+            )
 
     def _check_request(self, input_ids: list[int]) -> None:
         """Refuse a request that cannot be solved. In a shared row, its error would end the requests of everybody.

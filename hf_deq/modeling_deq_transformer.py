@@ -257,7 +257,7 @@ class DEQTransformerLayer(DEQLayer):
         follows_cache = cache is not None and cache.get_seq_length() > 0
         if memory is not None:
             cache = self._remembered_keys(memory, memory_positions)
-        view = EquilibriumCacheView(cache) if isinstance(cache, Cache) else cache
+        view = cache if cache is None or isinstance(cache, PagedTexts) else EquilibriumCacheView(cache)
         keys = hidden_states.shape[1] if cache is None else cache.get_mask_sizes(hidden_states.shape[1], 0)[0]
         layers = [
             (

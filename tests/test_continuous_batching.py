@@ -200,6 +200,9 @@ def test_single_precision_and_the_settings_it_leaves():
         assert output.generated_tokens == alone(model, prompt)["text"]
     assert model.config._attn_implementation == "eager"
     assert config.auto_switch_to_flash and config.use_cuda_graph is None
+    endless = TRANSFORMER.model(eos_token_id=None)
+    endless.generate_batch([[3, 4]], continuous_batching_config=pages(), max_new_tokens=2)
+    assert endless.generation_config.eos_token_id is None
 
 
 def test_a_generate_call_may_ask_for_pages():
@@ -240,6 +243,8 @@ def test_what_is_refused():
         model.generate_batch([[3, 4]], greedy(), pages(), solver_tolerance=0.1)
     with pytest.raises(TypeError, match="takes no solver_max_evaluations: set"):
         model.init_continuous_batching(greedy(solver_max_evaluations=3))
+    with pytest.raises(ValueError, match="num_beams=2: continuous batching follows one beam for each request"):
+        model.generate_batch([[3, 4]], greedy(num_beams=2), pages())
     for fields in ({"gradient": "unrolled"}, {"solver_scope": "sequence"}):
         with pytest.raises(ValueError, match="cache"):
             TRANSFORMER.model(**fields).generate_batch([[3, 4]], greedy(), pages())
