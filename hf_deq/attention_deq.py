@@ -60,9 +60,9 @@ def attend(
     Returns:
         The output `(batch, sequence, heads, size)`, and the attention weights if the function returns them.
     """
-    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation, eager_attention_forward
-    )
+    # Transformers' own "paged|eager" rounds the softmax to single precision.
+    name = module.config._attn_implementation.removeprefix("paged|")
+    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
     if dropout_mask is not None:  # only our own function takes a mask that stays fixed during the solve
         attention, kernel_arguments = eager_attention_forward, {"dropout_mask": dropout_mask}
     return attention(
@@ -100,11 +100,11 @@ def make_causal_mask(
     no_skip = {"allow_is_causal_skip": False} if additive else {}
     mask = make_mask(config, inputs_embeds, attention_mask, cache, position_ids=position_ids, **no_skip)
     if mask is not None and (additive or config._attn_implementation == "eager"):
-        mask = _additive_mask(mask, inputs_embeds.dtype)
+        mask = additive_mask(mask, inputs_embeds.dtype)
     return mask
 
 
-def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a boolean (True attends) or additive mask as an additive mask, halved to leave room for added scores."""
     if mask.dtype != torch.bool:
         return mask / 2

@@ -6,13 +6,15 @@ output = model.generate(**inputs, assistant_model=model.draft(solver_tolerance=0
 
 import copy
 from contextvars import ContextVar
+from dataclasses import replace
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
 from .cache_deq import check_cacheable
 from .layer_deq import Dial
+from .softmax_heads import check_ids
 from .weight_tying import keeping_weights
 
 # The reported fields of every solve, in this order.
@@ -135,18 +137,117 @@ class DEQGenerationMixin(GenerationMixin):
         draft.generation_config.assistant_confidence_threshold = 0.0
         return draft
 
-    def init_continuous_batching(self, *args, **kwargs):
-        """Refuse continuous batching, which is not supported.
+    def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
+        """Generate as in Transformers: continuous batching of requests, each equal to `generate` alone.
 
         Raises:
-            ValueError: always.
+            TypeError: if the dial is passed: all requests are solved with the model's configuration.
+            ValueError: as in `init_continuous_batching`; if a request is empty or has ids out of range; if `generate`
+                passes on a mask of padded rows.
         """
-        raise ValueError(
-            f"{type(self).__name__} cannot be batched continuously (generate_batch, cache_implementation='paged', a "
-            "server's continuous batching). It puts the new tokens of many requests into one row. Each request has its "
-            "own past in a paged cache, but a solve supports packed texts only without a cache. Pass the requests to "
-            "generate as a left-padded batch, whose rows are solved independently."
+        _refuse_dial(kwargs)
+        for input_ids in inputs:
+            self._check_request(input_ids)
+        if kwargs.get("attention_mask") is not None and not bool(kwargs["attention_mask"].all()):
+            raise ValueError(
+                "attention_mask has padding, but requests have none: call generate_batch with one list of ids for each "
+                "request."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        workload_hints=None,
+    ) -> ContinuousBatchingManager:
+        """Return Transformers' manager of continuous batching, with eager or scaled-dot-product attention.
+
+        Each request is solved as if it were alone, and stops by itself. Its text is that of `generate` for the prompt
+        alone, except for ties within the model's tolerance: a long prompt may be solved in parts, and requests may
+        share the pages of a common beginning. `continuous_batching_config` is not changed. Flash attention, which
+        Transformers would choose on a GPU, is left out. The manager's `add_request` refuses empty requests and ids out
+        of range.
+
+        Raises:
+            TypeError: if the generation configuration sets the dial: all requests are solved with the model's
+                configuration.
+            ValueError: if the model has no keys and values, or no equilibrium to cache; if its attention is neither
+                `"eager"` nor `"sdpa"`; if there is more than one beam; if the configuration asks for compilation or
+                CUDA graphs, which cannot stop when every request has converged.
+        """
+        # A copy, because Transformers notes in it that there is no end-of-text token.
+        generation_config = copy.deepcopy(generation_config or self.generation_config)
+        self._check_continuous_batching(generation_config)
+        asked = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
+        config = _without_graphs(asked or ContinuousBatchingConfig())
+        manager = super().init_continuous_batching(generation_config, config, workload_hints)
+
+        def add_request(input_ids: list[int], *args, **kwargs) -> str | None:
+            self._check_request(input_ids)
+            return ContinuousBatchingManager.add_request(manager, input_ids, *args, **kwargs)
+
+        manager.add_request = add_request
+        return manager
+
+    def _check_continuous_batching(self, generation_config: GenerationConfig) -> None:
+        """Refuse what `init_continuous_batching` says that it refuses, except for fields of its own configuration."""
+        if not self._supports_attention_backend:
+            raise ValueError(
+                f"{type(self).__name__} cannot be batched continuously (generate_batch, cache_implementation='paged', "
+                "a server's continuous batching). Paged caches hold keys and values for every token, but this model "
+                "keeps a state of constant size. Pass the requests to generate as a left-padded batch, whose rows are "
+                "solved independently."
+            )
+        check_cacheable(self.config)
+        _refuse_dial(vars(generation_config))
+        if (generation_config.num_beams or 1) > 1:
+            raise ValueError(
+                f"num_beams={generation_config.num_beams}: continuous batching follows one beam for each request. "
+                "Leave num_beams out, or pass the requests to generate."
+            )
+        if self.config._attn_implementation.removeprefix("paged|") not in ("eager", "sdpa"):
+            raise ValueError(
+                f"Continuous batching needs attn_implementation='sdpa' or 'eager', got "
+                f"{self.config._attn_implementation!r}: call model.set_attn_implementation('sdpa')."
+            )
+
+    def _check_request(self, input_ids: list[int]) -> None:
+        """Refuse a request that cannot be solved. In a shared row, its error would end the requests of everybody.
+
+        Raises:
+            ValueError: if it is empty, or has ids out of range.
+        """
+        if len(input_ids) == 0:
+            raise ValueError("A request is empty: give at least one token (a beginning-of-text token will do).")
+        check_ids("input_ids", torch.tensor(input_ids), self.config.vocab_size)
+
+
+def _refuse_dial(arguments: dict) -> None:
+    """Refuse arguments of the dial, which continuous batching does not pass on to `forward`."""
+    given = [name for name in Dial.__dataclass_fields__ if arguments.get(name) is not None]
+    if given:
+        raise TypeError(
+            f"Continuous batching solves all requests with the model's configuration, so it takes no {given[0]}: set "
+            f"model.config.{given[0]}, or serve a model.draft()."
         )
+
+
+def _without_graphs(config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
+    """Return the configuration without what Transformers would choose on a GPU: flash attention and CUDA graphs.
+
+    Raises:
+        ValueError: if the configuration asks for compilation or CUDA graphs.
+    """
+    fields = ("varlen_compile_config", "decode_compile_config", "default_compile_level", "use_cuda_graph")
+    for name in fields:
+        value = config.cuda_graph_booleans if name == "use_cuda_graph" else (getattr(config, name),)
+        if any(value):
+            raise ValueError(
+                f"ContinuousBatchingConfig: {name}={getattr(config, name)!r} fixes the operations of a forward pass, "
+                "but a solve goes on until every request has converged: leave this field out."
+            )
+    return replace(config, auto_switch_to_flash=False, use_cuda_graph=False)
 
 
 def _with_a_mask(attention_mask=None, input_ids=None, **kwargs) -> dict:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
@@ -21,6 +22,7 @@ from .configuration_deq import DEQConfig
 from .generation_deq import DEQGenerationMixin
 from .layer_deq import DEQLayer, Dial
 from .masking_deq import Rows, check_mask, positions_of_texts, read_rows
+from .paging_deq import PagedTexts
 from .softmax_heads import LogProbabilityHead, check_ids
 
 # Before version 5.24, Transformers called the cache `past_key_values`. Older callers still use this name.
@@ -70,6 +72,11 @@ class DEQPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = []
     supports_gradient_checkpointing = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Return True. Transformers would look for the attention function in the file of the model class."""
+        return True
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
@@ -188,11 +195,15 @@ class DEQModel(DEQPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
-        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
-            position_ids = positions_of_texts(kwargs["cu_seq_lens_q"])
-        past_length = 0 if cache is None else cache.get_seq_length()
-        attention_mask = check_mask(attention_mask, *inputs_embeds.shape[:2], past_length)
-        rows = self._read_rows(attention_mask, position_ids, cache, memory, inputs_embeds, past_length)
+        if isinstance(cache, PagedAttentionCache):
+            cache, kwargs = PagedTexts(cache, **kwargs), {}
+            rows = cache.rows
+        else:
+            if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+                position_ids = positions_of_texts(kwargs["cu_seq_lens_q"])
+            past_length = 0 if cache is None else cache.get_seq_length()
+            attention_mask = check_mask(attention_mask, *inputs_embeds.shape[:2], past_length)
+            rows = self._read_rows(attention_mask, position_ids, cache, memory, inputs_embeds, past_length)
         if memory is not None:
             _check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), rows, cache)
             attention_mask = None

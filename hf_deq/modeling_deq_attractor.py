@@ -19,12 +19,12 @@ from transformers.activations import ACT2FN
 from transformers.utils.output_capturing import OutputRecorder
 
 from .attention_deq import attend, make_causal_mask
-from .cache_deq import EquilibriumCacheView
 from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_attractor import DEQAttractorConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial
 from .masking_deq import Rows
 from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel
+from .paging_deq import CacheView, PagedTexts, view_of
 from .positions_deq import RotaryPositions
 
 # Standard deviation of the initial weights that write to the residual stream, relative to fan_in ** -0.5.
@@ -62,7 +62,7 @@ class DEQAttractorAttention(nn.Module):
         x: Tensor,
         positions: RotaryPositions,
         attention_mask: Tensor | None,
-        view: EquilibriumCacheView | None,
+        view: CacheView | None,
         kernel_arguments: dict,
     ) -> tuple[Tensor, Tensor | None]:
         """Map normalised states `(batch, sequence, hidden)` to an output of the same shape and the weights."""
@@ -171,14 +171,14 @@ class DEQAttractorLayer(DEQLayer):
         hidden_states: Tensor,
         dial: Dial,
         rows: Rows,
-        cache: Cache | None,
+        cache: Cache | PagedTexts | None,
         memory: None,
         positions: RotaryPositions,
         attention_mask: Tensor | None,
         kernel_arguments: dict,
     ) -> DEQLayerOutput:
         """Map the embedded input `(batch, sequence, hidden)` to the equilibrium of the head."""
-        view = None if cache is None else EquilibriumCacheView(cache)
+        view = view_of(cache)
         arguments = positions, attention_mask, view, kernel_arguments
         context = self._propose(hidden_states, *arguments)
         if rows.tokens is not None:
@@ -252,6 +252,9 @@ class DEQAttractorModel(DEQAttractorPreTrainedModel, DEQModel):
         return inputs_embeds * self.config.embedding_multiplier
 
     def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs) -> dict:
+        if isinstance(cache, PagedTexts):  # its mask is ready
+            positions = RotaryPositions.make(self.config, position_ids, inputs_embeds.dtype)
+            return {"positions": positions, "attention_mask": attention_mask, "kernel_arguments": {}}
         if position_ids is None:
             past_length = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length

@@ -10,13 +10,13 @@ from transformers.activations import ACT2FN
 from transformers.utils.output_capturing import OutputRecorder
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from .attention_deq import attend, make_causal_mask
-from .cache_deq import EquilibriumCacheView
+from .attention_deq import additive_mask, attend, make_causal_mask
 from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_transformer import DEQTransformerConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
 from .masking_deq import Rows
 from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel
+from .paging_deq import CacheView, PagedTexts, view_of
 from .positions_deq import Positions, RelativePositions, RotaryPositions
 from .softmax_heads import LogProbabilityHead
 from .weight_tying import VariationalDropout, WeightNormLinear, apply_mask, draw_dropout_mask
@@ -85,7 +85,7 @@ class DEQTransformerAttention(nn.Module):
         positions: Positions,
         attention_mask: Tensor | None,
         dropout_mask: Tensor | None,
-        view: EquilibriumCacheView | None,
+        view: CacheView | None,
         kernel_arguments: dict,
     ) -> tuple[Tensor, Tensor | None]:
         """Map a state `(batch, sequence, hidden)` and an injection `(..., 3 heads size)` to output and weights."""
@@ -148,7 +148,7 @@ class DEQTransformerBlock(nn.Module):
         positions: Positions,
         masks: DropoutMasks,
         attention_mask: Tensor | None,
-        view: EquilibriumCacheView | None,
+        view: CacheView | None,
         kernel_arguments: dict,
     ) -> tuple[Tensor, Tensor | None]:
         """Map a state `(batch, sequence, hidden)` to a state of the same shape and the attention weights."""
@@ -196,7 +196,7 @@ class DEQTransformerLayer(DEQLayer):
         hidden_states: Tensor,
         dial: Dial,
         rows: Rows,
-        cache: Cache | None,
+        cache: Cache | PagedTexts | None,
         memory: tuple[Tensor, Tensor] | None,
         positions: Positions,
         memory_positions: Positions | None,
@@ -208,7 +208,7 @@ class DEQTransformerLayer(DEQLayer):
         follows_cache = cache is not None and cache.get_seq_length() > 0
         if memory is not None:
             cache = self._remembered_keys(memory, memory_positions)
-        view = None if cache is None else EquilibriumCacheView(cache)
+        view = view_of(cache)
         keys = hidden_states.shape[1] if cache is None else cache.get_mask_sizes(hidden_states.shape[1], 0)[0]
         layers = [
             (
@@ -319,6 +319,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         return self.embedding_dropout(inputs_embeds * self.config.hidden_size**0.5)
 
     def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs) -> dict:
+        if isinstance(cache, PagedTexts):
+            return self._paged_context(inputs_embeds, attention_mask, position_ids, cache)
         if memory is not None:
             cache = _cache_as_long_as(memory, self.config)
         past_length = 0 if cache is None else cache.get_seq_length()
@@ -330,7 +332,8 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         if self.config.position_embedding_type == "relative":
             # A sliding cache has dropped the keys before its first key.
             first_key = 0 if cache is None else cache.get_mask_sizes(inputs_embeds.shape[1], 0)[1]
-            positions = RelativePositions.make(inputs_embeds, past_length - first_key, mask.shape[-1])
+            own_keys = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length - first_key
+            positions = RelativePositions.make(inputs_embeds, own_keys, mask.shape[-1])
             memory_positions = positions
         else:
             positions = RotaryPositions.make(self.config, position_ids, inputs_embeds.dtype)
@@ -345,6 +348,20 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             "memory_positions": memory_positions,
             "attention_mask": mask,
             "kernel_arguments": kwargs,
+        }
+
+    def _paged_context(self, inputs_embeds, attention_mask, position_ids, paged: PagedTexts) -> dict:
+        """Return the context of a row of requests. Its mask is ready: additive, for every new token and key."""
+        if self.config.position_embedding_type == "relative":
+            attention_mask = additive_mask(attention_mask, inputs_embeds.dtype)
+            positions = RelativePositions.make(inputs_embeds, paged.places, paged.num_keys)
+        else:
+            positions = RotaryPositions.make(self.config, position_ids, inputs_embeds.dtype)
+        return {
+            "positions": positions,
+            "memory_positions": None,
+            "attention_mask": attention_mask,
+            "kernel_arguments": {},
         }
 
     def _make_mask(self, inputs_embeds, attention_mask, position_ids, cache) -> Tensor | None:

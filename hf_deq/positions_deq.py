@@ -77,21 +77,21 @@ class RelativePositions:
     keys: Tensor | None = None
 
     @classmethod
-    def make(cls, inputs_embeds: Tensor, first_query: int, keys: int) -> "RelativePositions":
+    def make(cls, inputs_embeds: Tensor, own_keys: Tensor, keys: int) -> "RelativePositions":
         """Compute the encodings and the distances.
 
         Args:
             inputs_embeds: the inputs, `(batch, sequence, hidden)`.
-            first_query: index, among the keys, of the key at the position of the first query.
+            own_keys: for every query, the index of the key at its position, `(queries,)`.
             keys: number of keys.
         """
-        length, hidden_size = inputs_embeds.shape[1:]
-        device, dtype = inputs_embeds.device, torch.promote_types(inputs_embeds.dtype, torch.float32)
+        hidden_size, device = inputs_embeds.shape[2], inputs_embeds.device
+        dtype = torch.promote_types(inputs_embeds.dtype, torch.float32)
         frequencies = 10000 ** -(torch.arange(0, hidden_size, 2, device=device, dtype=dtype) / hidden_size)
         angles = torch.arange(keys, device=device, dtype=dtype)[:, None] * frequencies
         encodings = torch.cat([angles.sin(), angles.cos()], -1).to(inputs_embeds.dtype)
-        queries = torch.arange(length, device=device)[:, None] + first_query
-        return cls(encodings, (queries - torch.arange(keys, device=device)).clamp_(0, keys - 1))
+        distances = own_keys[:, None] - torch.arange(keys, device=device)
+        return cls(encodings, distances.clamp_(0, keys - 1))
 
     def of_layer(self, attention: nn.Module) -> "RelativePositions":
         """Return the positions with the keys of one layer. Called once per solve."""

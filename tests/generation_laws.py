@@ -302,16 +302,6 @@ class GenerationLaws:
         drafted = model.generate(ids, **GREEDY, assistant_model=explicit, solver_tolerance=1e-9)
         assert torch.equal(drafted, model.generate(ids, **GREEDY))
 
-    def test_continuous_batching_is_refused(self):
-        model = self.family.model()
-        for start in (
-            lambda: model.generate_batch([[3, 4], [5]], max_new_tokens=2),
-            lambda: model.generate(random_ids(1, 4), max_new_tokens=2, cache_implementation="paged"),
-            lambda: model.init_continuous_batching(),
-        ):
-            with pytest.raises(ValueError, match="cannot be batched continuously .* left-padded batch"):
-                start()
-
     @pytest.mark.slow
     def test_compiled_decoding(self):
         """As torch.compile traces it (`backend="eager"` spares the code generation): solves cannot stop early there."""

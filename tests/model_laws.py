@@ -383,6 +383,13 @@ class ModelLaws:
 
     # The interface
 
+    def test_the_attention_function_can_be_changed_later(self):
+        model, ids = self.family.model(), random_ids(2, 6)
+        expected = model(ids).logits
+        model.set_attn_implementation("eager")
+        assert model.config._attn_implementation == "eager"
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-9)
+
     def test_loss_is_the_mean_over_next_tokens(self, fields):
         model = self.family.model(**fields)
         ids = random_ids(2, 9)

@@ -28,6 +28,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers.cli.transformers import app as transformers_cli
 
 from hf_deq.commands import COMMANDS
 from hf_deq.fixed_point import SOLVERS
@@ -200,6 +201,9 @@ def test_command_lines_parse(page, begin):
             continue
         elif launcher == "lm_eval":  # tests/test_lm_eval.py runs such a line
             assert (ROOT / arguments[arguments.index("--tasks") + 1]).is_file()
+            continue
+        elif launcher == "transformers" or (launcher == "hf-deq" and arguments[0] == "serve"):
+            transformers_cli.commands[arguments[0]].make_context(arguments[0], arguments[1:])
             continue
         elif launcher in ("python", "hf-deq"):
             begin(arguments[0], arguments[1:])
