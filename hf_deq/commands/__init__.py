@@ -1,4 +1,4 @@
-"""The command line: `hf-deq train | evaluate | generate | serve | convert | push | plot`.
+"""The command line: `hf-deq train | evaluate | generate | serve | convert | retrofit | push | plot`.
 
 Each command is a module here, and a script in `scripts/` of the same work. A command only reads arguments and prints.
 """
@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "continue a text",
     "serve": "answer requests over HTTP, as `transformers serve` does",
     "convert": "turn a checkpoint of the authors' code into a model folder",
+    "retrofit": "make an Attractor model of a pretrained decoder",
     "push": "put a trained model on the Hub",
     "plot": "draw the paper's figures from your own runs",
 }

@@ -6,6 +6,7 @@
     hf-deq train --model_type gpt2 --n_embd 192 --n_layer 4 --n_head 6     # an explicit baseline
     hf-deq train deq-transformer-small --max_steps 500         # a recipe of this package, or a file of your own
     hf-deq train --corpus my_text.txt --hidden_size 256
+    hf-deq train --init_from my-model --corpus my_text.txt     # go on from trained weights
     accelerate launch -m hf_deq.training ...                   # the same with several processes or GPUs
     accelerate launch scripts/train.py ...                     # the same in a clone
 
@@ -13,13 +14,14 @@ A recipe is a YAML file of the same names as the flags. Flags win over the recip
 for the model type and the task is taken. Every field of the model's configuration is a flag too (`--help` lists them).
 An explicit baseline takes the recipe of the DEQ-Transformer, so that it sees the same tokens, optimizer and schedule.
 Names of the recipe that it does not have are left out. Its size and its dropout are flags, with the defaults of its own
-configuration.
+configuration. With --init_from, model type, sizes and tokenizer are those of the folder.
 """
 
 import argparse
 import os
 import sys
 from dataclasses import field, fields, make_dataclass
+from pathlib import Path
 from typing import get_args
 
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
@@ -31,7 +33,7 @@ from ..training import SOLVER_ARGUMENTS, Interrupted, RunArguments, train
 from . import first_argument, with_errors_in_a_line
 
 DEFAULT_MODEL_TYPE = "deq_transformer"
-EXPLICIT_MODEL_TYPES = ["gpt2"]  # of Transformers, to compare with
+EXPLICIT_MODEL_TYPES = ["gpt2", "llama"]  # of Transformers, to compare with
 
 
 def main() -> None:
@@ -53,9 +55,11 @@ def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
     """
     name = first_argument(arguments)
     recipe = {} if name is None else parse_recipe(find_recipe(name))
+    start = initial_folder(arguments, recipe)
     first = argparse.ArgumentParser(add_help=False)
     model_types = [config_class.model_type for config_class in DEQConfig.__subclasses__()] + EXPLICIT_MODEL_TYPES
-    first.add_argument("--model_type", default=recipe.get("model_type", DEFAULT_MODEL_TYPE), choices=model_types)
+    usual_type = DEFAULT_MODEL_TYPE if start is None else AutoConfig.from_pretrained(start).model_type
+    first.add_argument("--model_type", default=recipe.get("model_type", usual_type), choices=model_types)
     first.add_argument("--task", default=recipe.get("task", LanguageModeling.name), choices=TASKS)
     chosen, flags = first.parse_known_args(arguments if name is None else arguments[1:])
     parser = HfArgumentParser(
@@ -67,6 +71,9 @@ def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
     names = {action.dest for action in parser._actions}
     if name is None:
         recipe = default_recipe(chosen.model_type, chosen.task, names)
+        if start is not None:  # it says what the model is; the recipe says how to train
+            of_the_model = {one.name for one in fields(model_arguments(chosen.model_type))}
+            recipe = {name: value for name, value in recipe.items() if name not in of_the_model}
     recipe.pop("corpus_fingerprint", None)  # a saved run records it; it is not an argument
     unknown = sorted(set(recipe) - names)
     if unknown:
@@ -75,6 +82,20 @@ def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
     task, run, model, _ = parser.parse_args_into_dataclasses(flags)
     model_fields = {name: value for name, value in vars(model).items() if value is not None}
     return task, run, model_fields, chosen.model_type
+
+
+def initial_folder(arguments: list[str], recipe: dict) -> str | None:
+    """The folder that training starts from; `None` to start from new weights.
+
+    Raises:
+        ValueError: if it is a path, and there is no such folder.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--init_from", default=recipe.get("init_from"))
+    folder = parser.parse_known_args(arguments)[0].init_from
+    if folder is not None and folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
+        raise ValueError(f"init_from: there is no folder {folder!r}.")
+    return folder
 
 
 def model_arguments(model_type: str) -> type:

@@ -1,10 +1,11 @@
-"""Models that come from elsewhere and go elsewhere: conversion of the authors' checkpoints, export for the Hub."""
+"""Models that come from elsewhere and go elsewhere: the authors' checkpoints, pretrained decoders, export for the Hub."""
 
 from ..evaluation import load_model
 from .card import make_card
 from .conversion import convert_checkpoint
 from .export import code_files, export_hub_folder, read_config
 from .record import RunRecord, read_record
+from .retrofit import retrofit
 
 __all__ = [
     "RunRecord",
@@ -15,4 +16,5 @@ __all__ = [
     "make_card",
     "read_config",
     "read_record",
+    "retrofit",
 ]

@@ -23,6 +23,10 @@ class RunArguments:
     )
     overwrite: bool = field(default=False, metadata={"help": "Begin anew in an output_dir that holds another run."})
     resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in output_dir."})
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "A model folder (or Hub name) whose weights and tokenizer training starts from."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of initialisation, data order and dropout."})
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=16, metadata={"help": "Sequences per optimizer step, over all processes."})

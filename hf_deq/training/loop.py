@@ -14,7 +14,7 @@ import math
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from .checkpoints import Checkpoints, holds_a_run
 from .engine import check_engine, save_whole
 from .log import BAR, Clock, Meter, MetricsFile, Summary
 from .memory import CarriedMemory
-from .models import EquilibriumModel, ExplicitModel, model_kind
+from .models import EquilibriumModel, ExplicitModel, model_kind, pretrained
 from .optimizers import make_optimizer, make_schedule
 from .step_guard import StepGuard
 
@@ -95,11 +95,16 @@ class _Prepared:
 
 
 def _prepare(task_arguments, run: RunArguments, model_fields: dict, model_type: str) -> _Prepared:
+    if run.init_from is not None and getattr(task_arguments, "tokenizer", "") is None:
+        task_arguments = replace(task_arguments, tokenizer=run.init_from)
     task = make_task(task_arguments, model_fields)
-    config = AutoConfig.for_model(model_type, **(model_fields | task.model_fields))
-    kind = model_kind(config, run)
+    fields = model_fields | task.model_fields
+    if run.init_from is None:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
+    else:
+        model = pretrained(run.init_from, model_type, fields)
+    kind = model_kind(model.config, run)
     kind.check(task)
-    model = AutoModelForCausalLM.from_config(config)
     recipe = {"task": task.name, "model_type": model_type} | task.recorded | asdict(task_arguments) | asdict(run)
     recipe = {name: value for name, value in (recipe | model_fields).items() if value is not None}
     return _Prepared(task, model, kind, recipe)

@@ -8,7 +8,7 @@ Any causal language model of Transformers can be the explicit one. It gets the s
 """
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_deq import DEQConfig
 from ..generation_deq import REPORTED
@@ -122,6 +122,39 @@ class ExplicitModel:
     def describe(self, scores: dict[str, float]) -> str:
         """Nothing: there are no solves."""
         return ""
+
+
+def pretrained(folder: str, model_type: str, fields: dict) -> PreTrainedModel:
+    """Load the model that a training starts from, in single precision.
+
+    Args:
+        folder: a model folder, or a name on the Hub.
+        model_type: the type that the model must have.
+        fields: fields of its configuration that the run asks for. Those of the equilibrium replace the model's own. All
+            others must be as they are in the folder, except a smaller vocabulary, and ids that the folder does not set.
+
+    Raises:
+        ValueError: if the model has another type, or a field contradicts it.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != model_type:
+        raise ValueError(
+            f"init_from={folder!r} holds a {config.model_type}, but model_type is {model_type}: leave model_type out."
+        )
+    free = DEQConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    changed = {name: value for name, value in fields.items() if name in free}
+    for name, value in fields.items():
+        theirs = getattr(config, name, None)
+        if name in changed or value is None or theirs == value:
+            continue
+        if name.endswith("_token_id"):
+            changed |= {name: value} if theirs is None else {}
+        elif name != "vocab_size" or value > theirs:
+            raise ValueError(
+                f"{name}={value} contradicts init_from={folder!r}, where it is {theirs}: leave {name} out, or start "
+                "from another folder."
+            )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changed)
 
 
 def model_kind(config: PreTrainedConfig, run: RunArguments) -> EquilibriumModel | ExplicitModel:

@@ -1,0 +1,216 @@
+"""Make an Attractor model of a pretrained decoder: some of its layers become the prelude, others the head.
+
+    model = retrofit(LlamaForCausalLM.from_pretrained("folder"), num_prelude_layers=4, num_head_layers=1)
+
+The result is a start for training, not a finished model (compare retrofitted recurrence, arXiv 2511.07384). The layers
+compute what they computed before. What is new is that the head reads y + c, and is applied until y no longer changes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..configuration_deq import require_one_of
+from ..configuration_deq_attractor import DEQAttractorConfig
+from ..modeling_deq_attractor import DEQAttractorBlock, DEQAttractorForCausalLM
+from ..positions_deq import RotaryPositions
+
+# The modules of a layer of the original. Where a name has no module, the original has no such part.
+PARTS = (
+    *("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+OPTIONAL_PARTS = ("self_attn.q_norm", "self_attn.k_norm")
+# What becomes of the layers after those that are used.
+RESTS = ("drop", "average")
+LARGEST_DIFFERENCE = 1e-3  # between a layer and its copy, relative to what the layer adds
+
+
+def retrofit(
+    model: PreTrainedModel,
+    num_prelude_layers: int,
+    num_head_layers: int = 1,
+    rest: str = "drop",
+    head_scale: float = 1.0,
+    **config_fields,
+) -> DEQAttractorForCausalLM:
+    """Return an Attractor model made of the layers of a pretrained decoder.
+
+    Embeddings, final norm and output layer are those of the original. The first layers become the prelude, the next
+    ones the head. Every copied layer is compared with the original on random states.
+
+    Args:
+        model: a language model with the layers of Llama (Llama, Mistral, Qwen2, Qwen3).
+        num_prelude_layers: number of layers that become the prelude.
+        num_head_layers: number of layers that become the head, at least 1.
+        rest: what becomes of the layers after these: `"drop"` leaves them out, `"average"` averages the weights of
+            them and of the head's layers (with several layers in the head, each gets every n-th layer).
+        head_scale: factor of what the head adds. Below 1, f is more contractive.
+        config_fields: further fields of the configuration, such as the solver. `layer_scale_init_value` gives the head
+            gates; by default it has none.
+
+    Returns:
+        The model in evaluation mode, in the dtype of the original.
+
+    Raises:
+        ValueError: if there are not so many layers, if `head_scale` is not positive, or if a part of the original has
+            no counterpart; the message names it.
+    """
+    require_one_of("rest", rest, RESTS)
+    if not 0 < head_scale < float("inf"):
+        raise ValueError(f"head_scale must be positive and finite, got {head_scale}.")
+    layers = _layers_of(model)
+    if num_prelude_layers < 0 or num_head_layers < 1 or num_prelude_layers + num_head_layers > len(layers):
+        raise ValueError(
+            f"num_prelude_layers={num_prelude_layers} and num_head_layers={num_head_layers} do not fit: the model has "
+            f"{len(layers)} layers, and the head needs at least one of them."
+        )
+    config = _config(model, layers[0], num_prelude_layers, num_head_layers, config_fields)
+    ours = DEQAttractorForCausalLM(config).to(model.dtype).eval()
+    ours.model.embed_tokens.load_state_dict(model.get_input_embeddings().state_dict())
+    ours.model.norm.load_state_dict(model.model.norm.state_dict())
+    ours.lm_head.weight.data.copy_(model.get_output_embeddings().weight)
+    blocks = [*ours.model.layers[0].prelude, *ours.model.layers[0].head]
+    for block, layer in zip(blocks, layers, strict=False):
+        block.load_state_dict(_weights(layer), strict=False)  # gates are new
+    _compare(model, layers, blocks)
+    if rest == "average":
+        for i, block in enumerate(ours.model.layers[0].head):
+            _load_average(block, layers[num_prelude_layers + i :: num_head_layers])
+    for block in ours.model.layers[0].head:
+        for parameter in (*block.self_attn.o_proj.parameters(), *block.mlp.down_proj.parameters()):
+            parameter.data *= head_scale
+    return ours
+
+
+def _layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder layers.
+
+    Raises:
+        ValueError: if a part of the model has no counterpart. The message names it.
+    """
+    name = type(model).__name__
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or getattr(model.config, "rope_parameters", None) is None:
+        raise ValueError(f"{name} cannot be retrofitted: it has no list of decoder layers with rotary positions.")
+    if model.get_output_embeddings().bias is not None:
+        raise ValueError(f"{name} cannot be retrofitted: its output layer has a bias.")
+    for i, layer in enumerate(layers):
+        leaves = {name for name, module in layer.named_modules() if next(module.children(), None) is None}
+        leaves = {name for name in leaves if any(True for _ in layer.get_submodule(name).parameters())}
+        missing, unknown = set(PARTS) - leaves, leaves - {*PARTS, *OPTIONAL_PARTS}
+        if missing or unknown:
+            what = f"no {sorted(missing)[0]}" if missing else f"{sorted(unknown)[0]}, which has no counterpart"
+            raise ValueError(f"{name} cannot be retrofitted: its layer {i} has {what}.")
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if len(kinds) > 1:
+        raise ValueError(f"{name} cannot be retrofitted: its layers differ in their attention ({sorted(kinds)}).")
+    return layers
+
+
+def _config(model, layer, num_prelude_layers: int, num_head_layers: int, fields: dict) -> DEQAttractorConfig:
+    """Return our configuration of the original's sizes."""
+    theirs, attention, mlp = model.config, layer.self_attn, layer.mlp
+    layer_types = getattr(theirs, "layer_types", None) or []
+    slides = layer_types[0] == "sliding_attention" if layer_types else True
+    window = getattr(theirs, "sliding_window", None) if slides else None
+    partial = theirs.rope_parameters.get("partial_rotary_factor", 1.0)
+    if partial != 1:
+        raise ValueError(f"{type(model).__name__} cannot be retrofitted: partial_rotary_factor is {partial}, not 1.")
+    converted = dict(
+        vocab_size=theirs.vocab_size,
+        hidden_size=theirs.hidden_size,
+        intermediate_size=mlp.up_proj.out_features,
+        num_hidden_layers=num_prelude_layers + num_head_layers,
+        num_prelude_layers=num_prelude_layers,
+        num_attention_heads=theirs.num_attention_heads,
+        num_key_value_heads=theirs.num_key_value_heads,
+        head_dim=attention.head_dim,
+        hidden_act=theirs.hidden_act,
+        gated_mlp=True,
+        attention_bias=any(part.bias is not None for part in (attention.q_proj, attention.o_proj)),
+        mlp_bias=mlp.up_proj.bias is not None,
+        qk_norm="affine" if hasattr(attention, "q_norm") else None,
+        rms_norm_eps=theirs.rms_norm_eps,
+        rope_parameters=dict(theirs.rope_parameters),
+        max_position_embeddings=theirs.max_position_embeddings,
+        sliding_window=window,
+        layer_scale_init_value=None,
+        tie_word_embeddings=theirs.tie_word_embeddings,
+        **{name: getattr(theirs, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+    )
+    return DEQAttractorConfig(**(converted | fields))
+
+
+def _weights(layer: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a layer by our names. A missing bias of the attention is zero."""
+    attention, mlp = layer.self_attn, layer.mlp
+    weights = {
+        "attention_norm.weight": layer.input_layernorm.weight,
+        "self_attn.qkv_proj.weight": _joined(attention, ("q_proj", "k_proj", "v_proj"), "weight"),
+        "self_attn.o_proj.weight": attention.o_proj.weight,
+        "feed_forward_norm.weight": layer.post_attention_layernorm.weight,
+        "mlp.up_proj.weight": _joined(mlp, ("gate_proj", "up_proj"), "weight"),
+        "mlp.down_proj.weight": mlp.down_proj.weight,
+    }
+    if attention.q_proj.bias is not None:
+        nothing = attention.o_proj.weight.new_zeros(attention.o_proj.out_features)
+        weights["self_attn.qkv_proj.bias"] = _joined(attention, ("q_proj", "k_proj", "v_proj"), "bias")
+        weights["self_attn.o_proj.bias"] = nothing if attention.o_proj.bias is None else attention.o_proj.bias
+    if mlp.up_proj.bias is not None:
+        weights |= {"mlp.up_proj.bias": _joined(mlp, ("gate_proj", "up_proj"), "bias")}
+        weights |= {"mlp.down_proj.bias": mlp.down_proj.bias}
+    if hasattr(attention, "q_norm"):
+        weights |= {f"self_attn.{name}.weight": getattr(attention, name).weight for name in ("q_norm", "k_norm")}
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def _joined(module: nn.Module, names: tuple[str, ...], kind: str) -> Tensor:
+    return torch.cat([getattr(getattr(module, name), kind) for name in names])
+
+
+def _load_average(block: DEQAttractorBlock, layers: list[nn.Module]) -> None:
+    """Give a layer of the head the mean of the weights of several layers."""
+    each = [_weights(layer) for layer in layers]
+    block.load_state_dict({name: torch.stack([one[name] for one in each]).mean(0) for name in each[0]}, strict=False)
+
+
+@torch.no_grad()
+def _compare(model: PreTrainedModel, layers: nn.ModuleList, blocks: list[DEQAttractorBlock]) -> None:
+    """Refuse a model whose layers compute something else than their copies.
+
+    Raises:
+        ValueError: if a layer adds something else to random states. The message names the layer.
+    """
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 12, model.config.hidden_size, generator=generator).to(model.device, model.dtype)
+    positions = torch.arange(states.shape[1], device=states.device)[None]
+    ours = RotaryPositions.make(blocks[0].self_attn.config, positions, states.dtype)
+    theirs = model.model.rotary_emb(states, positions)
+    causal = torch.full((12, 12), torch.finfo(states.dtype).min / 2, dtype=states.dtype, device=states.device).triu(1)
+    was_training = model.training
+    model.eval()
+    for i, (layer, block) in enumerate(zip(layers, blocks, strict=False)):
+        output = layer(states, attention_mask=causal[None, None], position_ids=positions, position_embeddings=theirs)
+        expected = (output[0] if isinstance(output, tuple) else output) - states
+        added = _without_gates(block)(states, ours, causal[None, None], None, {})
+        error = (added - expected).norm() / expected.norm()
+        if not error <= max(LARGEST_DIFFERENCE, 8 * torch.finfo(states.dtype).eps):
+            raise ValueError(
+                f"{type(model).__name__} cannot be retrofitted: its layer {i} adds something else than a layer of an "
+                f"Attractor model with the same weights ({error:.0%} off). Its norms, its scaling of scores or its "
+                "residual connections differ."
+            )
+    model.train(was_training)
+
+
+def _without_gates(block: DEQAttractorBlock) -> Callable[..., Tensor]:
+    """Return what the layer adds to its input, without the gates that a head may have."""
+
+    def added(x: Tensor, *arguments) -> Tensor:
+        attended, _ = block.self_attn(block.attention_norm(x), *arguments)
+        return attended + block.mlp(block.feed_forward_norm(x + attended))
+
+    return added

@@ -1,0 +1,139 @@
+"""Attractor models made of pretrained decoders: every layer computes what it computed; what does not fit is named."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from hf_deq.hub.retrofit import retrofit
+
+SIZES = dict(
+    **dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=4, head_dim=8),
+    **dict(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+)
+LLAMA3_ROPE = dict(
+    **dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0),
+    original_max_position_embeddings=64,
+)
+ORIGINALS = {
+    "llama": LlamaConfig(**SIZES),
+    "llama-tied-biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama-scaled-rope": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
+    "mistral": MistralConfig(**SIZES, sliding_window=3),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+}
+originals = pytest.mark.parametrize("config", ORIGINALS.values(), ids=ORIGINALS)
+
+
+def pretrained(config):
+    """A model with weights of ordinary size, whose norms and biases are not what they were at the start."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1)
+    model.tie_weights()
+    return model
+
+
+@originals
+@torch.no_grad()
+def test_the_prelude_is_the_first_layers_and_the_head_adds_what_the_next_one_does(config):
+    original, ids = pretrained(config), torch.randint(3, 61, (2, 9))
+    model = retrofit(original, num_prelude_layers=2, num_head_layers=1)
+    expected = original(ids, output_hidden_states=True).hidden_states
+    states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    for ours, theirs in zip(states[:3], expected[:3], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    explicit = retrofit(original, num_prelude_layers=3, num_head_layers=1)
+    states = explicit(ids, output_hidden_states=True, use_cache=False).hidden_states
+    torch.testing.assert_close(states[3], expected[3], rtol=1e-4, atol=1e-4)  # so the head above added the same
+    for ours, theirs in zip(
+        model.model.layers[0].head[0].parameters(), explicit.model.layers[0].prelude[2].parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(model.lm_head.weight, original.lm_head.weight)
+    assert torch.equal(model.model.norm.weight, original.model.norm.weight)
+    assert torch.equal(model.model.embed_tokens.weight, original.model.embed_tokens.weight)
+
+
+@originals
+def test_it_is_a_model_like_any_other(config, tmp_path):
+    model = retrofit(pretrained(config), 1, 2, head_scale=0.3)
+    model.save_pretrained(tmp_path)
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.randint(3, 61, (1, 6))
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    assert loaded.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 9)
+    loaded(ids, labels=ids).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in loaded.parameters())
+
+
+def test_the_rest_can_be_averaged_into_the_head_and_the_head_scaled():
+    original = pretrained(ORIGINALS["llama"])
+    head = retrofit(original, 1, 1, rest="average").model.layers[0].head[0]
+    mean = torch.stack([layer.mlp.down_proj.weight for layer in original.model.layers[1:]]).mean(0)
+    torch.testing.assert_close(head.mlp.down_proj.weight, mean)
+    first, second = retrofit(original, 0, 2, rest="average").model.layers[0].head
+    for block, places in ((first, (0, 2)), (second, (1, 3))):
+        mean = torch.stack([original.model.layers[i].self_attn.o_proj.weight for i in places]).mean(0)
+        torch.testing.assert_close(block.self_attn.o_proj.weight, mean)
+    scaled, plain = (retrofit(original, 2, 1, head_scale=scale).model.layers[0] for scale in (0.5, 1.0))
+    assert torch.equal(scaled.head[0].mlp.down_proj.weight, 0.5 * plain.head[0].mlp.down_proj.weight)
+    assert torch.equal(scaled.prelude[0].mlp.down_proj.weight, plain.prelude[0].mlp.down_proj.weight)
+
+
+def test_gates_may_be_added():
+    model = retrofit(pretrained(ORIGINALS["llama"]), 2, 1, layer_scale_init_value=0.5)
+    assert model.model.layers[0].head[0].attention_scale.weight.isfinite().all()
+    assert model.config.layer_scale_init_value == 0.5
+
+
+@pytest.mark.parametrize(
+    "config, what",
+    [
+        (GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2), "no list of decoder layers with rotary positions"),
+        (GemmaConfig(**SIZES), "layer 0 adds something else"),  # its norms multiply by 1 + weight
+        (Gemma2Config(**SIZES), "layer 0 has post_feedforward_layernorm, which has no counterpart"),
+        (GraniteConfig(**SIZES, residual_multiplier=0.2), "layer 0 adds something else"),
+        (Olmo2Config(**SIZES), "layer 0 has no input_layernorm"),
+        (MixtralConfig(**SIZES, num_local_experts=2), "layer 0 has no mlp.down_proj"),
+        (
+            Qwen3Config(**SIZES, layer_types=["full_attention", "sliding_attention"] * 2),
+            "layers differ in their attention",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_what_does_not_fit_is_named(config, what):
+    with pytest.raises(ValueError, match=f"cannot be retrofitted: its {what}|cannot be retrofitted: it has {what}"):
+        retrofit(pretrained(config), 1, 1)
+
+
+@pytest.mark.parametrize("arguments", [(4, 1), (-1, 1), (1, 0), (0, 5)])
+def test_layers_that_do_not_exist_are_refused(arguments):
+    with pytest.raises(ValueError, match="do not fit: the model has 4 layers, and the head needs at least one"):
+        retrofit(pretrained(ORIGINALS["llama"]), *arguments)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rest": "sum"}, "rest must be one of"),
+        ({"head_scale": 0.0}, "head_scale must be positive"),
+        ({"head_scale": float("nan")}, "head_scale must be positive"),
+    ],
+)
+def test_bad_arguments_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        retrofit(pretrained(ORIGINALS["llama"]), 2, 1, **fields)
