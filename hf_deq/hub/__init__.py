@@ -1,4 +1,4 @@
-"""Models from elsewhere, and models for elsewhere: the authors' checkpoints, pretrained decoders, export for the Hub."""
+"""Models from elsewhere and for elsewhere: the authors' checkpoints, pretrained decoders, export for the Hub."""
 
 from ..evaluation import load_model
 from .card import make_card
