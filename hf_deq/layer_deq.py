@@ -101,6 +101,8 @@ class DEQLayer(nn.Module):
             `(batch,)`, for logging.
         input_size: features of the embedded input.
         memory_sizes: features of each part of the memory; empty if the model has no memory.
+        compile_options: arguments for `torch.compile`, which then compiles f alone; `None` does not compile. See
+            `DEQPreTrainedModel.compile_f`.
         gradient_checkpointing: Transformers sets this field for activation checkpointing. Then unrolled applications
             of f are recomputed in backward. An implicit gradient holds the activations of only one application, and
             keeps them.
@@ -108,6 +110,7 @@ class DEQLayer(nn.Module):
 
     input_size: int
     memory_sizes: tuple[int, ...] = ()
+    compile_options: dict | None = None
     gradient_checkpointing: bool = False
 
     def __init__(self, config: DEQConfig):
@@ -133,6 +136,8 @@ class DEQLayer(nn.Module):
             dial: overrides the configuration.
             texts: the texts of packed rows; `None` if every row is one text.
         """
+        if self.compile_options is not None and not torch.compiler.is_compiling():
+            f = torch.compile(f, **self.compile_options)  # the code of f is the same in every call, and compiled once
         estimator = self.gradient_estimator(dial)
         # Backward recomputes f without kept weights. So the first computation must not use kept weights either.
         recomputed = getattr(estimator, "activation_checkpointing", isinstance(estimator, ReversibleGradient))

@@ -78,6 +78,19 @@ class DEQPreTrainedModel(PreTrainedModel):
         """Return True. Transformers would look for the attention function in the file of the model class."""
         return True
 
+    def compile_f(self, **options) -> None:
+        """Compile f alone, by `torch.compile`. The loop of the solver stays in Python, so it still stops early.
+
+        Every shape of the state is compiled once (static shapes), in the first call that has it. So give batches of one
+        size, and generate with a cache that does not grow (`cache_implementation="static"`). The setting is not saved.
+
+        Args:
+            options: arguments for `torch.compile`, such as `backend` and `mode`. `dynamic` is False by default.
+        """
+        for layer in self.modules():
+            if isinstance(layer, DEQLayer):
+                layer.compile_options = {"dynamic": False} | options
+
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
     ) -> nn.Module:
@@ -213,6 +226,7 @@ class DEQModel(DEQPreTrainedModel):
             cache = DynamicCache(config=self.config)
         if cache is not None:
             check_cacheable(self.config, unroll_steps)
+            _refuse_growing(self.layers[0], cache)
         context = self._context(inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs)
         hidden_states = self._embed(inputs_embeds, input_ids)
         output = self.layers[0](hidden_states, dial, rows, cache=cache, memory=memory, **context)
@@ -341,6 +355,18 @@ def _refuse_misspelt(arguments: dict) -> None:
     for name in arguments:
         if name.startswith(("solver", "unroll")):
             raise TypeError(f"forward has no argument {name!r}; the dial is {', '.join(Dial.__dataclass_fields__)}.")
+
+
+def _refuse_growing(layer: DEQLayer, cache) -> None:
+    """Refuse a past that is reallocated in every call, if f is compiled for static shapes."""
+    of_constant_size = getattr(cache, "is_compileable", False) or all(hasattr(one, "past") for one in cache.layers)
+    if layer.compile_options is None or of_constant_size or cache.get_seq_length() == 0:
+        return
+    raise ValueError(
+        f"f is compiled for static shapes (compile_f), but {type(cache).__name__} grows with every token, so every "
+        'token would compile it again: generate with cache_implementation="static", pass a StaticCache, or '
+        "use_cache=False."
+    )
 
 
 def _check_inputs(config: DEQConfig, input_size: int, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
