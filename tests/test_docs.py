@@ -27,7 +27,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
 from transformers.cli.transformers import app as transformers_cli
 
 from hf_deq.commands import COMMANDS
@@ -160,6 +160,8 @@ def begin(monkeypatch):
         raise Parsed(parse(*arguments, **how))
 
     monkeypatch.setattr(HfArgumentParser, "parse_args_into_dataclasses", parse_and_stop)
+    # The folder that a page starts a training from.
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *arguments, **how: AutoConfig.for_model("deq_attractor"))
     monkeypatch.chdir(ROOT)
 
     def run(script: str, arguments: list[str]) -> None:

@@ -4,10 +4,11 @@
     hf-deq evaluate deq-model --corpus my_text.txt --tolerances 1e-2 1e-3 --budgets 1 2 4
     hf-deq evaluate deq-model --split test --drop_remainder --batch_size 10 --memory_length 300
 
-The first row bypasses the solver: it is one application of f to the zero state. The rows by budget stop after a number
-of evaluations, the rows by tolerance at a residual. What the model was trained on, how the text was read, and whether
-memory was carried, is read from its recipe.yaml. A model that is not solved, such as an explicit baseline, has a single
-row. The file of --output also has the arguments that decide the numbers.
+The first row bypasses the solver. It is one application of f to the zero state, or, if the input proposes a state (as
+in Attractor models), this state. The rows by budget stop after a number of evaluations, the rows by tolerance at a
+residual. What the model was trained on, how the text was read, and whether memory was carried, is read from its
+recipe.yaml. A model that is not solved, such as an explicit baseline, has a single row. The file of
+--output also has the arguments that decide the numbers.
 """
 
 import json
@@ -74,6 +75,8 @@ def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
     if evaluation.spectral_radius is not None:
         radius = f"{evaluation.spectral_radius:.2f} (an estimate, the mean of {RADIUS_WINDOWS} windows)"
         print(f"\nspectral radius of the Jacobian of f at the equilibrium: {radius}")
+        print(f"from the start to the equilibrium, ||z* - z0|| / ||z*||: {evaluation.distance_from_start:.2f}")
+        print(f"path independence (1: the same equilibrium from other starts): {evaluation.path_independence:.4f}")
     if arguments.output:
         always = ROWS if evaluation.is_solved else ()
         results = {"arguments": given_arguments(arguments, task_arguments, always=always)}

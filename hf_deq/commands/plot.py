@@ -16,6 +16,7 @@ or, with --text, one:
 
     text         relative residual of every token against evaluations of f, and the number of evaluations after which
                  it stays below the tolerance
+    lens         with --lens instead: the next token that every number of evaluations would predict
 
 What the model was trained on is read from its recipe.yaml, as in `hf-deq evaluate`. Needs matplotlib:
 pip install "hf_deq[plot]".
@@ -69,11 +70,16 @@ class PlotArguments(EvaluateArguments):
     text: str | None = field(
         default=None, metadata={"help": "Draw what every token of this text takes, and nothing else."}
     )
+    lens: bool = field(
+        default=False, metadata={"help": "With --text: draw what every number of evaluations would predict."}
+    )
     output: str = field(default="figures", metadata={"help": "Folder for figures and their numbers."})
 
     def __post_init__(self):
         super().__post_init__()
         check_at_least(1, windows=self.windows, evaluations=self.evaluations, depths=self.depths)
+        if self.lens and self.text is None:
+            raise ValueError("lens draws over a text: give --text, too.")
 
 
 def main() -> None:
@@ -87,7 +93,8 @@ def plot(folder: str, arguments: PlotArguments, task_arguments) -> None:
     name, save = Path(folder).resolve().name, Saver(arguments, task_arguments)
     if arguments.text is not None:
         model, tokenizer = load_equilibrium_model(folder, arguments), AutoTokenizer.from_pretrained(folder)
-        save("text", figures.draw_text(name, model, tokenizer, arguments.text, arguments.evaluations))
+        kind, draw = ("lens", figures.draw_lens) if arguments.lens else ("text", figures.draw_text)
+        save(kind, draw(name, model, tokenizer, arguments.text, arguments.evaluations))
         return
     trained, held_out = load(folder, arguments, task_arguments)
     others = [load(other, arguments, task_arguments)[0] for other in arguments.others]

@@ -158,7 +158,7 @@ def recorded_residuals(model: DEQPreTrainedModel, solver: FixedPointSolver) -> I
         with torch.no_grad():
             return equilibrium(recorded, z0, solver, texts=texts), None
 
-    with _solved_by(model, solve):
+    with solved_by(model, solve):
         yield residuals
 
 
@@ -179,7 +179,7 @@ def captured_map(model: DEQPreTrainedModel, input_ids: Tensor) -> tuple[Sequence
         captured.append((f, z0))
         return equilibrium(f, z0, PicardSolver(0.0, 1)), None
 
-    with evaluating(model), unconverged_on_purpose(), _solved_by(model, solve):
+    with evaluating(model), unconverged_on_purpose(), solved_by(model, solve):
         model.base_model(input_ids.to(model.device), use_cache=False)
     return captured[0]
 
@@ -248,13 +248,13 @@ def spectral_radii(model: DEQPreTrainedModel, input_ids: Tensor, steps: int = 50
         radii.append(spectral_radius(f, solution.value, steps))
         return solution, jacobian_loss
 
-    with evaluating(model), torch.no_grad(), same_random_numbers(model), _solved_by(model, measured):
+    with evaluating(model), torch.no_grad(), same_random_numbers(model), solved_by(model, measured):
         model.base_model(input_ids.to(model.device), use_cache=False)
     return radii[0].double().cpu().numpy()
 
 
 @contextmanager
-def _solved_by(model: DEQPreTrainedModel, solve: Callable) -> Iterator[None]:
+def solved_by(model: DEQPreTrainedModel, solve: Callable) -> Iterator[None]:
     """Within this context `solve(f, z0, dial, texts)` replaces the model's own `solve`."""
     (layer,) = model.base_model.layers
     before = vars(layer).get("solve")

@@ -7,6 +7,7 @@ Every `draw_...` returns a figure and the numbers in it:
     draw_dial         quality against tolerance and against budget (figure 3)
     draw_memory       bytes that a training step keeps for backward, against evaluations of f (the claim of figure 1)
     draw_text         relative residual of every token of a text against evaluations of f
+    draw_lens         the token that every number of evaluations would predict, over a text
 
 Needs matplotlib: pip install "hf_deq[plot]".
 """
@@ -30,9 +31,11 @@ from .activations import activations_by_depth
 from .convergence import evaluations_to_tolerance, residual_trajectories, token_trajectories
 from .held_out import HeldOut
 from .reports import METRICS, by_budget, by_tolerance, score_settings
+from .starts import logit_lens
 
 SOLVER_TITLES = {"anderson": "Anderson", "broyden": "Broyden", "picard": "plain iteration\n(deep weight-tied stack)"}
 TOKENS_PER_LINE, MOST_TOKENS = 40, 512  # of a text
+LENS_TOKENS_PER_LINE = 14  # its cells have words in them
 COLORS = ("#0072B2", "#D55E00", "#666666", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by everyone
 
 
@@ -129,6 +132,7 @@ def draw_memory(trained: Trained, batch_size: int, depths: Sequence[int]) -> tup
         "implicit": "implicit gradient\n(at most so many evaluations)",
         "phantom": "phantom gradient\n(at most so many evaluations)",
         "unrolled": "unrolled gradient\n(so many steps)",
+        "reversible": "reversible gradient\n(its own number of steps)",
     }
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -173,6 +177,54 @@ def draw_text(name: str, model: DEQForCausalLM, tokenizer, text: str, budget: in
     figure.suptitle(title, fontsize=10, parse_math=False)
     data = {"tokens": labels, "tolerance": tolerance, "evaluations": taken.tolist()}
     return figure, data | {"residuals (evaluations, tokens)": residuals.tolist()}
+
+
+def draw_lens(name: str, model: DEQForCausalLM, tokenizer, text: str, budget: int) -> tuple[Figure, dict]:
+    """Draw a logit lens over evaluations: the most probable next token after each number of evaluations.
+
+    The color is the probability of this token. Evaluations after the last change are left out.
+
+    Raises:
+        ValueError: as in `tokens_of`.
+    """
+    ids = tokens_of(text, tokenizer, model.config)
+
+    def words(tokens) -> list[str]:
+        return [_readable(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in tokens]
+
+    probabilities, predicted = logit_lens(model, torch.tensor(ids), budget).exp().max(-1)
+    changes = (predicted != predicted[-1]).any(1).nonzero()
+    height = min(budget, (int(changes.max()) if len(changes) else 0) + 3)
+    read, cells = words(ids), [words(row) for row in predicted[:height].tolist()]
+    probabilities = probabilities[:height].double().cpu().numpy()
+    lines = -(-len(ids) // LENS_TOKENS_PER_LINE)
+    width = -(-len(ids) // lines)
+    size = (max(5, 0.75 * width + 1.6), lines * (0.22 * height + 1.0) + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, 1, squeeze=False)[:, 0]
+    for axes, start in zip(panels, range(0, len(ids), width), strict=True):
+        line = slice(start, start + width)
+        image = _draw_cells(axes, probabilities[:, line], [row[line] for row in cells], read[line], width)
+    bar = figure.colorbar(image, ax=panels, fraction=0.03, pad=0.01)
+    bar.set_label("probability of the predicted token", fontsize=8)
+    figure.suptitle(f"{name}: the next token that each number of evaluations predicts", fontsize=10, parse_math=False)
+    data = {"tokens": read, "predicted (evaluations, tokens)": cells}
+    return figure, data | {"probability (evaluations, tokens)": probabilities.tolist()}
+
+
+def _draw_cells(axes, probabilities: np.ndarray, cells: list[list[str]], read: list[str], width: int):
+    """Draw one line of a text: a word in each cell `(evaluations, tokens)`, and the tokens below; returns the image."""
+    image = axes.pcolormesh(probabilities, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.5)
+    centered = dict(ha="center", va="center", fontsize=6, parse_math=False)
+    for (row, place), probability in np.ndenumerate(probabilities):
+        color = "white" if probability > 0.6 else "black"  # on dark and on light cells
+        axes.text(place + 0.5, row + 0.5, cells[row][place], color=color, **centered)
+    axes.set_xticks(np.arange(len(read)) + 0.5, read, parse_math=False, fontsize=7)
+    axes.set_yticks(np.arange(len(cells)) + 0.5, range(1, len(cells) + 1), fontsize=7)
+    axes.set(xlim=(0, width), ylabel="evaluations of f")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
 
 
 def _draw_line(axes, residuals: np.ndarray, taken: np.ndarray, labels: list[str], norm: LogNorm, width: int):

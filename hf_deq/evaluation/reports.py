@@ -13,6 +13,7 @@ from ..configuration_deq import DEQConfig
 from ..generation_deq import REPORTED
 from .convergence import spectral_radii
 from .held_out import HeldOut
+from .starts import distances_from_start, path_independence, starts_at_zero, unsolved
 
 # What evaluations measure, and what a card or a figure calls it.
 METRICS = {
@@ -23,6 +24,7 @@ METRICS = {
     "recalled": "share of the symbols recalled",
 }
 RADIUS_WINDOWS = 8
+START = {"solver_max_evaluations": 0, "solver_tolerance": 0.0}  # the row that does not solve
 
 
 def by_budget(budgets: list[int]) -> list[dict]:
@@ -68,6 +70,7 @@ class Evaluation:
         rows: a setting of the dial and its scores in each.
         dataset, split, metrics: as in `HeldOut`.
         spectral_radius: of the Jacobian of f at the equilibrium, the mean over windows; `None` without an equilibrium.
+        distance_from_start, path_independence: see `starts`, means over the same windows; `None` likewise.
     """
 
     measured: str
@@ -76,6 +79,8 @@ class Evaluation:
     split: str
     metrics: tuple[str, ...]
     spectral_radius: float | None = None
+    distance_from_start: float | None = None
+    path_independence: float | None = None
 
     @property
     def is_solved(self) -> bool:
@@ -85,20 +90,34 @@ class Evaluation:
     def table(self) -> list[dict]:
         """The rows with the columns that are shown, for `format_table`."""
         columns = [*self.metrics, *(REPORTED if self.is_solved else ())]
-        return [{"dial": _label(row)} | {name: row[name] for name in columns} for row in self.rows]
+        of_the_start = any(row.get("solver_max_evaluations") == 0 for row in self.rows)
+        return [{"dial": _label(row, of_the_start)} | {name: row[name] for name in columns} for row in self.rows]
 
 
 def evaluate_dial(model: PreTrainedModel, held_out: HeldOut, settings: list[dict]) -> Evaluation:
-    """Score a model at every setting of the dial (`solver_tolerance`, `solver_max_evaluations`)."""
+    """Score a model at every setting of the dial (`solver_tolerance`, `solver_max_evaluations`).
+
+    If the solve starts at a state that the input proposes, a first row scores this state.
+    """
     rows = score_settings(model, held_out, settings)
-    solves = getattr(model.config, "gradient", "unrolled") != "unrolled"
+    of_equilibrium = {}
+    if getattr(model.config, "gradient", "unrolled") != "unrolled":
+        windows = held_out.windows(RADIUS_WINDOWS)
+        of_equilibrium = {
+            "spectral_radius": spectral_radii(model, windows).mean().item(),
+            "distance_from_start": distances_from_start(model, windows).mean().item(),
+            "path_independence": path_independence(model, windows),
+        }
+        if not starts_at_zero(model, windows):
+            with unsolved(model):
+                rows = [START | held_out.score(model, progress=True), *rows]
     return Evaluation(
-        measured=held_out.describe(rows[0], model.config),
+        measured=held_out.describe(rows[-1], model.config),
         rows=rows,
         dataset=held_out.dataset,
         split=held_out.split,
         metrics=held_out.metrics,
-        spectral_radius=spectral_radii(model, held_out.windows(RADIUS_WINDOWS)).mean().item() if solves else None,
+        **of_equilibrium,
     )
 
 
@@ -109,14 +128,18 @@ def format_table(rows: list[dict]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
-def _label(row: dict) -> str:
-    """The first column of a row."""
+def _label(row: dict, of_the_start: bool) -> str:
+    """The first column of a row; `of_the_start`: whether the table has a row of the state where a solve starts."""
     if "solver_max_evaluations" not in row:
         return "no solver"
     if is_by_tolerance(row):
         return f"tolerance {row['solver_tolerance']:.0e}"
     budget = row["solver_max_evaluations"]
-    return "no solver, f(0)" if budget == 1 else f"{budget} evaluations"
+    if budget == 0:
+        return "no solver, z0"
+    if budget == 1:
+        return "1 evaluation" if of_the_start else "no solver, f(0)"
+    return f"{budget} evaluations"
 
 
 def _format(value) -> str:

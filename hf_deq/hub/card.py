@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..data import BUILT_IN_CORPORA, is_local, known_corpus
 from ..evaluation import METRICS, is_by_tolerance, solver_settings
 from ..tasks import TASKS
-from .record import FIGURES, RunRecord
+from .record import FIGURES, OF_THE_EQUILIBRIUM, RunRecord
 
 TEMPLATE = Path(__file__).with_name("template.md")
 # How the class ends that an Auto class loads, and how the Hub calls its task.
@@ -77,7 +77,7 @@ def make_card(
         steps=record.steps,
         evaluation=record.results and record.own_row(config) | place | command,
         dial=_dial_table(record.results) if record.results else None,
-        spectral_radius=record.spectral_radius,
+        **{name: getattr(record, name) for name in OF_THE_EQUILIBRIUM},
         figures=figures,
     )
 
@@ -155,6 +155,8 @@ def _setting(row: dict) -> str:
         return "no solver"
     if is_by_tolerance(row):
         return f"tolerance {row['solver_tolerance']:g}"
+    if row["solver_max_evaluations"] == 0:
+        return "no solver, the state where it starts"
     return f"at most {row['solver_max_evaluations']} evaluations"
 
 

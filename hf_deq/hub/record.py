@@ -19,14 +19,19 @@ from ..training import parse_metrics
 
 # Names in recipe.yaml that belong to the machine of the run, and names whose values may be a place on that machine.
 MACHINE_FIELDS = ("output_dir", "resume", "report_to")
-PLACE_FIELDS = ("corpus", "validation_file", "tokenizer", "others", "metrics")
+PLACE_FIELDS = ("corpus", "validation_file", "tokenizer", "init_from", "others", "metrics")
 FIGURES = {
     "dial": "Quality against tolerance and budget",
     "residuals": "Relative residual against evaluations of f",
     "training": "Evaluations of f over training",
     "memory": "Bytes that a training step keeps for backward",
     "text": "Evaluations of f per token",
+    "lens": "What each number of evaluations predicts",
 }
+
+
+# What an evaluation says of the equilibrium; results of earlier versions have the first alone.
+OF_THE_EQUILIBRIUM = ("spectral_radius", "distance_from_start", "path_independence")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class RunRecord:
         evaluation: the arguments of the evaluation that gave them, without places on the machine.
         dataset, split: what they were measured on.
         measured: the same, and how they were measured, in words.
-        spectral_radius: of the Jacobian of f at the equilibrium, from the same evaluation.
+        spectral_radius, distance_from_start, path_independence: of the equilibrium, from the same evaluation.
         figures: those of `hf-deq plot` in the folder, with the arguments of each.
     """
 
@@ -54,6 +59,8 @@ class RunRecord:
     split: str = "validation"
     measured: str = ""
     spectral_radius: float | None = None
+    distance_from_start: float | None = None
+    path_independence: float | None = None
     figures: dict[Path, dict] = field(default_factory=dict)
 
     def own_row(self, config: PreTrainedConfig) -> dict:
@@ -82,7 +89,7 @@ class RunRecord:
                 "measured": self.measured,
                 "dataset": self.dataset,
                 "split": self.split,
-                "spectral_radius": self.spectral_radius,
+                **{name: getattr(self, name) for name in OF_THE_EQUILIBRIUM},
                 "rows": self.results,
             }
             (folder / "results.json").write_text(json.dumps(results, indent=1))
@@ -116,7 +123,7 @@ def read_record(folder: str | Path, config: PreTrainedConfig) -> RunRecord:
         dataset=dataset,
         split=split,
         measured=results["measured"],
-        spectral_radius=results.get("spectral_radius"),
+        **{name: results.get(name) for name in OF_THE_EQUILIBRIUM},
         figures=_read_figures(folder),
     )
     if results["arguments"].keys() <= {"budgets", "tolerances"}:

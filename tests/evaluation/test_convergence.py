@@ -333,6 +333,19 @@ def test_the_script_draws_its_figures_and_writes_their_numbers(runs, plot, tmp_p
     assert memory["saved bytes"]["unrolled"][1] > memory["saved bytes"]["implicit"][1]
 
 
+def test_the_script_draws_a_lens_over_a_text(runs, plot, tmp_path):
+    text = "sentence number $3$ is about " + 8 * "the number "
+    finished = plot(runs / "deq", "--text", text, "--lens", "--evaluations", 6, "--output", tmp_path / "out")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert (tmp_path / "out" / "lens.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads((tmp_path / "out" / "lens.json").read_text())
+    predicted, probability = (np.array(data[f"{name} (evaluations, tokens)"]) for name in ("predicted", "probability"))
+    assert predicted.shape == probability.shape == (len(predicted), len(data["tokens"])) and 2 < len(predicted) <= 6
+    assert ((probability > 0) & (probability <= 1)).all()
+    finished = plot(runs / "deq", "--lens", "--output", tmp_path / "out")
+    assert finished.returncode != 0 and "lens draws over a text: give --text" in finished.stderr
+
+
 def test_the_script_draws_a_text_alone(runs, plot, tmp_path):
     text = "sentence number $3$ is\n\tabout " + 30 * "the number "
     finished = plot(runs / "deq", "--text", text, "--evaluations", 20, "--output", tmp_path / "out")
