@@ -21,7 +21,6 @@ and vocabulary, with its cache. They take turns in this process. Speed is relati
 counts.
 """
 
-import json
 import multiprocessing
 import resource
 import statistics
@@ -32,18 +31,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    CompileConfig,
-    DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from benchmarking import ReportArguments, explicit_model, report
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, DynamicCache
 
 import hf_deq
 from hf_deq.commands import run
-from hf_deq.evaluation import format_table
 
 SIZES = {
     "deq_transformer": {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 6},
@@ -52,7 +44,7 @@ SIZES = {
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(ReportArguments):
     """How long the texts are, or what is decoded in how many ways."""
 
     lengths: list[int] = field(default_factory=lambda: [100, 1_000, 10_000], metadata={"help": "Tokens to generate."})
@@ -70,7 +62,6 @@ class BenchmarkArguments:
     )
     turns: int = field(default=3, metadata={"help": "How often."})
     compile: bool = field(default=False, metadata={"help": "Also decode compiled, which takes minutes to begin."})
-    output: str | None = field(default=None, metadata={"help": "Also write the rows to this JSON file."})
 
 
 def main(arguments: BenchmarkArguments) -> None:
@@ -78,10 +69,7 @@ def main(arguments: BenchmarkArguments) -> None:
         rows = compare_lengths(arguments)
     else:
         rows = compare_ways(arguments) if arguments.gpt2_layers is None else compare_with_gpt2(arguments)
-    print(format_table(rows))
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump(rows, file, indent=1)
+    report("benchmark_generation", rows, arguments)
 
 
 def compare_lengths(arguments: BenchmarkArguments) -> list[dict]:
@@ -203,11 +191,7 @@ def decode(model, way: dict, do_sample: bool, new_tokens: int) -> tuple[float, d
 def compare_with_gpt2(arguments: BenchmarkArguments) -> list[dict]:
     """One row for GPT-2, and one for each tolerance."""
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
-    config = model.config
-    heads = getattr(config, "num_attention_heads", 1)
-    sizes = dict(n_embd=config.hidden_size, n_head=heads, n_layer=arguments.gpt2_layers, n_positions=1024)
-    special = dict(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, **sizes, **special)).eval()
+    gpt2 = explicit_model("gpt2", model.config, arguments.gpt2_layers)
     ways = {f"GPT-2, {arguments.gpt2_layers} layers": (gpt2, {})}
     ways |= {f"tolerance {tolerance:g}": (model, {"solver_tolerance": tolerance}) for tolerance in arguments.tolerances}
     seconds = {way: [] for way in ways}

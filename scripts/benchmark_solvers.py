@@ -1,6 +1,6 @@
-"""Our solvers against torchdeq's, on the f of a trained model: evaluations, time, operations, memory.
+"""Our solvers against torchdeq's, on the f of trained and new models: evaluations, time, operations, memory.
 
-    python scripts/benchmark_solvers.py                                      # both shipped models
+    python scripts/benchmark_solvers.py                                      # the shipped models, a new f, a hard f
     python scripts/benchmark_solvers.py --models my-model --states 1x256     # one row of 256 tokens
 
 The solvers take turns on the same f, with the same start and the same tolerance, in one process. A time is the median
@@ -8,24 +8,22 @@ over the turns, and `ratio` is the time of torchdeq divided by ours. torchdeq st
 row is at the tolerance. Our solvers stop when the residual of every position is. Therefore the row `torchdeq, worst
 position` gives torchdeq a tolerance at which its worst position reaches the tolerance too. `operations` counts the
 operations outside of f in each evaluation, views included. `memory` is what a solve holds besides the output of f, in
-states. Without torchdeq (`pip install -e ".[bench]"`) its rows are left out.
+states. `fresh` is a new DEQ-Transformer, `hard` one with larger weights, whose f is less contractive. Without torchdeq
+(`pip install -e ".[bench]"`) its rows are left out.
 """
 
-import json
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from benchmarking import FRESH, HARD, SHIPPED, ReportArguments, has_torchdeq, load, report, take_turns, title
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import hf_deq
 from hf_deq.commands import run
 from hf_deq.data import read_recipe
-from hf_deq.evaluation import format_table
 from hf_deq.evaluation.convergence import captured_map
 from hf_deq.evaluation.operation_counts import CountOperations, LiveBytes
 from hf_deq.fixed_point import SOLVERS
@@ -34,52 +32,49 @@ from hf_deq.tasks import TextArguments, held_out_text
 from hf_deq.weight_tying import keeping_weights
 
 TORCHDEQ_NAMES = {"anderson": "anderson", "broyden": "broyden", "picard": "fixed_point_iter"}
-SHIPPED = ("model_cards/deq-transformer-tiny", "model_cards/deq-trellisnet-tiny")
 
 
 @dataclass
-class SolverBenchmarkArguments:
+class SolverBenchmarkArguments(ReportArguments):
     """What is solved, how exactly, and how often."""
 
-    models: list[str] = field(default_factory=lambda: list(SHIPPED), metadata={"help": "Folders of trained models."})
+    models: list[str] = field(
+        default_factory=lambda: [*SHIPPED, FRESH, HARD], metadata={"help": "Folders of trained models, fresh, hard."}
+    )
     states: list[str] = field(
         default_factory=lambda: ["8x128", "1x128", "1x1"], metadata={"help": "Rows x positions of the states."}
     )
     tolerances: list[float] = field(default_factory=lambda: [1e-3, 1e-5], metadata={"help": "Tolerances."})
     solvers: list[str] = field(default_factory=lambda: list(SOLVERS), metadata={"help": "Which solvers."})
     max_evaluations: int = field(default=60, metadata={"help": "Budget of evaluations of f."})
-    seconds: float = field(default=2.0, metadata={"help": "How long each solver is measured, about."})
-    output: str | None = field(default=None, metadata={"help": "Also write the rows to this JSON file."})
+    seconds: float = field(default=1.0, metadata={"help": "How long each solver is measured, about."})
 
 
 def main(arguments: SolverBenchmarkArguments) -> None:
     warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
-    rows = []
-    for folder in arguments.models:
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    rows, peer = [], has_torchdeq()
+    for name in arguments.models:
+        model, folder = load(name), name if name not in (FRESH, HARD) else SHIPPED[0]
         for state in arguments.states:
             batch, length = (int(size) for size in state.split("x"))
             text = held_out_text(folder, read_recipe(folder), TextArguments(length=length))
             f, z0 = captured_map(model, text.windows(batch))
             for tolerance in arguments.tolerances:
-                named = {"model": folder.rpartition("/")[2], "state": state, "tolerance": tolerance}
+                named = {"model": title(name), "state": state, "tolerance": tolerance}
                 with keeping_weights():
-                    rows += [named | row for row in compare(f, z0, tolerance, arguments)]
-    print(format_table(rows))
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump(rows, file, indent=1)
+                    rows += [named | row for row in compare(f, z0, tolerance, arguments, peer)]
+    report("benchmark_solvers", rows, arguments)
 
 
 @torch.no_grad()
-def compare(f: Callable, z0: Tensor, tolerance: float, arguments: SolverBenchmarkArguments) -> list[dict]:
+def compare(f: Callable, z0: Tensor, tolerance: float, arguments: SolverBenchmarkArguments, peer: bool) -> list[dict]:
     """One row for each solver of ours, and of torchdeq's."""
     rows = []
     for name in arguments.solvers:
         ours = SOLVERS[name](tolerance, arguments.max_evaluations)
         ways = {f"{name}": lambda f, ours=ours: ours(f, z0).image}
-        ways |= torchdeq_ways(name, f, z0, tolerance, arguments.max_evaluations)
-        times = take_turns(ways, f, arguments.seconds)
+        ways |= torchdeq_ways(name, f, z0, tolerance, arguments.max_evaluations) if peer else {}
+        times = take_turns({way: partial(solve, f) for way, solve in ways.items()}, arguments.seconds)
         for way, solve in ways.items():
             counted = measure(solve, f, z0)
             rows.append({"solver": way} | counted | {"ms": times[way] * 1e3, "ratio": times[way] / times[name]})
@@ -90,11 +85,8 @@ def torchdeq_ways(name: str, f: Callable, z0: Tensor, tolerance: float, budget: 
     """torchdeq's solver of that name at this tolerance, and at one at which its worst position reaches it."""
     if name not in TORCHDEQ_NAMES:
         return {}
-    try:
-        from torchdeq.solver import get_solver
-    except ImportError:
-        print('torchdeq is not installed, its rows are left out: pip install -e ".[bench]"')
-        return {}
+    from torchdeq.solver import get_solver
+
     solver = get_solver(TORCHDEQ_NAMES[name])
 
     def at(tolerance: float) -> Callable:
@@ -109,18 +101,6 @@ def torchdeq_ways(name: str, f: Callable, z0: Tensor, tolerance: float, budget: 
 def worst_residual(f: Callable, state: Tensor) -> float:
     """The relative residual of the worst position."""
     return own_residuals(state, f(state)).max().item()
-
-
-def take_turns(ways: dict[str, Callable], f: Callable, seconds: float) -> dict[str, float]:
-    """Median seconds of each way."""
-    turns = {way: [] for way in ways}
-    ends = time.perf_counter() + seconds * len(ways)
-    while time.perf_counter() < ends or len(turns[next(iter(ways))]) < 4:
-        for way, solve in ways.items():
-            started = time.perf_counter()
-            solve(f)
-            turns[way].append(time.perf_counter() - started)
-    return {way: statistics.median(measured[1:]) for way, measured in turns.items()}
 
 
 def measure(solve: Callable, f: Callable, z0: Tensor) -> dict:

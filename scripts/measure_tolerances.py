@@ -1,6 +1,6 @@
 """What a tolerance guarantees: how far predictions are from those at the equilibrium, in nats, at the worst position.
 
-    python scripts/measure_tolerances.py                                        # both shipped models
+    python scripts/measure_tolerances.py                                        # the shipped models
     python scripts/measure_tolerances.py --models my-model --lengths 256
 
 Held-out windows are solved at each tolerance, within the model's own budget, and at the equilibrium (in double
@@ -8,33 +8,30 @@ precision, to a residual of 1e-7). `worst` and `mean` are Kullback-Leibler diver
 windows; `worst, flagged` is the worst among windows that were flagged converged.
 """
 
-import json
 import warnings
 from dataclasses import dataclass, field
 
 import torch
+from benchmarking import SHIPPED, ReportArguments, report, title
 from transformers import AutoModelForCausalLM
 
 import hf_deq
 from hf_deq.commands import run
 from hf_deq.data import read_recipe
-from hf_deq.evaluation import format_table
 from hf_deq.evaluation.convergence import Divergence, divergences
 from hf_deq.tasks import TextArguments, held_out_text
 
-SHIPPED = ("model_cards/deq-transformer-tiny", "model_cards/deq-trellisnet-tiny")
 TOKENS_AT_ONCE = 4096
 
 
 @dataclass
-class ToleranceArguments:
+class ToleranceArguments(ReportArguments):
     """Which models, on how many windows of which lengths, at which tolerances."""
 
     models: list[str] = field(default_factory=lambda: list(SHIPPED), metadata={"help": "Folders of trained models."})
     lengths: list[int] = field(default_factory=lambda: [128, 256, 512], metadata={"help": "Tokens of a window."})
     windows: int = field(default=120, metadata={"help": "Windows of each length, spread over the held-out text."})
     tolerances: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3], metadata={"help": "Tolerances."})
-    output: str | None = field(default=None, metadata={"help": "Also write the rows to this JSON file."})
 
 
 def main(arguments: ToleranceArguments) -> None:
@@ -48,12 +45,9 @@ def main(arguments: ToleranceArguments) -> None:
             measured = [divergences(model, batch, arguments.tolerances) for batch in batches]
             for tolerance in arguments.tolerances:
                 parts = zip(*(batch[tolerance] for batch in measured), strict=True)
-                named = {"model": folder.rpartition("/")[2], "length": length, "tolerance": tolerance}
+                named = {"model": title(folder), "length": length, "tolerance": tolerance}
                 rows.append(named | summary(Divergence(*map(torch.cat, parts))))
-    print(format_table(rows))
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump(rows, file, indent=1)
+    report("measure_tolerances", rows, arguments)
 
 
 def summary(measured: Divergence) -> dict:

@@ -29,6 +29,7 @@ def script(name, *arguments) -> Finished:
     AcceleratorState._reset_state(True)
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv, sys.argv = sys.argv, [str(ROOT / "scripts" / name), *map(str, arguments)]
+    sys.path.insert(0, str(ROOT / "scripts"))  # as Python does; the benchmarks share a module there
     try:
         with redirect_stdout(out), redirect_stderr(err):
             runpy.run_path(sys.argv[0], run_name="__main__")
@@ -37,5 +38,6 @@ def script(name, *arguments) -> Finished:
         err.write("" if isinstance(stop.code, int) else str(stop.code))
     finally:
         sys.argv = argv
+        sys.path.remove(str(ROOT / "scripts"))
         AcceleratorState._reset_state(True)
     return Finished(code, out.getvalue(), err.getvalue())

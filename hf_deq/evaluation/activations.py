@@ -1,7 +1,7 @@
 """The bytes that a training step keeps for backward (see figure 1 of Bai, Kolter & Koltun 2019)."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -47,17 +47,28 @@ def saved_activation_bytes(model: DEQPreTrainedModel, input_ids: Tensor, **dial)
     Raises:
         ValueError: if the budget or the number of steps is not positive.
     """
+    input_ids = input_ids.to(model.device)
+    with _training(model), unconverged_on_purpose(), torch.enable_grad():
+        return saved_bytes(model, lambda: model(input_ids, labels=input_ids, use_cache=False, **dial))
+
+
+def saved_bytes(model: torch.nn.Module, forward: Callable[[], object]) -> int:
+    """Return the bytes that autograd holds after a forward pass, without those of parameters and buffers.
+
+    Args:
+        model: any model.
+        forward: runs the forward pass. It returns what owns the graph, such as the loss.
+    """
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    input_ids, held = input_ids.to(model.device), weakref.WeakSet()
+    held = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
         saved = _Saved(tensor)
         held.add(saved)  # weakly: tensors that the graph releases during the forward pass do not count
         return saved
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor)
-    with _training(model), unconverged_on_purpose(), torch.enable_grad(), hooks:
-        outputs = model(input_ids, labels=input_ids, use_cache=False, **dial)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        outputs = forward()
     storages = [saved.tensor.untyped_storage() for saved in held]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in weights}
     del outputs  # not earlier, because it owns the graph

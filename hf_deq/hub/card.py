@@ -68,7 +68,7 @@ def make_card(
         auto_class=auto_class,
         generates=model.can_generate() and has_tokenizer,
         num_parameters=f"{model.num_parameters():,}",
-        shape=_markdown_table([{"field": name, "value": value} for name, value in shape.items()]),
+        shape=markdown_table([{"field": name, "value": value} for name, value in shape.items()]),
         solver=solver_settings(config),
         unrolled=config.gradient == "unrolled",
         corpus=record.recipe.get("corpus"),
@@ -138,7 +138,7 @@ def _cost(record: RunRecord) -> str | None:
         "minutes": "seconds" in cost and f"{cost['seconds'] / 60:.1f}",
         "processes": cost.get("num_processes"),
     }
-    return _markdown_table([{"training": name, "": value} for name, value in rows.items() if value]) if cost else None
+    return markdown_table([{"training": name, "": value} for name, value in rows.items() if value]) if cost else None
 
 
 def _dial_table(results: list[dict]) -> str:
@@ -147,7 +147,7 @@ def _dial_table(results: list[dict]) -> str:
     if "solver_tolerance" not in results[0]:
         columns = {name: title for name, title in columns.items() if name not in SOLVE}
     rows = [{"dial": _setting(row)} | {title: row[name] for name, title in columns.items()} for row in results]
-    return _markdown_table(rows)
+    return markdown_table(rows)
 
 
 def _setting(row: dict) -> str:
@@ -160,7 +160,8 @@ def _setting(row: dict) -> str:
     return f"at most {row['solver_max_evaluations']} evaluations"
 
 
-def _markdown_table(rows: list[dict]) -> str:
+def markdown_table(rows: list[dict]) -> str:
+    """Rows with the same keys as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(_format, row.values()) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

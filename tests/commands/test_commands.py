@@ -343,59 +343,6 @@ def test_copy_memory_goes_through_the_same_scripts(tmp_path):
     assert "recalled" in finished.stdout and "tolerance 1e-03" in finished.stdout
 
 
-def test_the_generation_benchmark_shows_a_constant_cache(tmp_path):
-    """In a process of its own, since it starts others."""
-    flags = ["--lengths", "10", "40", "--vocab_size", "50", "--output", str(tmp_path / "b.json")]
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark_generation.py"), *flags]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    rows = json.loads((tmp_path / "b.json").read_text())
-    cache = {(row["model"], row["tokens"]): row["cache (KB)"] for row in rows}
-    assert cache["deq_trellisnet", 10] == cache["deq_trellisnet", 40]
-    assert cache["deq_transformer", 40] == 4 * cache["deq_transformer", 10]
-
-
-def test_the_generation_benchmark_compares_ways_of_decoding(trained, tmp_path):
-    flags = ["--model", trained[0], "--draft_tolerances", 0.2, "--new_tokens", 8, "--turns", 1]
-    finished = script("benchmark_generation.py", *flags, "--output", tmp_path / "b.json")
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    rows = {(row["text"], row["way"]): row for row in json.loads((tmp_path / "b.json").read_text())}
-    assert len(rows) == 6
-    for text in ("greedy", "sampled"):
-        plain, drafted = rows[text, "plain"], rows[text, "drafted at 0.2"]
-        assert plain["speed"] == 1 and plain["of the draft"] == 0
-        assert drafted["of the draft"] > 0 and 0 <= drafted["accepted"] <= 1
-        assert drafted["evaluations"] < plain["evaluations"]
-
-
-def test_the_generation_benchmark_compares_with_gpt2(trained, tmp_path):
-    flags = ["--model", trained[0], "--gpt2_layers", 2, "--new_tokens", 4, "--turns", 1]
-    finished = script("benchmark_generation.py", *flags, "--output", tmp_path / "b.json")
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    rows = {row["way"]: row["speed"] for row in json.loads((tmp_path / "b.json").read_text())}
-    assert list(rows) == ["GPT-2, 2 layers", "tolerance 0.001", "tolerance 0.01"] and rows["GPT-2, 2 layers"] == 1
-
-
-def test_the_solver_benchmark_counts_what_has_no_noise(trained, tmp_path):
-    flags = ["--models", trained[0], "--states", "2x8", "1x1", "--tolerances", 1e-2, "--seconds", 0.01]
-    finished = script("benchmark_solvers.py", *flags, "--output", tmp_path / "b.json")
-    assert finished.returncode == 0 and "worst residual" in finished.stdout, finished.stderr[-2000:]
-    rows = [row for row in json.loads((tmp_path / "b.json").read_text()) if "torchdeq" not in row["solver"]]
-    assert [(row["state"], row["solver"]) for row in rows] == [
-        (state, solver) for state in ("2x8", "1x1") for solver in ("anderson", "broyden", "picard")
-    ]
-    assert all(row["worst residual"] <= 1e-2 and row["operations"] <= 90 and row["ratio"] == 1 for row in rows)
-
-
-def test_tolerances_are_measured_against_the_equilibrium(trained, tmp_path):
-    flags = ["--models", trained[0], "--lengths", 8, "--windows", 3, "--tolerances", 0.3, 1e-4]
-    finished = script("measure_tolerances.py", *flags, "--output", tmp_path / "t.json")
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    loose, tight = json.loads((tmp_path / "t.json").read_text())
-    assert loose["evaluations"] < tight["evaluations"] and tight["not converged"] == 0
-    assert loose["worst"] > loose["mean"] > tight["mean"] and tight["worst, flagged"] == tight["worst"] < 1e-4
-
-
 def test_ctrl_c_saves_and_leaves(corpus, tmp_path):
     """The real thing: another process, a real interrupt in the middle of a step."""
     flags = [*TINY, "--max_steps", "100000", "--logging_steps", "1"]
