@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -23,6 +24,11 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
     """A classifier on a `DEQModel`. Subclasses set `model_class`. `config.num_labels` is the number of scores."""
 
     model_class: type[DEQModel]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # Pipelines recognise classifiers by the names in this mapping.
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[cls.__name__] = cls.__name__
 
     def __init__(self, config: DEQConfig):
         super().__init__(config)

@@ -59,6 +59,10 @@ class DEQConfig(PreTrainedConfig):
         "memory",
     ]
 
+    # TRL reads this name of every configuration whose model class is not one of Transformers. A folder with the code of
+    # its model has its own value.
+    auto_map = {}
+
     # Fields of earlier versions, and what the user should write instead.
     former_fields = {
         "shallow_steps": "give it to the training, as in scripts/train.py --shallow_steps",

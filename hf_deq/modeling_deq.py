@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -25,8 +25,17 @@ from .masking_deq import Rows, check_mask, positions_of_texts, read_rows
 from .paging_deq import PagedTexts
 from .softmax_heads import LogProbabilityHead, check_ids
 
+logger = logging.get_logger(__name__)
+
 # Before version 5.24, Transformers called the cache `past_key_values`. Older callers still use this name.
 FORMER_CACHE_NAME = {"old_name": "past_key_values", "new_name": "cache", "version": "5.40.0"}
+
+
+JACOBIAN_LOSS_LEFT_OUT = (
+    "jacobian_loss_weight is set, but the loss is computed outside of the model (labels were not passed to forward, as "
+    "with label_smoothing_factor or compute_loss_func of Trainer). The regularization is not part of it: add "
+    "config.jacobian_loss_weight * outputs.jacobian_loss yourself, or set jacobian_loss_weight to 0."
+)
 
 
 @dataclass
@@ -321,8 +330,11 @@ class DEQForCausalLM(DEQPreTrainedModel, DEQGenerationMixin):
             loss = self._likelihood_loss(outputs.last_hidden_state, labels, **kwargs)
         elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if loss is not None and outputs.jacobian_loss is not None:
-            loss = loss + self._jacobian_share(labels, **kwargs) * outputs.jacobian_loss
+        if outputs.jacobian_loss is not None:
+            if loss is None:
+                logger.warning_once(JACOBIAN_LOSS_LEFT_OUT)
+            else:
+                loss = loss + self._jacobian_share(labels, **kwargs) * outputs.jacobian_loss
         return DEQCausalLMOutputWithPast(loss=loss, logits=logits, **outputs.passed_on())
 
     def _logits(self, states: Tensor) -> Tensor:

@@ -54,16 +54,22 @@ def main(arguments: SolverBenchmarkArguments) -> None:
     warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
     rows, peer = [], has_torchdeq()
     for name in arguments.models:
-        model, folder = load(name), name if name not in (FRESH, HARD) else SHIPPED[0]
+        model = load(name)
         for state in arguments.states:
             batch, length = (int(size) for size in state.split("x"))
-            text = held_out_text(folder, read_recipe(folder), TextArguments(length=length))
-            f, z0 = captured_map(model, text.windows(batch))
+            f, z0 = captured_map(model, windows(name, model, batch, length))
             for tolerance in arguments.tolerances:
                 named = {"model": title(name), "state": state, "tolerance": tolerance}
                 with keeping_weights():
                     rows += [named | row for row in compare(f, z0, tolerance, arguments, peer)]
     report("benchmark_solvers", rows, arguments)
+
+
+def windows(name: str, model, batch: int, length: int) -> Tensor:
+    """Held-out text for a trained model, random tokens for a new one."""
+    if name in (FRESH, HARD):
+        return torch.randint(3, model.config.vocab_size, (batch, length))
+    return held_out_text(name, read_recipe(name), TextArguments(length=length)).windows(batch)
 
 
 @torch.no_grad()

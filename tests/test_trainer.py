@@ -1,7 +1,11 @@
 """`transformers.Trainer` with both model families, and `EquilibriumCallback`."""
 
+import logging
+import math
+
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from families import TRANSFORMER, every_family, random_ids
 from tokenizers import Tokenizer
@@ -10,15 +14,18 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    pipeline,
 )
 
 from hf_deq import DEQTransformerForSequenceClassification
+from hf_deq.hub import export_hub_folder
 from hf_deq.training import EquilibriumCallback
 
 PADDING = -100
@@ -284,3 +291,73 @@ def test_sft_trainer_learns_completions(family, tmp_path):
     assert losses[0] == pytest.approx(expected.item(), rel=1e-4)
     assert losses[-1] < 0.5 * losses[0]
     assert all(logged(trainer, "converged")) and model.model.layers[0].gradient_checkpointing
+
+
+@pytest.fixture
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer of 61 words, as many as the models of the tests have ids."""
+    names = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(58))]
+    plain = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    plain.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+OF_TRL = dict(max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True, save_strategy="no")
+
+
+@every_family
+@pytest.mark.parametrize("exported", [False, True], ids=["with the package", "with its own code"])
+def test_dpo_from_a_path_makes_its_own_reference_model(family, exported, words, tmp_path):
+    from trl import DPOConfig, DPOTrainer
+
+    model, folder = make_model(family, solver_tolerance=1e-3, backward_tolerance=1e-2), tmp_path / "model"
+    model.save_pretrained(folder)
+    if exported:
+        export_hub_folder(model, folder, words)
+    rows = [{"prompt": "w1 w2", "chosen": " w3 w4 w5", "rejected": " w9 w8 w7"}] * 4
+    how = {"model_init_kwargs": {"trust_remote_code": True}} if exported else {}
+    arguments = DPOConfig(output_dir=str(tmp_path / "out"), **OF_TRL, **how)
+    trainer = DPOTrainer(str(folder), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=words)
+    trainer.train()
+    # Model and reference are equal at the start, so the loss is that of a coin.
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+@every_family
+def test_a_reward_model_learns_from_pairs(family, words, tmp_path):
+    from trl import RewardConfig, RewardTrainer
+
+    model_class = AutoModelForSequenceClassification
+    config = family.config(num_labels=1, solver_tolerance=1e-3, backward_tolerance=1e-2)
+    config.save_pretrained(tmp_path / "model")
+    model_class.from_config(config).save_pretrained(tmp_path / "model")
+    rows = [{"chosen": "w1 w2 w3", "rejected": "w1 w9 w8"}] * 4
+    arguments = RewardConfig(output_dir=str(tmp_path / "out"), **OF_TRL)
+    data = Dataset.from_list(rows)
+    trainer = RewardTrainer(str(tmp_path / "model"), args=arguments, train_dataset=data, processing_class=words)
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+
+@every_family
+@pytest.mark.parametrize("how", ["label smoothing", "compute_loss_func"])
+def test_a_jacobian_loss_that_is_left_out_is_said(family, how, tmp_path, caplog):
+    """Trainer computes these losses from the logits, so the model cannot add to them."""
+    model = make_model(family, jacobian_loss_weight=0.5)
+    trainer = make_trainer(model, tmp_path, max_steps=1, **({"label_smoothing_factor": 0.1} if "label" in how else {}))
+    if how == "compute_loss_func":
+        trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs.logits.square().mean()
+    logging.getLogger("transformers").propagate = True
+    transformers.utils.logging.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "jacobian_loss_weight is set, but the loss is computed outside of the model" in caplog.text
+
+
+@every_family
+def test_pipelines_know_the_classes(family, words, caplog):
+    logging.getLogger("transformers").propagate = True
+    model = AutoModelForSequenceClassification.from_config(family.config(num_labels=2)).eval()
+    with caplog.at_level(logging.WARNING):
+        scores = pipeline("text-classification", model=model, tokenizer=words, device="cpu")("w1 w2 w3")
+    assert 0 < scores[0]["score"] < 1 and "not supported" not in caplog.text
