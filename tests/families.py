@@ -168,11 +168,8 @@ ATTRACTOR = Family(
         {},
         {"num_hidden_layers": 1, "num_prelude_layers": 0},
         {"num_hidden_layers": 4, "num_prelude_layers": 2, "qk_norm": None, "mlp_bias": True},
-        {"tie_word_embeddings": False, "head_dim": 12},
         {"sliding_window": 3, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-        {"attn_implementation": "eager", "num_attention_heads": 4, "num_key_value_heads": 1},
-        {"solver": "broyden"},
-        {"solver": "picard"},
+        {"attn_implementation": "eager", "num_key_value_heads": 1, "tie_word_embeddings": False, "head_dim": 12},
     ),
     starts_at_zero=False,
 )

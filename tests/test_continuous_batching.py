@@ -82,10 +82,23 @@ def batched(model, prompts, config: ContinuousBatchingConfig | None = None, **fi
     ]
 
 
-# Grouped heads, layers of a prelude, a window: the pages of an Attractor model hold all of these.
-PAGED = {f"transformer-{name}": (TRANSFORMER, fields) for name, fields in TRANSFORMER.variants.items()} | {
-    f"attractor-{name}": (ATTRACTOR, ATTRACTOR.variants[name])
-    for name in ("default", "published", "qwen3-like", "scaled")
+# What pages hold, and how masks and positions are made, differs in these variants.
+PAGED = {
+    f"{kind}-{name}": (family, family.variants[name])
+    for kind, family, names in (
+        (
+            "transformer",
+            TRANSFORMER,
+            (
+                *("default", "paper", "adaptive", "torchdeq", "sliding_window=3", "attn_implementation=eager"),
+                "num_hidden_layers=2-norm_position=pre-position_embedding_type=relative",
+                "sliding_window=4-norm_position=pre-position_embedding_type=relative",
+                "attn_implementation=eager-norm_position=pre-position_embedding_type=relative",
+            ),
+        ),
+        ("attractor", ATTRACTOR, ("default", "published", "qwen3-like", "sliding_window=3-rope_parameters=linear")),
+    )
+    for name in names
 }
 
 

@@ -3,7 +3,8 @@
     hf-deq retrofit my-llama --num_prelude_layers 4 --num_head_layers 1 --output_dir retrofitted
     hf-deq train --init_from retrofitted --corpus my_text.txt
 
-The first layers become the prelude, the next ones the head. The result needs training: the second command heals it.
+The first layers become the prelude, the next ones the head. The others are left out. The result needs training: the
+second command heals it.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..hub.retrofit import RESTS, retrofit
+from ..hub.retrofit import retrofit
 from . import run
 
 
@@ -21,12 +22,6 @@ class RetrofitArguments:
 
     num_prelude_layers: int = field(metadata={"help": "Layers that become the prelude: the first ones."})
     num_head_layers: int = field(default=1, metadata={"help": "Layers that become the head: the next ones."})
-    rest: str = field(
-        default="drop", metadata={"help": "Leave out the layers after these, or average them.", "choices": RESTS}
-    )
-    head_scale: float = field(
-        default=1.0, metadata={"help": "Factor of what the head adds; below 1 it converges more easily."}
-    )
     output_dir: str = field(default="retrofitted-model", metadata={"help": "Folder for the model."})
 
 
@@ -39,7 +34,7 @@ def make(folder: str, options: RetrofitArguments) -> None:
     """Write the folder of the retrofitted model, and say how it is solved as it is."""
     original = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = retrofit(original, options.num_prelude_layers, options.num_head_layers, options.rest, options.head_scale)
+    model = retrofit(original, options.num_prelude_layers, options.num_head_layers)
     model.save_pretrained(options.output_dir)
     tokenizer.save_pretrained(options.output_dir)
     print(

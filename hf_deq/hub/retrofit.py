@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..configuration_deq import require_one_of
 from ..configuration_deq_attractor import DEQAttractorConfig
 from ..modeling_deq_attractor import DEQAttractorBlock, DEQAttractorForCausalLM
 from ..positions_deq import RotaryPositions
@@ -23,31 +22,22 @@ PARTS = (
     *("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
 OPTIONAL_PARTS = ("self_attn.q_norm", "self_attn.k_norm")
-# What becomes of the layers after those that are used.
-RESTS = ("drop", "average")
 LARGEST_DIFFERENCE = 1e-3  # between a layer and its copy, relative to what the layer adds
 
 
 def retrofit(
-    model: PreTrainedModel,
-    num_prelude_layers: int,
-    num_head_layers: int = 1,
-    rest: str = "drop",
-    head_scale: float = 1.0,
-    **config_fields,
+    model: PreTrainedModel, num_prelude_layers: int, num_head_layers: int = 1, **config_fields
 ) -> DEQAttractorForCausalLM:
     """Return an Attractor model made of the layers of a pretrained decoder.
 
     Embeddings, final norm and output layer are those of the original. The first layers become the prelude, the next
-    ones the head. Every copied layer is compared with the original on random states.
+    ones the head. The layers after these are left out. Every copied layer is compared with the original on random
+    states.
 
     Args:
         model: a language model with the layers of Llama (Llama, Mistral, Qwen2, Qwen3).
         num_prelude_layers: number of layers that become the prelude.
         num_head_layers: number of layers that become the head, at least 1.
-        rest: what becomes of the layers after these: `"drop"` leaves them out, `"average"` averages the weights of
-            them and of the head's layers (with several layers in the head, each gets every n-th layer).
-        head_scale: factor of what the head adds. Below 1, f is more contractive.
         config_fields: further fields of the configuration, such as the solver. `layer_scale_init_value` gives the head
             gates; by default it has none.
 
@@ -55,12 +45,9 @@ def retrofit(
         The model in evaluation mode, in the dtype of the original.
 
     Raises:
-        ValueError: if there are not so many layers, if `head_scale` is not positive, or if a part of the original has
-            no counterpart; the message names it.
+        ValueError: if there are not so many layers, or if a part of the original has no counterpart; the message names
+            it.
     """
-    require_one_of("rest", rest, RESTS)
-    if not 0 < head_scale < float("inf"):
-        raise ValueError(f"head_scale must be positive and finite, got {head_scale}.")
     layers = _layers_of(model)
     if num_prelude_layers < 0 or num_head_layers < 1 or num_prelude_layers + num_head_layers > len(layers):
         raise ValueError(
@@ -76,12 +63,6 @@ def retrofit(
     for block, layer in zip(blocks, layers, strict=False):
         block.load_state_dict(_weights(layer), strict=False)  # gates are new
     _compare(model, layers, blocks)
-    if rest == "average":
-        for i, block in enumerate(ours.model.layers[0].head):
-            _load_average(block, layers[num_prelude_layers + i :: num_head_layers])
-    for block in ours.model.layers[0].head:
-        for parameter in (*block.self_attn.o_proj.parameters(), *block.mlp.down_proj.parameters()):
-            parameter.data *= head_scale
     return ours
 
 
@@ -169,12 +150,6 @@ def _weights(layer: nn.Module) -> dict[str, Tensor]:
 
 def _joined(module: nn.Module, names: tuple[str, ...], kind: str) -> Tensor:
     return torch.cat([getattr(getattr(module, name), kind) for name in names])
-
-
-def _load_average(block: DEQAttractorBlock, layers: list[nn.Module]) -> None:
-    """Give a layer of the head the mean of the weights of several layers."""
-    each = [_weights(layer) for layer in layers]
-    block.load_state_dict({name: torch.stack([one[name] for one in each]).mean(0) for name in each[0]}, strict=False)
 
 
 @torch.no_grad()

@@ -70,27 +70,13 @@ def test_the_prelude_is_the_first_layers_and_the_head_adds_what_the_next_one_doe
 
 @originals
 def test_it_is_a_model_like_any_other(config, tmp_path):
-    model = retrofit(pretrained(config), 1, 2, head_scale=0.3)
+    model = retrofit(pretrained(config), 1, 2)
     model.save_pretrained(tmp_path)
     loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.randint(3, 61, (1, 6))
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
     assert loaded.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 9)
     loaded(ids, labels=ids).loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in loaded.parameters())
-
-
-def test_the_rest_can_be_averaged_into_the_head_and_the_head_scaled():
-    original = pretrained(ORIGINALS["llama"])
-    head = retrofit(original, 1, 1, rest="average").model.layers[0].head[0]
-    mean = torch.stack([layer.mlp.down_proj.weight for layer in original.model.layers[1:]]).mean(0)
-    torch.testing.assert_close(head.mlp.down_proj.weight, mean)
-    first, second = retrofit(original, 0, 2, rest="average").model.layers[0].head
-    for block, places in ((first, (0, 2)), (second, (1, 3))):
-        mean = torch.stack([original.model.layers[i].self_attn.o_proj.weight for i in places]).mean(0)
-        torch.testing.assert_close(block.self_attn.o_proj.weight, mean)
-    scaled, plain = (retrofit(original, 2, 1, head_scale=scale).model.layers[0] for scale in (0.5, 1.0))
-    assert torch.equal(scaled.head[0].mlp.down_proj.weight, 0.5 * plain.head[0].mlp.down_proj.weight)
-    assert torch.equal(scaled.prelude[0].mlp.down_proj.weight, plain.prelude[0].mlp.down_proj.weight)
 
 
 def test_gates_may_be_added():
@@ -124,16 +110,3 @@ def test_what_does_not_fit_is_named(config, what):
 def test_layers_that_do_not_exist_are_refused(arguments):
     with pytest.raises(ValueError, match="do not fit: the model has 4 layers, and the head needs at least one"):
         retrofit(pretrained(ORIGINALS["llama"]), *arguments)
-
-
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        ({"rest": "sum"}, "rest must be one of"),
-        ({"head_scale": 0.0}, "head_scale must be positive"),
-        ({"head_scale": float("nan")}, "head_scale must be positive"),
-    ],
-)
-def test_bad_arguments_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        retrofit(pretrained(ORIGINALS["llama"]), 2, 1, **fields)
