@@ -58,7 +58,7 @@ class ReversibleGradient:
         if self.steps > most_steps(self.beta):
             raise ValueError(
                 f"ReversibleGradient needs steps <= {most_steps(self.beta)} with beta={self.beta}, got {self.steps}: "
-                "rounding errors would spoil the gradient when the steps are undone. Take fewer steps or a smaller beta."
+                "rounding errors would spoil the gradient when the steps are undone."
             )
 
     def __call__(
