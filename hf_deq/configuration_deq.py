@@ -3,6 +3,7 @@
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import pairwise
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -62,7 +63,7 @@ class DEQConfig(PreTrainedConfig):
 
     # TRL reads this name of every configuration whose model class is not one of Transformers. A folder with the code of
     # its model has its own value.
-    auto_map = {}
+    auto_map: ClassVar[dict[str, str]] = {}
 
     # Fields of earlier versions, and what the user should write instead.
     former_fields = {
