@@ -3,12 +3,14 @@
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import pairwise
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .fixed_point import SOLVERS
+from .reversible import most_steps
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +41,7 @@ class DEQConfig(PreTrainedConfig):
             for the implicit gradient. Here evaluations are vector-Jacobian products.
         phantom_steps, phantom_damping: number and damping of the steps that the phantom gradient differentiates.
         reversible_steps, reversible_beta: number of reversible steps, with two calls of f each, and the fraction of
-            each step that is taken, in (0, 1).
+            each step that is taken, in (0, 1). A larger fraction allows fewer steps, see `ReversibleGradient`.
         jacobian_loss_weight: weight of the Jacobian regularization in the training loss; 0 turns it off.
         jacobian_loss_frequency: fraction of training steps that apply the regularization, in (0, 1].
 
@@ -61,7 +63,7 @@ class DEQConfig(PreTrainedConfig):
 
     # TRL reads this name of every configuration whose model class is not one of Transformers. A folder with the code of
     # its model has its own value.
-    auto_map = {}
+    auto_map: ClassVar[dict[str, str]] = {}
 
     # Fields of earlier versions, and what the user should write instead.
     former_fields = {
@@ -146,6 +148,12 @@ class DEQConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
         if not 0 < self.reversible_beta < 1:
             raise ValueError(f"reversible_beta must be in (0, 1), got {self.reversible_beta}.")
+        if self.reversible_steps > most_steps(self.reversible_beta):
+            raise ValueError(
+                f"reversible_steps must be at most {most_steps(self.reversible_beta)} with "
+                f"reversible_beta={self.reversible_beta}, got {self.reversible_steps}: rounding errors would spoil the "
+                "gradient when the steps are undone."
+            )
 
     def require_at_least(self, smallest: int, *names: str, largest: int = LARGEST_NUMBER) -> None:
         """Refuse fields that are below a number or above another one, or not a number.

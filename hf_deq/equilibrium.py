@@ -96,7 +96,9 @@ class ImplicitGradient:
     def _transposed_solver(self, z: Tensor) -> FixedPointSolver:
         scope = "anticausal" if self.solver.scope == "causal" else self.solver.scope
         # The tolerance is set here, because backward runs outside of the autocast context of the forward pass.
-        return replace(self.solver, scope=scope, tolerance=self.solver.attainable_tolerance(z))
+        # A tolerance of zero stays: it asks for the whole budget, as a Neumann sum does.
+        tolerance = self.solver.tolerance and self.solver.attainable_tolerance(z)
+        return replace(self.solver, scope=scope, tolerance=tolerance)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The reversible gradient: the exact gradient of a number of steps, at the memory of one (RevDEQ, arXiv 2509.12917)."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,15 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from .equilibrium import measured
 from .fixed_point import FixedPointSolution, FixedPointSolver, SequenceMap
 from .packed_texts import Texts
+
+# Undoing all steps multiplies rounding errors by (1 - beta) ** -steps. On trained blocks, gradients are within 4e-4 of
+# backpropagation up to this growth, and not a number from a hundred times this growth on.
+LARGEST_GROWTH = 1e12
+
+
+def most_steps(beta: float) -> int:
+    """Return the number of steps that can be undone in double precision, for a beta in (0, 1)."""
+    return int(-math.log(LARGEST_GROWTH) / math.log1p(-beta))
 
 
 @dataclass(frozen=True)
@@ -26,11 +36,15 @@ class ReversibleGradient:
     instead. So training and inference agree as far as the steps have converged.
 
     Undoing a step divides rounding errors by 1 - beta. The two states are therefore in double precision (single on
-    MPS), whatever the precision of f.
+    MPS), whatever the precision of f. Even so, only `most_steps(beta)` steps can be undone.
 
     Args:
         steps: steps of two applications of f each, at least 1.
-        beta: fraction of each step that is taken, in (0, 1). Larger values converge faster, and lose precision faster.
+        beta: fraction of each step that is taken, in (0, 1). Larger values converge faster, and lose precision faster:
+            0.5 allows 39 steps, 0.8 allows 17, 0.9 allows 11.
+
+    Raises:
+        ValueError: if a field is out of its range, or there are too many steps for this beta.
     """
 
     steps: int = 8
@@ -41,6 +55,11 @@ class ReversibleGradient:
             raise ValueError(f"ReversibleGradient needs steps >= 1, got {self.steps}.")
         if not 0 < self.beta < 1:
             raise ValueError(f"ReversibleGradient needs beta in (0, 1), got {self.beta}.")
+        if self.steps > most_steps(self.beta):
+            raise ValueError(
+                f"ReversibleGradient needs steps <= {most_steps(self.beta)} with beta={self.beta}, got {self.steps}: "
+                "rounding errors would spoil the gradient when the steps are undone."
+            )
 
     def __call__(
         self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver, texts: Texts | None = None

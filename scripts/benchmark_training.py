@@ -47,6 +47,7 @@ from hf_deq.commands import run
 from hf_deq.data import read_recipe
 from hf_deq.equilibrium import GradientEstimator, measured
 from hf_deq.evaluation.activations import saved_bytes
+from hf_deq.reversible import most_steps
 from hf_deq.tasks import TextArguments, held_out_text
 
 EXPLICIT = "GPT-2, 12 layers"
@@ -224,6 +225,8 @@ def rounding_errors(arguments: TrainingBenchmarkArguments) -> list[dict]:
     ids, rows = windows(arguments), []
     for steps in (4, 8, 16, 32):
         for beta in (0.3, 0.5, 0.8, 0.9):
+            if steps > most_steps(beta):
+                continue
             row = {"steps": steps, "beta": beta}
             for dtype in ("float32", "bfloat16"):
                 found = []

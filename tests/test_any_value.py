@@ -21,7 +21,8 @@ from hf_deq.training import RunArguments
 
 INTEGERS = [-2, -1, 0, 1, 2, 3, 8, 10**9]
 FLOATS = [math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-30, 0.5, 1.0, 2.0, 1e30]
-NAMES = ["", "nonsense", "anderson", "picard", "sequence", "unrolled", "phantom", "pre", "pre_open", "relative", "relu"]
+NAMES = ["", "nonsense", "anderson", "picard", "sequence", "unrolled", "phantom", "reversible"]
+NAMES += ["pre", "pre_open", "relative", "relu"]
 LISTS = [[], [5], [9, 5], [-1], [10**9], [3, 20]]
 ROPE = [
     {"rope_type": "nonsense", "rope_theta": 1e4},

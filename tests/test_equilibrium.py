@@ -16,6 +16,7 @@ from hf_deq import (
     UnrolledGradient,
     equilibrium,
 )
+from hf_deq.reversible import most_steps
 
 TIGHT = dict(tolerance=1e-13, max_evaluations=300)
 
@@ -157,11 +158,40 @@ def test_reversible_steps_of_an_f_without_activations(x):
         ({"beta": 1.0}, "got 1.0"),
         ({"beta": float("nan")}, "got nan"),
         ({"steps": float("nan")}, "got nan"),
+        ({"steps": 18, "beta": 0.8}, "steps <= 17 with beta=0.8, got 18: rounding errors"),
     ],
 )
 def test_reversible_settings_are_checked(fields, message):
     with pytest.raises(ValueError, match=message):
         ReversibleGradient(**fields)
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.5, 0.8, 0.9])
+def test_as_many_reversible_steps_as_are_allowed_can_be_undone(causal_map, x, beta):
+    steps, inputs = most_steps(beta), (x, *causal_map.parameters())
+    gradient = ReversibleGradient(steps, beta)
+    solution = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=gradient)
+    y = z = torch.zeros_like(x)
+    for _ in range(steps):
+        y = torch.lerp(y, causal_map(z, x), beta)
+        z = torch.lerp(z, causal_map(y, x), beta)
+    for ours, exact in zip(gradients(solution.value, *inputs), gradients(z, *inputs), strict=True):
+        assert (ours - exact).norm() <= 1e-3 * exact.norm()
+
+
+@pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
+@pytest.mark.parametrize(
+    "gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(3), ReversibleGradient(3)]
+)
+def test_a_poisoned_row_changes_no_value_and_no_gradient_of_another(causal_map, x, gradient):
+    def first_row(x):
+        value = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=gradient).value[0]
+        return value, torch.autograd.grad(value.square().sum(), x)[0][0]
+
+    poisoned = x.detach().clone()
+    poisoned[1, 2] = float("nan")
+    for ours, exact in zip(first_row(poisoned.requires_grad_()), first_row(x), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
 
 
 def test_longer_phantom_gradients_approach_the_implicit_one(causal_map, x):
@@ -238,7 +268,7 @@ def test_activations_of_one_application_whatever_the_depth(causal_map, x):
         return sum(sizes)
 
     assert saved(lambda n: ImplicitGradient(), 3) == saved(lambda n: ImplicitGradient(), 100)
-    assert saved(ReversibleGradient, 3) == saved(ReversibleGradient, 100)
+    assert saved(lambda n: ReversibleGradient(n, 0.1), 3) == saved(lambda n: ReversibleGradient(n, 0.1), 100)
     assert saved(UnrolledGradient, 100) > 20 * saved(UnrolledGradient, 3)
 
 
@@ -254,11 +284,12 @@ def test_reversible_steps_hold_no_state_until_backward(causal_map, x):
         assert solution.value.requires_grad
         return after - before
 
-    assert living(3) == living(40)
+    assert living(3) == living(30)
 
 
-def test_graph_is_freed_with_its_solution(causal_map, x):
-    solution = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x))
+@pytest.mark.parametrize("gradient", [ImplicitGradient(), ReversibleGradient()])
+def test_graph_is_freed_with_its_solution(causal_map, x, gradient):
+    solution = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=gradient)
     node = weakref.ref(solution.value)
     solution.value.sum().backward()
     del solution

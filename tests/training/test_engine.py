@@ -31,6 +31,7 @@ RUNS = {
     "transformer": dict(num_attention_heads=2, weight_norm="true"),
     "memory": dict(num_attention_heads=2, carry_memory="true", memory_length=16, gradient_accumulation_steps=2),
     "trellisnet": dict(model_type="deq_trellisnet", carry_memory="true", cutoffs=50),
+    "reversible": dict(num_attention_heads=2, weight_norm="true", gradient="reversible"),
     "loose": dict(num_attention_heads=2, weight_norm="true", train_solver_tolerance=0.3, backward_tolerance=0.3),
     "gpt2": dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=2, n_positions=64, resid_pdrop=0, embd_pdrop=0),
 }
