@@ -163,6 +163,7 @@ def begin(monkeypatch):
     # The folder that a page starts a training from.
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *arguments, **how: AutoConfig.for_model("deq_attractor"))
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # as Python does; the benchmarks share a module there
 
     def run(script: str, arguments: list[str]) -> None:
         monkeypatch.setattr(sys, "argv", [script, *arguments])

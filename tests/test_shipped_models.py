@@ -15,7 +15,8 @@ from hf_deq.evaluation.convergence import held_out_windows
 from hf_deq.hub import read_config, read_record
 from hf_deq.iterations import SafeguardedIteration
 
-FOLDERS = [ROOT / "model_cards" / name for name in ("deq-transformer-tiny", "deq-trellisnet-tiny")]
+NAMES = ("deq-transformer-tiny", "deq-trellisnet-tiny", "deq-attractor-tiny")
+FOLDERS = [ROOT / "model_cards" / name for name in NAMES]
 shipped = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
