@@ -6,21 +6,17 @@
     python scripts/benchmark_training.py --device cuda --dtype bfloat16 --hidden_size 768 --length 1024 --model fresh
 
 A step is a forward and a backward pass of the loss. The ways take turns in one process. `ms` is the median over the
-turns, `time` the ratio to the first row. `saved MB` is what autograd holds between forward and backward. `grown MB` is
-how much a process of its own grows in its first steps (its peak resident memory), on an accelerator the peak of
-allocated memory. `1 - cos` and `error` compare the gradient of all weights with the exact gradient at the equilibrium,
+turns, `time` the ratio to the first row. `saved MB` is what autograd holds between forward and backward. `peak MB` is
+the most that tensors take at once during the step, besides the weights (on an accelerator, the peak of allocated
+memory). `1 - cos` and `error` compare the gradient of all weights with the exact gradient at the equilibrium,
 in double precision. Explicit models have other weights, so they have no error. Without torchdeq its row is left out.
 
 With --precision: the error of the reversible gradient against backpropagation through the same steps, in the same
 precision of f.
 """
 
-import multiprocessing
-import resource
-import sys
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -47,11 +43,11 @@ from hf_deq.commands import run
 from hf_deq.data import read_recipe
 from hf_deq.equilibrium import GradientEstimator, measured
 from hf_deq.evaluation.activations import saved_bytes
+from hf_deq.evaluation.operation_counts import LiveBytes
 from hf_deq.reversible import most_steps
 from hf_deq.tasks import TextArguments, held_out_text
 
 EXPLICIT = "GPT-2, 12 layers"
-MEMORY_STEPS = 3
 
 
 @dataclass
@@ -65,7 +61,6 @@ class TrainingBenchmarkArguments(ReportArguments):
     tolerance: float = field(default=1e-2, metadata={"help": "Of the solver, forward and backward."})
     seconds: float = field(default=3.0, metadata={"help": "How long each way is measured, about."})
     gpt2_layers: int = field(default=12, metadata={"help": "Layers of the explicit model."})
-    memory: bool = field(default=True, metadata={"help": "Measure how much a process of its own grows."})
     precision: bool = field(default=False, metadata={"help": "Measure the reversible gradient's rounding errors."})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps."})
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16: of the weights."})
@@ -86,9 +81,7 @@ def main(arguments: TrainingBenchmarkArguments) -> None:
         ours = None if estimator == EXPLICIT else flat_gradient(models[way])
         kept = saved_bytes(models[way], partial(loss_of, models[way], estimator, ids))
         row = {"gradient": way, "ms": 1e3 * times[way], "time": times[way] / times[next(iter(ways))]}
-        row |= {"saved MB": kept / 1e6}
-        if arguments.memory:
-            row |= {"grown MB": grown_bytes(way, arguments, ids) / 1e6}
+        row |= {"saved MB": kept / 1e6, "peak MB": peak_bytes(steps[way]) / 1e6}
         rows.append(row | differences(ours, exact))
     report("benchmark_training", rows, arguments)
 
@@ -176,31 +169,16 @@ def differences(ours: Tensor | None, exact: Tensor) -> dict:
     return {"1 - cos": max(1 - cosine, 0.0), "error": ((ours - exact).norm() / exact.norm()).item()}
 
 
-def grown_bytes(way: str, arguments: TrainingBenchmarkArguments, ids: Tensor) -> int:
-    """How much a process of its own grows in a few steps."""
-    if arguments.device == "cuda":
-        return in_a_process(way, arguments, ids)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-        return fresh.submit(in_a_process, way, arguments, ids).result()
-
-
-def in_a_process(way: str, arguments: TrainingBenchmarkArguments, ids: Tensor) -> int:
-    """The growth of this process, or of the accelerator's memory, over a few steps."""
-    warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
-    estimator, model = gradients(arguments, True)[way], make_model(way, arguments)
-    step(model, estimator, ids[:1, :8])  # what is allocated once
-    before = peak_memory(arguments.device)
-    for _ in range(MEMORY_STEPS):
-        step(model, estimator, ids)
-    return peak_memory(arguments.device) - before
-
-
-def peak_memory(device: str) -> int:
-    """Bytes that were needed at most."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes that tensors made by `work` take at once."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as live:
+        work()
+    return live.most
 
 
 @dataclass(frozen=True)
