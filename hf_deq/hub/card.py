@@ -167,6 +167,8 @@ def markdown_table(rows: list[dict]) -> str:
 
 
 def _format(value) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
