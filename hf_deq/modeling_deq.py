@@ -371,8 +371,9 @@ def _refuse_misspelt(arguments: dict) -> None:
 
 def _refuse_growing(layer: DEQLayer, cache) -> None:
     """Refuse a past that is reallocated in every call, if f is compiled for static shapes."""
-    of_constant_size = getattr(cache, "is_compileable", False) or all(hasattr(one, "past") for one in cache.layers)
-    if layer.compile_options is None or of_constant_size or cache.get_seq_length() == 0:
+    if layer.compile_options is None or cache.get_seq_length() == 0 or getattr(cache, "is_compileable", False):
+        return
+    if not isinstance(cache, PagedTexts) and all(hasattr(one, "past") for one in cache.layers):  # of constant size
         return
     raise ValueError(
         f"f is compiled for static shapes (compile_f), but {type(cache).__name__} grows with every token, so every "

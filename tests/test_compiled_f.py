@@ -57,6 +57,7 @@ def test_evaluations_stay_cheap_when_dropout_and_padding_vary(family):
     assert counts[1] == counts[-1]
 
 
+@pytest.mark.slow
 def test_decoding_with_a_cache_that_does_not_grow():
     model, ids = TRANSFORMER.model(), random_ids(1, 5)
     how = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, disable_compile=True)

@@ -161,7 +161,7 @@ def test_jacobian_loss_enters_the_loss(kind):
 def test_return_dict_false_and_misspelt_dials(kind):
     model, ids = classifier(kind), random_ids(1, 4)
     output = model(ids, labels=torch.tensor([1]), output_hidden_states=True)
-    assert len(output.hidden_states) == 2
+    assert len(output.hidden_states) == 2 + getattr(model.config, "num_prelude_layers", 0)
     assert model(ids, labels=torch.tensor([1]), return_dict=False)[0] == output.loss
     with pytest.raises(TypeError, match="no argument 'solver_tolerence'"):
         model(ids, solver_tolerence=1e-2)

@@ -70,6 +70,7 @@ def test_tolerances_are_measured_against_the_equilibrium(trained, tmp_path):
     assert loose["worst"] > loose["mean"] > tight["mean"] and tight["worst, flagged"] == tight["worst"] < 1e-4
 
 
+@pytest.mark.slow
 def test_a_new_and_a_hard_f_are_solved_too(tmp_path):
     flags = ["--models", "fresh", "hard", "--states", "1x64", "--tolerances", 1e-3, "--solvers", "anderson"]
     finished = script("benchmark_solvers.py", *flags, "--seconds", 0.01, "--output", tmp_path / "b.json")

@@ -231,6 +231,8 @@ def test_recipes_take_their_first_steps(recipe, corpus, word_corpus, tmp_path):
         flags += ["--sample_tokens", 0, "--corpus", word_corpus, "--corpus_config", "", *scaled_down(content)]
     else:
         flags += ["--sample_tokens", 0, "--corpus", corpus, "--vocab_size", 300, "--sequence_length", 16]
+    if recipe.parent.name == "deq-attractor-140m":
+        flags += ["--hidden_size", 64, "--intermediate_size", 96, "--gradient_accumulation_steps", 1]
     finished = script("train.py", recipe, *flags)
     assert finished.returncode == 0, finished.stderr[-2000:]
 
@@ -388,7 +390,7 @@ def test_recipes_go_by_name_and_broken_ones_are_refused(tmp_path):
     _, run, fields, model_type = parse(["deq-trellisnet-tiny", "--max_steps", "7"])
     assert (run.max_steps, model_type) == (7, "deq_trellisnet") and fields["hidden_size"] > 0
     finished = script("train.py", "deq-transformer-huge")
-    assert "there is no recipe 'deq-transformer-huge': name a file, or one of deq-lm-wikitext103," in finished.stderr
+    assert "there is no recipe 'deq-transformer-huge': name a file, or one of deq-attractor-140m," in finished.stderr
     for content, message in (
         ("- a\n- list\n", "must be lines of `name: value`, but it is a list"),
         ("a: [", "not YAML"),

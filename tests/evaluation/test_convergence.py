@@ -205,7 +205,7 @@ def test_measuring_leaves_no_trace(family):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.warns(ConvergenceWarning):  # the first one of this solver is still to come
-        model(ids, use_cache=False, solver_tolerance=0.0, solver_max_evaluations=2)
+        model(ids, use_cache=False, solver_tolerance=1e-9, solver_max_evaluations=2)
 
 
 def test_a_solve_that_fails_leaves_no_trace_either():
