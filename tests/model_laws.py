@@ -171,6 +171,7 @@ class ModelLaws:
         assert torch.equal(before.logits[1], after.logits[1])
 
     @pytest.mark.filterwarnings("ignore::UserWarning")
+    @pytest.mark.slow
     def test_compiled_models_read_masks_and_positions_alike(self):
         model = self.family.model(solver_tolerance=1e-9)
         compiled = torch.compile(model, backend="eager")

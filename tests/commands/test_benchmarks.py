@@ -17,6 +17,7 @@ def trained(tmp_path_factory):
     return folder, finished.stdout
 
 
+@pytest.mark.slow
 def test_the_generation_benchmark_shows_a_constant_cache(tmp_path):
     """In a process of its own, since it starts others."""
     flags = ["--lengths", "10", "40", "--vocab_size", "50", "--output", str(tmp_path / "b.json")]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_deq.commands.train import parse
@@ -13,6 +14,15 @@ from hf_deq.tasks import LanguageModelingArguments
 from hf_deq.training import RunArguments, train
 
 SIZES = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=300)
+
+
+def train_anew(*arguments):
+    """Train in a process that may have trained before, in another precision."""
+    AcceleratorState._reset_state(True)
+    try:
+        return train(*arguments)
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +44,7 @@ def run(folder: Path, **arguments) -> RunArguments:
 def llama(text, tmp_path_factory) -> Path:
     """A small explicit model, trained for two steps."""
     folder = tmp_path_factory.mktemp("llama")
-    train(data(text), run(folder), SIZES | {"num_hidden_layers": 3}, "llama")
+    train_anew(data(text), run(folder), SIZES | {"num_hidden_layers": 3}, "llama")
     return folder
 
 
@@ -49,28 +59,28 @@ def retrofitted(llama, tmp_path_factory) -> Path:
 def test_training_goes_on_from_the_weights_of_the_folder(text, retrofitted, tmp_path):
     before = AutoModelForCausalLM.from_pretrained(retrofitted)
     still = dict(learning_rate=0.0, weight_decay=0.0, init_from=str(retrofitted))
-    train(data(text), run(tmp_path / "still", **still), {"solver_tolerance": 1e-2}, "deq_attractor")
+    train_anew(data(text), run(tmp_path / "still", **still), {"solver_tolerance": 1e-2}, "deq_attractor")
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "still")
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     assert after.config.solver_tolerance == 1e-2  # how it is solved may change
     vocabularies = [AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (retrofitted, tmp_path / "still")]
     assert vocabularies[0] == vocabularies[1]
     assert yaml.safe_load((tmp_path / "still" / "recipe.yaml").read_text())["init_from"] == str(retrofitted)
-    result = train(data(text), run(tmp_path / "moved", init_from=str(retrofitted)), {}, "deq_attractor")
+    result = train_anew(data(text), run(tmp_path / "moved", init_from=str(retrofitted)), {}, "deq_attractor")
     moved = AutoModelForCausalLM.from_pretrained(tmp_path / "moved")
     assert not torch.equal(next(moved.parameters()), next(before.parameters())) and result["step"] == 2
 
 
 def test_an_explicit_model_goes_on_too(text, llama, tmp_path):
-    train(data(text), run(tmp_path, init_from=str(llama), max_steps=1), {}, "llama")
+    train_anew(data(text), run(tmp_path, init_from=str(llama), max_steps=1), {}, "llama")
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_hidden_layers == 3
 
 
 def test_a_run_that_started_from_a_folder_resumes(text, retrofitted, tmp_path):
     how = dict(init_from=str(retrofitted), save_steps=1, max_steps=3)
-    whole = train(data(text), run(tmp_path, **how), {}, "deq_attractor")
+    whole = train_anew(data(text), run(tmp_path, **how), {}, "deq_attractor")
     (tmp_path / "model.safetensors").unlink()
-    again = train(data(text), run(tmp_path, **how, resume=True), {}, "deq_attractor")
+    again = train_anew(data(text), run(tmp_path, **how, resume=True), {}, "deq_attractor")
     assert again["validation_nats_per_token"] == pytest.approx(whole["validation_nats_per_token"], rel=1e-9)
 
 
@@ -85,7 +95,7 @@ def test_a_run_that_started_from_a_folder_resumes(text, retrofitted, tmp_path):
 )
 def test_what_contradicts_the_folder_is_refused(text, retrofitted, tmp_path, fields, model_type, message):
     with pytest.raises(ValueError, match=message):
-        train(data(text), run(tmp_path, init_from=str(retrofitted)), fields, model_type)
+        train_anew(data(text), run(tmp_path, init_from=str(retrofitted)), fields, model_type)
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(text, retrofitted, tmp_path):
@@ -94,7 +104,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(text, retrofitted, 
     tokenizer.add_tokens(["one more"])
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vocab_size=.* contradicts init_from"):
-        train(larger, run(tmp_path / "out", init_from=str(retrofitted)), {}, "deq_attractor")
+        train_anew(larger, run(tmp_path / "out", init_from=str(retrofitted)), {}, "deq_attractor")
 
 
 def test_the_folder_says_what_the_model_is_and_the_recipe_how_to_train(retrofitted):
