@@ -56,10 +56,11 @@ def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
     name = first_argument(arguments)
     recipe = {} if name is None else parse_recipe(find_recipe(name))
     start = initial_folder(arguments, recipe)
+    start_type = None if start is None else initial_model_type(start)
     first = argparse.ArgumentParser(add_help=False)
     model_types = [config_class.model_type for config_class in DEQConfig.__subclasses__()] + EXPLICIT_MODEL_TYPES
-    usual_type = DEFAULT_MODEL_TYPE if start is None else AutoConfig.from_pretrained(start).model_type
-    first.add_argument("--model_type", default=recipe.get("model_type", usual_type), choices=model_types)
+    usual_type = recipe.get("model_type", start_type or DEFAULT_MODEL_TYPE)
+    first.add_argument("--model_type", default=usual_type, choices=model_types)
     first.add_argument("--task", default=recipe.get("task", LanguageModeling.name), choices=TASKS)
     chosen, flags = first.parse_known_args(arguments if name is None else arguments[1:])
     parser = HfArgumentParser(
@@ -96,6 +97,20 @@ def initial_folder(arguments: list[str], recipe: dict) -> str | None:
     if folder is not None and folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
         raise ValueError(f"init_from: there is no folder {folder!r}.")
     return folder
+
+
+def initial_model_type(folder: str) -> str:
+    """The type of the model that training starts from.
+
+    Raises:
+        ValueError: if there is no such folder here, and the Hub has no such model, or cannot be reached.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder).model_type
+    except OSError as error:
+        if Path(folder).is_dir():
+            raise
+        raise ValueError(f"init_from: there is no folder {folder!r} here, and as a name on the Hub: {error}") from error
 
 
 def model_arguments(model_type: str) -> type:

@@ -22,6 +22,10 @@ METRICS = {
     "bits_per_byte": "bits per byte",
     "loss": "loss (nats per position)",
     "recalled": "share of the symbols recalled",
+    "accuracy": "accuracy at the length of training",
+    "accuracy_2x": "accuracy at twice the length",
+    "accuracy_4x": "accuracy at 4 times the length",
+    "accuracy_8x": "accuracy at 8 times the length",
 }
 RADIUS_WINDOWS = 8
 START = {"solver_max_evaluations": 0, "solver_tolerance": 0.0}  # the row that does not solve

@@ -105,10 +105,13 @@ def read_config(folder: str | Path) -> DEQConfig:
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} is not a model folder: it has no config.json. `hf-deq train` writes one.")
     config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, DEQConfig) or not config.architectures:
+    if not isinstance(config, DEQConfig):
         raise ValueError(
-            f"{str(folder)!r} holds a {config.model_type} that hf_deq did not save: use the model's own push_to_hub."
+            f"{str(folder)!r} holds a {config.model_type}, a model of Transformers that needs no code of this package: "
+            "upload it by its own push_to_hub."
         )
+    if not config.architectures:
+        raise ValueError(f"the configuration in {str(folder)!r} names no architectures: save it by save_pretrained.")
     return config
 
 

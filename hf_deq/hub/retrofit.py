@@ -2,16 +2,19 @@
 
     model = retrofit(LlamaForCausalLM.from_pretrained("folder"), num_prelude_layers=4, num_head_layers=1)
 
-The result is a start for training, not a finished model (compare retrofitted recurrence, arXiv 2511.07384). The layers
+The result is a start for training, not a finished model (compare retrofitted recurrence, arXiv 2511.07384). Its parts
 compute what they computed before. What is new is that the head reads y + c, and is applied until y no longer changes.
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..configuration_deq import DEQConfig
 from ..configuration_deq_attractor import DEQAttractorConfig
 from ..modeling_deq_attractor import DEQAttractorBlock, DEQAttractorForCausalLM
 from ..positions_deq import RotaryPositions
@@ -22,7 +25,10 @@ PARTS = (
     *("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
 OPTIONAL_PARTS = ("self_attn.q_norm", "self_attn.k_norm")
-LARGEST_DIFFERENCE = 1e-3  # between a layer and its copy, relative to what the layer adds
+LARGEST_DIFFERENCE = 1e-3  # between a part and its copy, relative to what the part computes
+# The other fields of the configuration follow from the original.
+FREE_FIELDS = {one.name for one in fields(DEQConfig)} - {one.name for one in fields(PreTrainedConfig)}
+FREE_FIELDS |= {"layer_scale_init_value", "layer_scale_max"}
 
 
 def retrofit(
@@ -31,23 +37,28 @@ def retrofit(
     """Return an Attractor model made of the layers of a pretrained decoder.
 
     Embeddings, final norm and output layer are those of the original. The first layers become the prelude, the next
-    ones the head. The layers after these are left out. Every copied layer is compared with the original on random
-    states.
+    ones the head. The layers after these are left out. Every copied part is compared with the original: the layers on
+    random states, embeddings and logits on random tokens.
 
     Args:
         model: a language model with the layers of Llama (Llama, Mistral, Qwen2, Qwen3).
         num_prelude_layers: number of layers that become the prelude.
         num_head_layers: number of layers that become the head, at least 1.
-        config_fields: further fields of the configuration, such as the solver. `layer_scale_init_value` gives the head
-            gates; by default it has none.
+        config_fields: fields of the equilibrium, such as `solver`, which replace the defaults.
+            `layer_scale_init_value` gives the head gates; by default it has none.
 
     Returns:
-        The model in evaluation mode, in the dtype of the original.
+        The model in evaluation mode, in the dtype and on the device of the original.
 
     Raises:
-        ValueError: if there are not so many layers, or if a part of the original has no counterpart; the message names
-            it.
+        ValueError: if there are not so many layers; if a part of the original has no counterpart, or computes something
+            else than its copy, or has weights that are not finite; if a field would change what is copied. The message
+            names the part or the field.
     """
+    if fixed := sorted(config_fields.keys() - FREE_FIELDS):
+        raise ValueError(
+            f"{fixed[0]} follows from the original: leave it out. Free are {', '.join(sorted(FREE_FIELDS))}."
+        )
     layers = _layers_of(model)
     if num_prelude_layers < 0 or num_head_layers < 1 or num_prelude_layers + num_head_layers > len(layers):
         raise ValueError(
@@ -55,14 +66,20 @@ def retrofit(
             f"{len(layers)} layers, and the head needs at least one of them."
         )
     config = _config(model, layers[0], num_prelude_layers, num_head_layers, config_fields)
-    ours = DEQAttractorForCausalLM(config).to(model.dtype).eval()
+    ours = DEQAttractorForCausalLM(config).to(model.device, model.dtype).eval()
     ours.model.embed_tokens.load_state_dict(model.get_input_embeddings().state_dict())
     ours.model.norm.load_state_dict(model.model.norm.state_dict())
     ours.lm_head.weight.data.copy_(model.get_output_embeddings().weight)
     blocks = [*ours.model.layers[0].prelude, *ours.model.layers[0].head]
-    for block, layer in zip(blocks, layers, strict=False):
-        block.load_state_dict(_weights(layer), strict=False)  # gates are new
-    _compare(model, layers, blocks)
+    for i, (block, layer) in enumerate(zip(blocks, layers, strict=False)):
+        weights = _weights(layer)
+        _check_shapes(f"{type(model).__name__} cannot be retrofitted: its layer {i}", weights, block.state_dict())
+        block.load_state_dict(weights, strict=False)  # gates are new
+    was_training = model.training
+    model.eval()
+    _compare_layers(model, layers, blocks)
+    _compare_ends(model, layers, ours)
+    model.train(was_training)
     return ours
 
 
@@ -70,14 +87,19 @@ def _layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers.
 
     Raises:
-        ValueError: if a part of the model has no counterpart. The message names it.
+        ValueError: if a part of the model has no counterpart, or weights are not finite. The message names them.
     """
     name = type(model).__name__
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList) or getattr(model.config, "rope_parameters", None) is None:
         raise ValueError(f"{name} cannot be retrofitted: it has no list of decoder layers with rotary positions.")
-    if model.get_output_embeddings().bias is not None:
+    if not isinstance(head := model.get_output_embeddings(), nn.Linear):
+        raise ValueError(f"{name} cannot be retrofitted: it has no linear output layer of tokens. Give a causal model.")
+    if head.bias is not None:
         raise ValueError(f"{name} cannot be retrofitted: its output layer has a bias.")
+    for parameter_name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name} cannot be retrofitted: {parameter_name} has numbers that are not finite.")
     for i, layer in enumerate(layers):
         leaves = {name for name, module in layer.named_modules() if next(module.children(), None) is None}
         leaves = {name for name in leaves if any(True for _ in layer.get_submodule(name).parameters())}
@@ -122,7 +144,10 @@ def _config(model, layer, num_prelude_layers: int, num_head_layers: int, fields:
         tie_word_embeddings=theirs.tie_word_embeddings,
         **{name: getattr(theirs, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     )
-    return DEQAttractorConfig(**(converted | fields))
+    try:
+        return DEQAttractorConfig(**(converted | fields))
+    except StrictDataclassError as error:
+        raise ValueError(f"{type(model).__name__} cannot be retrofitted: {error}") from error
 
 
 def _weights(layer: nn.Module) -> dict[str, Tensor]:
@@ -148,16 +173,30 @@ def _weights(layer: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in weights.items()}
 
 
+def _check_shapes(whose: str, weights: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Refuse weights of other shapes than a layer of ours has.
+
+    Raises:
+        ValueError: if there are some. The message names the first one.
+    """
+    for name, weight in weights.items():
+        if weight.shape != own[name].shape:
+            raise ValueError(
+                f"{whose} has {name} of shape {tuple(weight.shape)}, where an Attractor model of the same sizes has "
+                f"{tuple(own[name].shape)}."
+            )
+
+
 def _joined(module: nn.Module, names: tuple[str, ...], kind: str) -> Tensor:
     return torch.cat([getattr(getattr(module, name), kind) for name in names])
 
 
 @torch.no_grad()
-def _compare(model: PreTrainedModel, layers: nn.ModuleList, blocks: list[DEQAttractorBlock]) -> None:
-    """Refuse a model whose layers compute something else than their copies.
+def _compare_layers(model: PreTrainedModel, layers: nn.ModuleList, blocks: list[DEQAttractorBlock]) -> None:
+    """Refuse a model whose layers add something else to random states than their copies.
 
     Raises:
-        ValueError: if a layer adds something else to random states. The message names the layer.
+        ValueError: if there is such a layer. The message names it.
     """
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 12, model.config.hidden_size, generator=generator).to(model.device, model.dtype)
@@ -165,20 +204,47 @@ def _compare(model: PreTrainedModel, layers: nn.ModuleList, blocks: list[DEQAttr
     ours = RotaryPositions.make(blocks[0].self_attn.config, positions, states.dtype)
     theirs = model.model.rotary_emb(states, positions)
     causal = torch.full((12, 12), torch.finfo(states.dtype).min / 2, dtype=states.dtype, device=states.device).triu(1)
-    was_training = model.training
-    model.eval()
     for i, (layer, block) in enumerate(zip(layers, blocks, strict=False)):
         output = layer(states, attention_mask=causal[None, None], position_ids=positions, position_embeddings=theirs)
         expected = (output[0] if isinstance(output, tuple) else output) - states
         added = _without_gates(block)(states, ours, causal[None, None], None, {})
-        error = (added - expected).norm() / expected.norm()
-        if not error <= max(LARGEST_DIFFERENCE, 8 * torch.finfo(states.dtype).eps):
-            raise ValueError(
-                f"{type(model).__name__} cannot be retrofitted: its layer {i} adds something else than a layer of an "
-                f"Attractor model with the same weights ({error:.0%} off). Its norms, its scaling of scores or its "
-                "residual connections differ."
-            )
-    model.train(was_training)
+        _require_equal(model, f"layer {i}", added, expected, "Norms, the scaling of scores or residual sums differ.")
+
+
+@torch.no_grad()
+def _compare_ends(model: PreTrainedModel, layers: nn.ModuleList, ours: DEQAttractorForCausalLM) -> None:
+    """Refuse a model that embeds tokens, or makes logits of states, in another way than its copy.
+
+    Raises:
+        ValueError: if it does. The message names which of the two.
+    """
+    seen = {}
+    hooks = [
+        layers[0].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(embedded=args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        ),
+        model.model.norm.register_forward_pre_hook(lambda module, args: seen.update(states=args[0])),
+    ]
+    ids = torch.randint(model.config.vocab_size, (1, 12), generator=torch.Generator().manual_seed(0)).to(model.device)
+    logits = model(ids, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    embedded = ours.model._embed(ours.model.embed_tokens(ids), ids)
+    _require_equal(model, "embedding", embedded, seen["embedded"], "It scales or normalises embeddings.")
+    ours_of_states = ours._logits(ours.model.norm(seen["states"]))
+    _require_equal(
+        model, "output layer", ours_of_states, logits, "It scales or limits logits, or the final norm differs."
+    )
+
+
+def _require_equal(model: PreTrainedModel, part: str, ours: Tensor, theirs: Tensor, cause: str) -> None:
+    error = (ours - theirs).norm() / theirs.norm()
+    if not error <= max(LARGEST_DIFFERENCE, 8 * torch.finfo(theirs.dtype).eps):
+        raise ValueError(
+            f"{type(model).__name__} cannot be retrofitted: its {part} computes something else than the copy with the "
+            f"same weights ({error:.0%} off). {cause}"
+        )
 
 
 def _without_gates(block: DEQAttractorBlock) -> Callable[..., Tensor]:

@@ -7,15 +7,20 @@ A new task is a file with a `Task`, and its name in the list below.
 
 from .copy_memory import CopyMemoryArguments, CopyMemoryTask
 from .language_modeling import LanguageModeling, LanguageModelingArguments, TextArguments, held_out_text
+from .state_tracking import StateTracking, StateTrackingArguments
 from .task import Task
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (LanguageModeling, CopyMemoryTask)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (LanguageModeling, CopyMemoryTask, StateTracking)}
 
 
 def make_task(arguments, model_fields: dict) -> Task:
-    """Make the task that these arguments belong to."""
-    task_class = next(task for task in TASKS.values() if task.arguments is type(arguments))
-    return task_class(arguments, model_fields)
+    """Make the task that these arguments belong to; see `task_for`."""
+    return task_for(arguments)(arguments, model_fields)
+
+
+def task_for(arguments) -> type[Task]:
+    """The task that these arguments belong to."""
+    return next(task for task in TASKS.values() if task.arguments is type(arguments))
 
 
 def task_of(recipe: dict) -> type[Task]:
@@ -36,9 +41,12 @@ __all__ = [
     "CopyMemoryTask",
     "LanguageModeling",
     "LanguageModelingArguments",
+    "StateTracking",
+    "StateTrackingArguments",
     "Task",
     "TextArguments",
     "held_out_text",
     "make_task",
+    "task_for",
     "task_of",
 ]

@@ -14,13 +14,11 @@ from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
 
 from ..data import check_at_least
-from ..evaluation import HeldOut, evaluating, in_step, share_of, solve_sums, summed
-from ..generation_deq import REPORTED
+from .held_out_examples import HeldOutExamples
 from .task import Task
 
 SYMBOLS, CLASSES, BLANK, SIGN = 10, 10, 0, 9
@@ -74,7 +72,7 @@ class CopyMemoryTask(Task):
         return HeldOutSequences(CopyMemory(trained.copy_delay, trained.copy_variant, "test"), arguments.batch_size)
 
     def __str__(self) -> str:
-        test = self.held_out.sequences
+        test = self.held_out.examples
         return (
             f"copy memory, variant {test.variant!r}, delay {test.delay}: "
             f"{len(self.examples):,} training and {len(test):,} test sequences"
@@ -82,7 +80,7 @@ class CopyMemoryTask(Task):
 
     def baselines(self):
         """The loss of a model that remembers nothing."""
-        return {"memoryless_loss": self.held_out.sequences.memoryless_loss}
+        return {"memoryless_loss": self.held_out.examples.memoryless_loss}
 
     def describe(self, scores, baselines, config):
         return (
@@ -92,54 +90,30 @@ class CopyMemoryTask(Task):
 
     def sample(self, model):
         """One test sequence: the symbols to recall, and the recalled ones."""
-        example = self.held_out.sequences[0]
+        example = self.held_out.examples[0]
         answer = model(example["input_ids"][None].to(model.device)).logits[0].argmax(-1)
         wanted, given = (ids[-SYMBOLS:].tolist() for ids in (example["labels"], answer))
         return f"to recall {wanted}\nrecalled  {given}"
 
 
-@dataclass(frozen=True)
-class HeldOutSequences(HeldOut):
-    """The test sequences of the task."""
+class HeldOutSequences(HeldOutExamples):
+    """The test sequences of the task: the loss over all positions, and the share of the symbols recalled."""
 
-    sequences: "CopyMemory"
-    batch_size: int = 50
+    examples: "CopyMemory"
     dataset = "copy_memory"
-    split = "test"
-    metrics = ("loss", "recalled")
+    metrics = measured = ("loss", "recalled")
     headline = "loss"
 
-    def score(self, model, accelerator=None, progress=False, **dial):
-        """Loss over all positions, share of the symbols recalled, and what the solves took."""
-        rank, processes = share_of(accelerator)
-        mine = Subset(self.sequences, range(rank, len(self.sequences), processes))
-        batches = tqdm(DataLoader(mine, self.batch_size), desc="evaluate", leave=False, disable=rank > 0)
-        scores = (_score(model, batch, dial) for batch in batches)
-        with evaluating(model):
-            sums = in_step(scores, len(batches), model, self.windows(1), accelerator)
-            totals = sum(sums, torch.zeros(5, dtype=torch.float64))
-        totals = summed(totals, accelerator)
-        names = ("loss", "recalled", *REPORTED)
-        return dict(zip(names, (totals / len(self.sequences)).tolist(), strict=True))
+    def measure(self, logits, labels):
+        nats = cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
+        recalled = (logits[:, -SYMBOLS:].argmax(-1) == labels[:, -SYMBOLS:]).double().mean(1)
+        return torch.stack([nats, recalled])
 
     def describe(self, scores, config):
         return (
-            f"copy memory, variant {self.sequences.variant!r}, delay {self.sequences.delay}: "
-            f"{len(self.sequences):,} test sequences"
+            f"copy memory, variant {self.examples.variant!r}, delay {self.examples.delay}: "
+            f"{len(self.examples):,} test sequences"
         )
-
-    def windows(self, count):
-        return torch.stack([self.sequences[index]["input_ids"] for index in range(count)])
-
-
-@torch.no_grad()
-def _score(model: PreTrainedModel, batch: dict, dial: dict) -> Tensor:
-    """Sums over a batch of sequences: mean nats, share of symbols recalled, and what the solves took."""
-    labels, outputs = batch["labels"], model(batch["input_ids"].to(model.device), use_cache=False, **dial)
-    logits = outputs.logits.cpu().double()
-    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
-    recalled = (logits[:, -SYMBOLS:].argmax(-1) == labels[:, -SYMBOLS:]).double().mean(1)
-    return torch.tensor([nats.sum().item(), recalled.sum().item(), *solve_sums(outputs)], dtype=torch.float64)
 
 
 class CopyMemory(Dataset):

@@ -30,13 +30,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..tasks import Task, make_task
+from ..tasks import Task, make_task, task_for
 from .arguments import RunArguments
 from .checkpoints import Checkpoints, holds_a_run
 from .engine import check_engine, save_whole
 from .log import BAR, Clock, Meter, MetricsFile, Summary
 from .memory import CarriedMemory
-from .models import EquilibriumModel, ExplicitModel, model_kind, pretrained
+from .models import EquilibriumModel, ExplicitModel, check_trained_on, model_kind, pretrained
 from .optimizers import make_optimizer, make_schedule
 from .step_guard import StepGuard
 
@@ -95,8 +95,10 @@ class _Prepared:
 
 
 def _prepare(task_arguments, run: RunArguments, model_fields: dict, model_type: str) -> _Prepared:
-    if run.init_from is not None and getattr(task_arguments, "tokenizer", "") is None:
-        task_arguments = replace(task_arguments, tokenizer=run.init_from)
+    if run.init_from is not None:
+        check_trained_on(run.init_from, task_for(task_arguments))
+        if getattr(task_arguments, "tokenizer", "") is None:
+            task_arguments = replace(task_arguments, tokenizer=run.init_from)
     task = make_task(task_arguments, model_fields)
     fields = model_fields | task.model_fields
     if run.init_from is None:

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_deq import DEQConfig
+from ..data import read_recipe
 from ..generation_deq import REPORTED
-from ..tasks import Task
+from ..tasks import Task, task_of
 from .arguments import RunArguments
 
 SOLVER_ARGUMENTS = ("train_solver_tolerance", "shallow_steps", "shallow_depth")  # of RunArguments
@@ -124,6 +125,19 @@ class ExplicitModel:
         return ""
 
 
+def check_trained_on(folder: str, task: type[Task]) -> None:
+    """Refuse to start from a folder whose recipe names another task.
+
+    Raises:
+        ValueError: if it does.
+    """
+    recipe = read_recipe(folder)
+    if recipe and task_of(recipe) is not task:
+        raise ValueError(
+            f"init_from={folder!r} was trained on task: {task_of(recipe).name}, but this run is for task: {task.name}."
+        )
+
+
 def pretrained(folder: str, model_type: str, fields: dict) -> PreTrainedModel:
     """Load the model that a training starts from, in single precision.
 
@@ -144,7 +158,7 @@ def pretrained(folder: str, model_type: str, fields: dict) -> PreTrainedModel:
     free = DEQConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
     changed = {name: value for name, value in fields.items() if name in free}
     for name, value in fields.items():
-        theirs = getattr(config, name, None)
+        theirs = config.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(config, name, None)
         if name in changed or value is None or theirs == value:
             continue
         if name.endswith("_token_id"):

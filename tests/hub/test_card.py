@@ -296,7 +296,9 @@ def test_bad_input_is_refused_before_any_work(copied, dry, api, monkeypatch, tmp
     (copied / "results.json").unlink()
     assert f"hf-deq evaluate {copied} --output {copied}/results.json" in refused(copied, "--repo-id", "user/name")
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(copied)
-    assert "holds a gpt2 that hf_deq did not save" in refused(copied, "--repo-id", "user/name")
+    assert "holds a gpt2, a model of Transformers that needs no code of this package" in refused(
+        copied, "--repo-id", "user/name"
+    )
     assert api.calls == []
 
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
     GraniteConfig,
+    HeliumConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -47,25 +49,30 @@ def pretrained(config):
     return model
 
 
+@pytest.fixture
+def in_double_precision(monkeypatch):
+    """Let Transformers compute in double precision where it casts to single precision: in norms and rotary angles."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
 @originals
 @torch.no_grad()
-def test_the_prelude_is_the_first_layers_and_the_head_adds_what_the_next_one_does(config):
-    original, ids = pretrained(config), torch.randint(3, 61, (2, 9))
-    model = retrofit(original, num_prelude_layers=2, num_head_layers=1)
+def test_every_part_computes_what_it_computed(config, in_double_precision):
+    original, ids = pretrained(config).double(), torch.randint(3, 61, (2, 9))
+    layers, exact = original.config.num_hidden_layers, dict(rtol=1e-10, atol=1e-10)
+    model = retrofit(original, num_prelude_layers=layers - 1, num_head_layers=1)
     expected = original(ids, output_hidden_states=True).hidden_states
     states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
-    for ours, theirs in zip(states[:3], expected[:3], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    explicit = retrofit(original, num_prelude_layers=3, num_head_layers=1)
-    states = explicit(ids, output_hidden_states=True, use_cache=False).hidden_states
-    torch.testing.assert_close(states[3], expected[3], rtol=1e-4, atol=1e-4)  # so the head above added the same
-    for ours, theirs in zip(
-        model.model.layers[0].head[0].parameters(), explicit.model.layers[0].prelude[2].parameters(), strict=True
-    ):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(model.lm_head.weight, original.lm_head.weight)
-    assert torch.equal(model.model.norm.weight, original.model.norm.weight)
-    assert torch.equal(model.model.embed_tokens.weight, original.model.embed_tokens.weight)
+    for ours, theirs in zip(states[:layers], expected[:layers], strict=True):
+        torch.testing.assert_close(ours, theirs, **exact)
+    logits = model._logits(expected[-1])
+    torch.testing.assert_close(logits, original.lm_head(expected[-1]), **exact)
+    layer = model.model.layers[0]
+    shorter = retrofit(original, num_prelude_layers=layers - 2, num_head_layers=1).model.layers[0]
+    for ours, theirs in zip(shorter.head[0].parameters(), layer.prelude[layers - 2].parameters(), strict=True):
+        assert torch.equal(ours, theirs)  # so a head adds what the prelude's layer was shown to add
 
 
 @originals
@@ -79,6 +86,41 @@ def test_it_is_a_model_like_any_other(config, tmp_path):
     assert all(parameter.grad.isfinite().all() for parameter in loaded.parameters())
 
 
+@pytest.mark.parametrize(
+    "fields", [{"num_hidden_layers": 3}, {"tie_word_embeddings": False}, {"sliding_window": 4}, {"logit_scale": 2.0}]
+)
+def test_fields_that_would_change_the_copy_are_refused(fields):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))} follows from the original: leave it out"):
+        retrofit(pretrained(ORIGINALS["llama"]), 2, 1, **fields)
+
+
+def test_the_equilibrium_may_be_configured():
+    model = retrofit(pretrained(ORIGINALS["llama"]), 2, 1, solver="broyden", solver_tolerance=1e-4)
+    assert model.config.solver == "broyden" and model.config.solver_tolerance == 1e-4
+
+
+def test_weights_that_are_not_finite_are_refused_by_name():
+    original = pretrained(ORIGINALS["llama"])
+    original.model.layers[3].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="model.layers.3.mlp.up_proj.weight has numbers that are not finite"):
+        retrofit(original, 2, 1)
+
+
+def test_a_classifier_is_refused():
+    classifier = AutoModelForSequenceClassification.from_config(ORIGINALS["llama"])
+    with pytest.raises(ValueError, match="no linear output layer of tokens"):
+        retrofit(classifier, 2, 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_original_stays_as_it_was(training):
+    original = pretrained(ORIGINALS["llama"]).train(training)
+    before = {name: weight.clone() for name, weight in original.state_dict().items()}
+    model = retrofit(original, 2, 1)
+    assert original.training == training and not model.training
+    assert all(torch.equal(weight, before[name]) for name, weight in original.state_dict().items())
+
+
 def test_gates_may_be_added():
     model = retrofit(pretrained(ORIGINALS["llama"]), 2, 1, layer_scale_init_value=0.5)
     assert model.model.layers[0].head[0].attention_scale.weight.isfinite().all()
@@ -89,10 +131,19 @@ def test_gates_may_be_added():
     "config, what",
     [
         (GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2), "no list of decoder layers with rotary positions"),
-        (GemmaConfig(**SIZES), "layer 0 adds something else"),  # its norms multiply by 1 + weight
+        (GemmaConfig(**SIZES), "layer 0 computes something else"),  # its norms multiply by 1 + weight
         (Gemma2Config(**SIZES), "layer 0 has post_feedforward_layernorm, which has no counterpart"),
-        (GraniteConfig(**SIZES, residual_multiplier=0.2), "layer 0 adds something else"),
+        (GraniteConfig(**SIZES, residual_multiplier=0.2), "layer 0 computes something else"),
+        (
+            GraniteConfig(**SIZES, attention_multiplier=8**-0.5, embedding_multiplier=3.0),
+            "embedding computes something else",
+        ),
+        (
+            GraniteConfig(**SIZES, attention_multiplier=8**-0.5, logits_scaling=4.0),
+            "output layer computes something else",
+        ),
         (Olmo2Config(**SIZES), "layer 0 has no input_layernorm"),
+        (HeliumConfig(**SIZES), r"layer 0 has self_attn.o_proj.weight of shape \(16, 16\)"),
         (MixtralConfig(**SIZES, num_local_experts=2), "layer 0 has no mlp.down_proj"),
         (
             Qwen3Config(**SIZES, layer_types=["full_attention", "sliding_attention"] * 2),

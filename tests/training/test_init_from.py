@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_deq.commands.train import parse
 from hf_deq.hub import retrofit
-from hf_deq.tasks import LanguageModelingArguments
+from hf_deq.tasks import CopyMemoryArguments, LanguageModelingArguments
 from hf_deq.training import RunArguments, train
 
 SIZES = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, vocab_size=300)
@@ -98,6 +98,22 @@ def test_what_contradicts_the_folder_is_refused(text, retrofitted, tmp_path, fie
         train_anew(data(text), run(tmp_path, init_from=str(retrofitted)), fields, model_type)
 
 
+def test_a_folder_of_another_task_is_refused(text, llama, tmp_path):
+    delay = CopyMemoryArguments(copy_delay=3)
+    with pytest.raises(ValueError, match="was trained on task: language_modeling, but this run is for task: copy_mem"):
+        train_anew(delay, run(tmp_path / "a", init_from=str(llama)), {}, "llama")
+    train_anew(delay, run(tmp_path / "b", max_steps=1), SIZES | {"vocab_size": 10}, "deq_transformer")
+    with pytest.raises(ValueError, match="was trained on task: copy_memory, but this run is for task: language_model"):
+        train_anew(data(text), run(tmp_path / "c", init_from=str(tmp_path / "b")), {}, "deq_transformer")
+
+
+def test_the_rotary_base_of_the_folder_may_be_named_but_not_changed(text, retrofitted, tmp_path):
+    how = dict(init_from=str(retrofitted), max_steps=1)
+    train_anew(data(text), run(tmp_path / "same", **how), {"rope_theta": 10000.0}, "deq_attractor")
+    with pytest.raises(ValueError, match="rope_theta=500.0 contradicts init_from=.*, where it is 10000"):
+        train_anew(data(text), run(tmp_path / "other", **how), {"rope_theta": 500.0}, "deq_attractor")
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(text, retrofitted, tmp_path):
     larger = LanguageModelingArguments(corpus=str(text), sequence_length=32, sample_tokens=0, tokenizer=str(tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(retrofitted)
@@ -113,3 +129,5 @@ def test_the_folder_says_what_the_model_is_and_the_recipe_how_to_train(retrofitt
     assert arguments.max_steps == 7 and arguments.init_from == str(retrofitted) and arguments.batch_size == 8
     with pytest.raises(ValueError, match="init_from: there is no folder '/nowhere'"):
         parse(["--init_from", "/nowhere"])
+    with pytest.raises(ValueError, match="init_from: there is no folder 'my-modle' here, and as a name on the Hub"):
+        parse(["--init_from", "my-modle"])

@@ -1,0 +1,249 @@
+"""Tune models with equal budgets, then train each best setting with several seeds: one queue, one file of results.
+
+    python scripts/sweep.py model_cards/penn-treebank/sweep.yaml --set corpus=path/to/ptb --runs_dir runs
+    python scripts/sweep.py model_cards/penn-treebank/sweep.yaml --show          # what is done, and what is left
+
+The file of results lies beside the sweep: results.jsonl, a line for each finished run. A run whose line is there is not
+run again, so a sweep can be stopped at any moment (Ctrl-C, or a kill) and started again. A run that was stopped in the
+middle goes on from its last checkpoint.
+
+A sweep is a YAML file:
+
+    score: validation_perplexity        # of the last line of metrics.jsonl; lower is better
+    common: {task: copy_memory}         # flags of every run
+    tuning: {max_steps: 500}            # flags of the short runs
+    final: {max_steps: 2000}            # flags of the final runs
+    seeds: [0, 1, 2]                    # of the final runs
+    evaluate: {split: test}             # flags of the evaluation after a final run; without this line there is none
+    models:
+      gpt2:
+        common: {model_type: gpt2}      # likewise tuning and final: flags of this model
+        rounds:                         # each round tries its settings on top of the best so far
+          - [{learning_rate: 1.0e-3}, {learning_rate: 3.0e-3}]
+          - [{resid_pdrop: 0.0}]
+
+The models take their turns independently. All runs of a model's round end before its next round starts.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import yaml
+
+from hf_deq.commands import run as run_command
+from hf_deq.evaluation import format_table
+from hf_deq.training.log import parse_metrics
+
+SCRIPTS = Path(__file__).parent
+NAMES = {"score", "common", "tuning", "final", "seeds", "models"}  # of a sweep
+
+
+@dataclass
+class SweepArguments:
+    """Where runs lie, and how many run side by side."""
+
+    runs_dir: str = field(default="sweep-runs", metadata={"help": "Folder for the folders of the runs."})
+    set: list[str] = field(
+        default_factory=list, metadata={"help": "Flags that belong to this machine, such as corpus=path/to/ptb."}
+    )
+    workers: int = field(default=2, metadata={"help": "Runs side by side, each with one thread."})
+    show: bool = field(default=False, metadata={"help": "Run nothing: print the results, and what is left."})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        model: its name in the sweep.
+        round: its round of tuning, or "final".
+        flags: of `scripts/train.py`, by name.
+    """
+
+    model: str
+    round: int | str
+    flags: dict
+
+    @property
+    def key(self) -> str:
+        """A name that equal flags share."""
+        return f"{self.model}-{sha256(json.dumps(self.flags, sort_keys=True).encode()).hexdigest()[:10]}"
+
+
+class Sweep:
+    """The runs of a sweep, and the results so far.
+
+    Args:
+        file: the YAML file.
+
+    Raises:
+        ValueError: if it lacks a name, or has one that does not exist.
+    """
+
+    def __init__(self, file: Path):
+        self.plan = yaml.safe_load(file.read_text())
+        if self.plan.keys() - {"evaluate"} != NAMES:
+            raise ValueError(
+                f"{file} must have the names {sorted(NAMES)}, and may have evaluate: it has {[*self.plan]}."
+            )
+        self.results_file = file.with_name("results.jsonl")
+        lines = self.results_file.read_text() if self.results_file.is_file() else ""
+        self.results = {line["key"]: line for line in map(json.loads, lines.splitlines())}
+
+    def score(self, run: Run) -> float:
+        """The score of a finished run."""
+        return self.results[run.key]["result"][self.plan["score"]]
+
+    def ready(self) -> list[Run]:
+        """The unfinished runs that can start now: short runs first, then the final ones by seed."""
+        waiting = [run for model in self.plan["models"] for run in self.next_of(model) if run.key not in self.results]
+        return sorted(waiting, key=lambda run: (run.round == "final", run.flags.get("seed", 0)))
+
+    def next_of(self, model: str) -> list[Run]:
+        """The runs of the first round of a model that is not finished; those of the last one if all are."""
+        for runs in self.rounds_of(model):
+            if any(run.key not in self.results for run in runs):
+                return runs
+        return runs
+
+    def rounds_of(self, model: str):
+        """Yield the runs of each round of a model, as long as the rounds before are finished."""
+        mine, best = self.plan["models"][model], None
+        flags = self.plan["common"] | self.plan["tuning"] | mine["common"] | mine.get("tuning", {})
+        for number, settings in enumerate(mine["rounds"], start=1):
+            runs = [Run(model, number, flags | setting) for setting in settings]
+            yield runs
+            if any(run.key not in self.results for run in runs):
+                return
+            best = min([*runs, *([best] if best else [])], key=self.score)
+            flags = best.flags
+        flags = flags | self.plan["final"] | mine.get("final", {})
+        yield [Run(model, "final", flags | {"seed": seed}) for seed in self.plan["seeds"]]
+
+    def add(self, run: Run, line: dict) -> None:
+        """Write down a finished run."""
+        self.results[run.key] = {"key": run.key, "model": run.model, "round": run.round, "flags": run.flags} | line
+        with open(self.results_file, "a") as file:
+            file.write(json.dumps(self.results[run.key]) + "\n")
+
+    def table(self) -> list[dict]:
+        """A row for each finished run, in the order of the file."""
+        shared = self.plan["common"].keys() | self.plan["tuning"].keys() | self.plan["final"].keys()
+        rows = []
+        for line in self.results.values():
+            own = self.plan["models"].get(line["model"], {}).get("common", {})
+            special = {name: value for name, value in line["flags"].items() if own.get(name) != value}
+            words = " ".join(f"{name}={value}" for name, value in special.items() if name not in shared | {"seed"})
+            seed = line["flags"].get("seed")
+            row = {"model": line["model"], "round": line["round"], "seed": seed, "setting": words}
+            score = line["result"].get(self.plan["score"])
+            rows.append(row | {self.plan["score"]: score, "minutes": line["result"]["seconds"] / 60})
+        return rows
+
+
+class Worker:
+    """Trains runs in processes of their own.
+
+    Args:
+        runs_dir: folder for the folders of the runs.
+        machine: flags that no result has, because they belong to this machine.
+        evaluation: flags of the evaluation after a final run; `None` for no evaluation.
+    """
+
+    def __init__(self, runs_dir: Path, machine: list[str], evaluation: dict | None):
+        self.runs_dir, self.machine, self.evaluation = runs_dir, machine, evaluation
+        self.processes: set[subprocess.Popen] = set()
+        self.stopping = threading.Event()
+
+    def train(self, run: Run) -> dict | None:
+        """Train, or go on from the last checkpoint; the results of the run, or `None` if it was stopped.
+
+        Raises:
+            OSError: if it fails. The message names the file with its output.
+        """
+        folder = self.runs_dir / run.key
+        has_checkpoint = any((folder / "checkpoints").glob("step-*"))
+        flags = [*flags_of(run.flags), *flags_of(dict(pair.split("=", 1) for pair in self.machine))]
+        flags += ["--output_dir", str(folder), "--num_threads", "1", "--resume" if has_checkpoint else "--overwrite"]
+        if not self.call(["train.py", *flags], folder):
+            return None
+        metrics = parse_metrics((folder / "metrics.jsonl").read_text())
+        validations = [line for line in metrics if "validation_num_tokens" in line or "validation_loss" in line]
+        line = {"result": metrics[-1], "validations": validations[:-1]}
+        if run.round == "final" and self.evaluation is not None:
+            file = folder / "evaluation.json"
+            if not self.call(["evaluate.py", str(folder), *flags_of(self.evaluation), "--output", str(file)], folder):
+                return None
+            line["evaluation"] = json.loads(file.read_text())
+        return line
+
+    def call(self, command: list[str], folder: Path) -> bool:
+        """Run a script to its end; whether it got there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / f"{command[0].removesuffix('.py')}.log"
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(log, "w") as output:
+            command = [sys.executable, str(SCRIPTS / command[0]), *command[1:]]
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            self.processes.add(process)
+            code = process.wait()
+            self.processes.discard(process)
+        if self.stopping.is_set():
+            return False
+        if code != 0:
+            raise OSError(f"a run failed with status {code}: read {log}.")
+        return True
+
+    def stop(self, *signal_and_frame) -> None:
+        """Ask the running trainings to save a checkpoint and end."""
+        self.stopping.set()
+        for process in list(self.processes):
+            process.send_signal(signal.SIGTERM)
+
+
+def flags_of(values: dict) -> list[str]:
+    """A command line of names and values."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def main(file: str, arguments: SweepArguments) -> None:
+    """Run what is not finished, and print the results."""
+    sweep = Sweep(Path(file))
+    if not arguments.show:
+        run_all(sweep, Worker(Path(arguments.runs_dir), arguments.set, sweep.plan.get("evaluate")), arguments.workers)
+    print(format_table(sweep.table()) if sweep.results else "no run is finished")
+    left = sweep.ready()
+    print(f"\n{len(left)} runs can start next, {[run.key for run in left]}" if left else "\nevery run is finished")
+
+
+def run_all(sweep: Sweep, worker: Worker, workers: int) -> None:
+    """Train until every run is finished, or a signal stops the sweep."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, worker.stop)
+    running: dict[Future, Run] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        while not worker.stopping.is_set():
+            busy = {run.key for run in running.values()}
+            for run in [run for run in sweep.ready() if run.key not in busy][: workers - len(running)]:
+                print(f"{run.key} ({run.model}, {run.round})", flush=True)
+                running[pool.submit(worker.train, run)] = run
+                busy.add(run.key)
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                run = running.pop(future)
+                if (line := future.result()) is not None:
+                    sweep.add(run, line)
+
+
+if __name__ == "__main__":
+    run_command(main, __doc__, SweepArguments, file="The YAML file of the sweep.")
