@@ -103,9 +103,14 @@ class Sweep:
         return self.results[run.key]["result"][self.plan["score"]]
 
     def ready(self) -> list[Run]:
-        """The unfinished runs that can start now: short runs first, then the final ones by seed."""
+        """The unfinished runs that can start now: short runs by their round, then the final ones by seed."""
         waiting = [run for model in self.plan["models"] for run in self.next_of(model) if run.key not in self.results]
-        return sorted(waiting, key=lambda run: (run.round == "final", run.flags.get("seed", 0)))
+
+        def order(run: Run) -> tuple[bool, int]:
+            is_final = run.round == "final"
+            return is_final, run.flags["seed"] if is_final else run.round
+
+        return sorted(waiting, key=order)
 
     def next_of(self, model: str) -> list[Run]:
         """The runs of the first round of a model that is not finished; those of the last one if all are."""
@@ -225,24 +230,38 @@ def main(file: str, arguments: SweepArguments) -> None:
 
 
 def run_all(sweep: Sweep, worker: Worker, workers: int) -> None:
-    """Train until every run is finished, or a signal stops the sweep."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, worker.stop)
+    """Train until every run is finished, a run fails, or a signal stops the sweep. Other runs under way end first.
+
+    Raises:
+        OSError: if a run failed.
+    """
+    handlers = {number: signal.signal(number, worker.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     running: dict[Future, Run] = {}
+    failures: list[OSError] = []
     with ThreadPoolExecutor(workers) as pool:
-        while not worker.stopping.is_set():
-            busy = {run.key for run in running.values()}
-            for run in [run for run in sweep.ready() if run.key not in busy][: workers - len(running)]:
-                print(f"{run.key} ({run.model}, {run.round})", flush=True)
-                running[pool.submit(worker.train, run)] = run
-                busy.add(run.key)
+        while True:
+            if not worker.stopping.is_set() and not failures:
+                start(sweep, worker, pool, running, workers)
             if not running:
-                return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
-                if (line := future.result()) is not None:
+                if isinstance(error := future.exception(), OSError):
+                    failures.append(error)
+                elif (line := future.result()) is not None:
                     sweep.add(run, line)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if failures:
+        raise failures[0]
+
+
+def start(sweep: Sweep, worker: Worker, pool: ThreadPoolExecutor, running: dict[Future, Run], workers: int) -> None:
+    """Start as many of the waiting runs as there are free workers."""
+    busy = {run.key for run in running.values()}
+    for run in [run for run in sweep.ready() if run.key not in busy][: workers - len(running)]:
+        print(f"{run.key} ({run.model}, {run.round})", flush=True)
+        running[pool.submit(worker.train, run)] = run
 
 
 if __name__ == "__main__":

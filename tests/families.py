@@ -1,6 +1,5 @@
 """The model families and the options of each that the laws are tested for."""
 
-import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -78,6 +77,8 @@ def _named(*variants: dict) -> dict[str, dict]:
     return {name or "default": fields for name, fields in zip(names, variants, strict=True)}
 
 
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+
 # The architecture of the paper's DEQ-Transformer, as its code has it.
 PAPER = dict(
     hidden_act="relu",
@@ -110,20 +111,11 @@ TRANSFORMER = Family(
     }
     | _named(
         {},
-        {"tie_word_embeddings": False},
-        *(
-            {"norm_position": norm, "position_embedding_type": positions}
-            for norm, positions in itertools.product(("post", "pre"), ("rotary", "relative"))
-        ),
-        {"num_hidden_layers": 2},
-        {"num_hidden_layers": 2, "norm_position": "pre", "position_embedding_type": "relative"},
-        {"sliding_window": 3},
-        {"sliding_window": 4, "norm_position": "pre", "position_embedding_type": "relative"},
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-        {"attn_implementation": "eager"},
-        {"attn_implementation": "eager", "norm_position": "pre", "position_embedding_type": "relative"},
+        {"norm_position": "pre"},
+        {"num_hidden_layers": 2, "sliding_window": 3, "rope_parameters": LINEAR_ROPE},
+        {"attn_implementation": "eager", "position_embedding_type": "relative", "sliding_window": 4},
         {"solver": "broyden"},
-        {"solver": "picard"},
+        {"solver": "picard", "attn_implementation": "eager"},
     ),
 )
 
@@ -168,7 +160,7 @@ ATTRACTOR = Family(
         {},
         {"num_hidden_layers": 1, "num_prelude_layers": 0},
         {"num_hidden_layers": 4, "num_prelude_layers": 2, "qk_norm": None, "mlp_bias": True},
-        {"sliding_window": 3, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {"sliding_window": 3, "rope_parameters": LINEAR_ROPE},
         {"attn_implementation": "eager", "num_key_value_heads": 1, "tie_word_embeddings": False, "head_dim": 12},
     ),
     starts_at_zero=False,

@@ -145,19 +145,19 @@ class ModelLaws:
             others = [0, 1, 3, 4, 5, 7]
             torch.testing.assert_close(before.residual[others], after.residual[others], rtol=1e-6, atol=0)
 
-    @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
-    def test_what_is_no_number_reaches_no_earlier_position(self, fields, solver, poison):
+    def test_what_is_no_number_reaches_no_earlier_position(self, fields, solver):
         model = self.family.model(**{**fields, "solver": solver})
-        embeds = model.get_input_embeddings()(random_ids(2, 8)).detach()
+        embeds = model.get_input_embeddings()(random_ids(4, 8)).detach()
         poisoned = embeds.clone()
-        poisoned[0, -1] = poison
+        for row, poison in enumerate((float("nan"), float("inf"), -float("inf"))):
+            poisoned[row, -1] = poison
         for budget in (2, 30):
             dial = dict(solver_max_evaluations=budget, use_cache=False)
             before, after = model(inputs_embeds=embeds, **dial), model(inputs_embeds=poisoned, **dial)
             assert torch.equal(before.logits[:, :-1], after.logits[:, :-1])
-            assert torch.equal(before.logits[1], after.logits[1])
-            assert after.residual[0] == float("inf") and not after.converged[0]
+            assert torch.equal(before.logits[3], after.logits[3])
+            assert after.residual[:3].eq(float("inf")).all() and not after.converged[:3].any()
 
     def test_an_overflow_reaches_no_earlier_position(self, fields):
         """A huge input is a number, but what f makes of it is not."""

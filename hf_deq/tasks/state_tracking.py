@@ -85,9 +85,7 @@ class StateTracking(Task):
         said = ", ".join(
             f"{scores[name]:.1%} at {length}" for name, length in zip(ACCURACIES, self.held_out.lengths, strict=True)
         )
-        return (
-            f"share of right products, at the last quarter of a length: {said} (guessed {1 / self.examples.order:.1%})"
-        )
+        return f"right products in the last quarter of a word: {said} (guessed {baselines['guessed_accuracy']:.1%})"
 
     @property
     def sample_length(self):

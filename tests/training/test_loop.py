@@ -227,8 +227,7 @@ def test_shallow_pretraining_switches_to_the_equilibrium(corpus, tmp_path):
     assert not any("backward_evaluations" in line for line in lines[:4])
 
 
-@pytest.mark.parametrize("interrupted_at", [2, 9])
-@pytest.mark.parametrize("logging_steps", [1, 5])
+@pytest.mark.parametrize("interrupted_at, logging_steps", [(2, 1), (9, 5)])
 @pytest.mark.parametrize(
     "model_type, remember", [("deq_transformer", False), ("deq_transformer", True), ("deq_trellisnet", True)]
 )

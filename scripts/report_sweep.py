@@ -1,0 +1,209 @@
+"""Tables and a figure of a sweep on text: quality against parameters, training time and depth.
+
+    python scripts/report_sweep.py model_cards/penn-treebank --runs_dir runs     # first measures the final models
+    python scripts/report_sweep.py model_cards/penn-treebank
+
+Reads results.jsonl, which `scripts/sweep.py` writes. With --runs_dir, speed and memory of the final models are measured
+in turns in one process, with one thread, and kept in measurements.json:
+
+    step ms         a training step of a batch of training, without the optimizer
+    saved MB        what this step keeps for backward
+    token ms        a new token after 64 tokens, with the cache
+
+The tables go into README.md of the folder, between their marks. The figure is pareto.png: validation perplexity against
+the training time so far, and test perplexity against the layers that a token passes through.
+"""
+
+import json
+import statistics
+import time
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from benchmarking import ReportArguments, report, take_turns
+from matplotlib.figure import Figure
+from sweep import Sweep
+from transformers import AutoModelForCausalLM
+
+import hf_deq
+from hf_deq.commands import run
+from hf_deq.evaluation import is_by_tolerance
+from hf_deq.evaluation.activations import saved_bytes
+from hf_deq.evaluation.figures import COLORS
+
+CONTEXT, NEW_TOKENS = 64, 32
+
+
+@dataclass
+class ReportSweepArguments:
+    """Whether to measure the final models, and for how long."""
+
+    runs_dir: str | None = field(default=None, metadata={"help": "Folder of the runs: measure their final models."})
+    seconds: float = field(default=5.0, metadata={"help": "How long each model is measured, about."})
+    turns: int = field(default=5, metadata={"help": "Turns of decoding."})
+
+
+def main(folder: str, arguments: ReportSweepArguments) -> None:
+    """Write tables and figure."""
+    warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
+    sweep, place = Sweep(Path(folder) / "sweep.yaml"), Path(folder) / "measurements.json"
+    finals = final_runs(sweep)
+    if arguments.runs_dir is not None:
+        place.write_text(json.dumps(measure(finals, Path(arguments.runs_dir), arguments), indent=1))
+    measurements = json.loads(place.read_text()) if place.is_file() else {}
+    page = ReportArguments(page=str(Path(folder) / "README.md"))
+    report("tuning", tuning_rows(sweep), page)
+    if finals:
+        report("final", final_rows(finals, measurements), page)
+        draw(finals).savefig(Path(folder) / "pareto.png", dpi=150)
+
+
+def final_runs(sweep: Sweep) -> dict[str, list[dict]]:
+    """The results of the final runs of each model."""
+    runs = {model: [line for line in sweep.results.values() if line["model"] == model] for model in sweep.plan["models"]}
+    return {
+        model: [line for line in lines if line["round"] == "final"]
+        for model, lines in runs.items()
+        if any(line["round"] == "final" for line in lines)
+    }
+
+
+def tuning_rows(sweep: Sweep) -> list[dict]:
+    """A row for each short run: what it changed, and the perplexity."""
+    rows = []
+    for model, mine in sweep.plan["models"].items():
+        tried = {repr(setting): setting for settings in mine["rounds"] for setting in settings}
+        for line in (line for line in sweep.results.values() if line["model"] == model and line["round"] != "final"):
+            setting = [one for one in tried.values() if one.items() <= line["flags"].items()]
+            words = "; ".join(f"{name} {value}" for one in setting for name, value in one.items())
+            perplexity = line["result"]["validation_perplexity"]
+            rows.append({"model": model, "round": line["round"], "setting": words, "validation": round(perplexity, 1)})
+    return rows
+
+
+def final_rows(finals: dict[str, list[dict]], measurements: dict) -> list[dict]:
+    """A row for each model: mean and standard deviation over the seeds."""
+    rows = []
+    for model, lines in finals.items():
+        results = [line["result"] for line in lines]
+        evaluations = [result.get("validation_num_evaluations") for result in results]
+        row = {
+            "model": model,
+            "parameters": results[0]["num_parameters"],
+            "tokens (M)": round(results[0]["num_tokens"] / 1e6, 2),
+            "minutes": round(statistics.mean(result["seconds"] / 60 for result in results), 1),
+            "seeds": len(lines),
+            "validation": spread([result["validation_perplexity"] for result in results]),
+            "test": spread([test_row(line)["perplexity"] for line in lines]),
+            "evaluations": None if None in evaluations else round(statistics.mean(evaluations), 1),
+        }
+        measured = measurements.get(model, {})
+        rows.append(row | {name: measured.get(name) for name in ("step ms", "saved MB", "token ms")})
+    return rows
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def test_row(line: dict) -> dict:
+    """The row of the evaluation with the smallest tolerance; of an explicit model its only row."""
+    return line["evaluation"]["rows"][-1]
+
+
+def depth(line: dict, row: dict) -> float:
+    """The layers that a token passes through: evaluations of f times the layers of f, and those of a prelude."""
+    flags = line["flags"]
+    layers, prelude = flags.get("n_layer", flags.get("num_hidden_layers", 1)), flags.get("num_prelude_layers", 0)
+    if row.get("num_evaluations"):
+        return prelude + row["num_evaluations"] * (layers - prelude)
+    return layers
+
+
+def draw(finals: dict[str, list[dict]]) -> Figure:
+    """Validation perplexity against training time, and test perplexity against depth, means over the seeds."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for (model, lines), color in zip(finals.items(), cycle(COLORS), strict=False):
+        curves = [[*line["validations"], line["result"]] for line in lines]
+        minutes, quality = [], []
+        for points in zip(*curves, strict=False):
+            done = points[0]["step"] / lines[0]["result"]["step"]
+            minutes.append(done * statistics.mean(line["result"]["seconds"] / 60 for line in lines))
+            quality.append(statistics.mean(point["validation_perplexity"] for point in points))
+        left.plot(minutes, quality, marker="o", color=color, label=model)
+        settings = zip(*(line["evaluation"]["rows"] for line in lines), strict=True)
+        by_depth = sorted(
+            (
+                statistics.mean(depth(lines[0], row) for row in rows),
+                statistics.mean(row["perplexity"] for row in rows),
+            )
+            for rows in settings
+            if len(lines[0]["evaluation"]["rows"]) == 1 or not is_by_tolerance(rows[0])
+        )
+        right.plot(*zip(*by_depth, strict=True), marker="o", color=color)
+    left.set(xlabel="training time so far (minutes, one thread)", ylabel="perplexity", title="Validation", yscale="log")
+    right.set(xlabel="layers that a token passes through", title="Test", xscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def measure(finals: dict[str, list[dict]], runs_dir: Path, arguments: ReportSweepArguments) -> dict:
+    """Speed and memory of the first final model of each kind."""
+    torch.set_num_threads(1)
+    models = {
+        model: AutoModelForCausalLM.from_pretrained(runs_dir / lines[0]["key"]) for model, lines in finals.items()
+    }
+    steps, saved = {}, {}
+    for model, lines in finals.items():
+        flags = lines[0]["flags"]
+        ids = torch.randint(10, models[model].config.vocab_size, (flags["batch_size"], flags["sequence_length"]))
+        dial = {"solver_tolerance": flags[name] for name in ("train_solver_tolerance",) if name in flags}
+        forward = partial(loss, models[model], ids, dial)
+        steps[model] = lambda forward=forward: forward().backward()
+        saved[model] = saved_bytes(models[model].train(), forward)
+    milliseconds = take_turns(steps, arguments.seconds)
+    tokens = take_turns_decoding({model: one.eval() for model, one in models.items()}, arguments.turns)
+    return {
+        model: {
+            "step ms": round(1e3 * milliseconds[model]),
+            "saved MB": round(saved[model] / 1e6, 1),
+            "token ms": tokens[model],
+        }
+        for model in models
+    }
+
+
+def loss(model, ids, dial: dict):
+    """The loss of a training step."""
+    return model(ids, labels=ids, use_cache=False, **dial).loss
+
+
+def take_turns_decoding(models: dict, turns: int) -> dict[str, float | None]:
+    """Median milliseconds of a new token; `None` for a model without a cache."""
+    measured: dict[str, list[float]] = {name: [] for name, model in models.items() if has_cache(model)}
+    for _ in range(turns + 1):
+        for name, timed in measured.items():
+            ids = torch.randint(10, 1000, (1, CONTEXT))
+            started = time.perf_counter()
+            models[name].generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+            timed.append(1e3 * (time.perf_counter() - started) / NEW_TOKENS)
+    return {name: round(statistics.median(measured[name][1:]), 1) if name in measured else None for name in models}
+
+
+def has_cache(model) -> bool:
+    """Whether the model decodes with a cache."""
+    return getattr(model.config, "gradient", None) != "unrolled"
+
+
+if __name__ == "__main__":
+    run(main, __doc__, ReportSweepArguments, folder="Folder of the sweep.")

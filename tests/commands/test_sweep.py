@@ -1,0 +1,133 @@
+"""A sweep: every round starts from the best of the rounds before, and what is finished is not run again."""
+
+import json
+import sys
+
+import pytest
+import yaml
+from command_line import ROOT, script
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import sweep as sweeps
+
+PLAN = {
+    "score": "validation_loss",
+    "common": {"weight_decay": 0.3},
+    "tuning": {"max_steps": 5},
+    "final": {"max_steps": 20},
+    "seeds": [0, 1],
+    "models": {
+        "one": {
+            "common": {"model_type": "gpt2", "resid_pdrop": 0.1},
+            "tuning": {"warmup_steps": 1},
+            "final": {"warmup_steps": 2},
+            "rounds": [[{"learning_rate": rate} for rate in (1e-3, 3e-3, 9e-3)], [{"resid_pdrop": 0.0}]],
+        },
+        "two": {"common": {"model_type": "llama"}, "rounds": [[{"learning_rate": 1e-3}]]},
+    },
+}
+
+
+def loss(flags: dict) -> float:
+    """Best at a rate of 3e-3, and without dropout."""
+    return abs(flags["learning_rate"] - 3e-3) + flags.get("resid_pdrop", 0)
+
+
+class Recorder:
+    """Stands in for the worker: knows the loss at once, and remembers what it was asked for."""
+
+    def __init__(self, stop_after: int = 10**9):
+        self.asked, self.stop_after = [], stop_after
+        self.stopping = self
+
+    def is_set(self) -> bool:
+        return len(self.asked) >= self.stop_after
+
+    def stop(self, *signal_and_frame):
+        raise AssertionError("nobody sent a signal")
+
+    def train(self, run):
+        self.asked.append(run)
+        return {"result": {"validation_loss": loss(run.flags), "seconds": 60.0}, "validations": []}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(PLAN))
+    return file
+
+
+def run(plan, worker, workers: int = 1):
+    sweep = sweeps.Sweep(plan)
+    sweeps.run_all(sweep, worker, workers)
+    return sweep
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_rounds_build_on_the_best_and_final_runs_have_every_seed(plan, workers):
+    worker = Recorder()
+    sweep = run(plan, worker, workers)
+    assert sweep.ready() == []
+    of_one = [asked for asked in worker.asked if asked.model == "one"]
+    assert sorted(one.flags["learning_rate"] for one in of_one[:3]) == [1e-3, 3e-3, 9e-3]
+    tuned = {"weight_decay": 0.3, "model_type": "gpt2", "learning_rate": 3e-3, "resid_pdrop": 0.0}
+    assert of_one[3].flags == tuned | {"max_steps": 5, "warmup_steps": 1}
+    finals = [tuned | {"max_steps": 20, "warmup_steps": 2, "seed": seed} for seed in (0, 1)]
+    assert [one.flags for one in of_one[4:]] == finals
+    rounds = [asked.round for asked in worker.asked]
+    if workers == 1:
+        assert rounds == [1, 1, 1, 1, 2, "final", "final", "final", "final"]  # all short runs come first
+
+
+def test_a_setting_that_does_not_help_is_not_kept(plan):
+    worse = PLAN["models"]["one"] | {"rounds": [[{"learning_rate": 3e-3}], [{"resid_pdrop": 0.5}]]}
+    plan.write_text(yaml.safe_dump(PLAN | {"models": {"one": worse}}))
+    worker = Recorder()
+    run(plan, worker)
+    assert [asked.flags["resid_pdrop"] for asked in worker.asked] == [0.1, 0.5, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("stop_after", range(1, 9))
+def test_a_sweep_that_was_stopped_goes_on(plan, stop_after):
+    first, second, whole = Recorder(stop_after), Recorder(), Recorder()
+    run(plan, first)
+    run(plan, second)
+    (other := plan.with_name("other")).mkdir()
+    copy = other / "sweep.yaml"
+    copy.write_text(plan.read_text())
+    run(copy, whole)
+    assert first.asked + second.asked == whole.asked and len(first.asked) == stop_after
+
+
+def test_a_plan_without_its_names_is_refused(plan):
+    plan.write_text(yaml.safe_dump({name: value for name, value in PLAN.items() if name != "seeds"}))
+    with pytest.raises(ValueError, match="must have the names .*'seeds'"):
+        sweeps.Sweep(plan)
+
+
+@pytest.mark.slow
+def test_runs_are_trained_evaluated_and_written_down(tmp_path):
+    """The real thing, at its smallest."""
+    tiny = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2)
+    common = dict(task="copy_memory", copy_delay=1, batch_size=2, warmup_steps=0)
+    model = dict(common=dict(model_type="deq_transformer") | tiny, rounds=[[{"learning_rate": 1e-3}]])
+    steps = dict(tuning=dict(max_steps=1), final=dict(max_steps=2, eval_steps=1), seeds=[7])
+    file = tmp_path / "sweep.yaml"
+    evaluate = dict(batch_size=1000, tolerances=0.1, budgets=1)
+    file.write_text(yaml.safe_dump(PLAN | steps | dict(common=common, models={"small": model}, evaluate=evaluate)))
+    finished = script("sweep.py", file, "--runs_dir", tmp_path / "runs", "--set", "shallow_steps=0")
+    assert finished.returncode == 0 and "every run is finished" in finished.stdout, finished.stderr[-2000:]
+    short, final = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert (short["round"], short["result"]["step"], final["round"], final["result"]["step"]) == (1, 1, "final", 2)
+    assert final["flags"]["seed"] == 7 and "shallow_steps" not in final["flags"]
+    assert [line["step"] for line in final["validations"]] == [1]
+    assert len(final["evaluation"]["rows"]) == 2 and final["evaluation"]["rows"][0]["loss"] > 0
+
+
+def test_a_run_that_fails_says_where_to_read(tmp_path):
+    broken = dict(common=dict(model_type="gpt3"), rounds=[[{"learning_rate": 1e-3}]])
+    (file := tmp_path / "sweep.yaml").write_text(yaml.safe_dump(PLAN | dict(models={"broken": broken})))
+    finished = script("sweep.py", file, "--runs_dir", tmp_path / "runs")
+    assert finished.returncode == 1 and "a run failed with status 2: read" in finished.stderr
+    assert "invalid choice: 'gpt3'" in next((tmp_path / "runs").glob("*/train.log")).read_text()
