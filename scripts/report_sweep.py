@@ -64,12 +64,9 @@ def main(folder: str, arguments: ReportSweepArguments) -> None:
 
 def final_runs(sweep: Sweep) -> dict[str, list[dict]]:
     """The results of the final runs of each model."""
-    runs = {model: [line for line in sweep.results.values() if line["model"] == model] for model in sweep.plan["models"]}
-    return {
-        model: [line for line in lines if line["round"] == "final"]
-        for model, lines in runs.items()
-        if any(line["round"] == "final" for line in lines)
-    }
+    lines = [line for line in sweep.results.values() if line["round"] == "final"]
+    models = {model: [line for line in lines if line["model"] == model] for model in sweep.plan["models"]}
+    return {model: runs for model, runs in models.items() if runs}
 
 
 def tuning_rows(sweep: Sweep) -> list[dict]:
@@ -167,7 +164,7 @@ def measure(finals: dict[str, list[dict]], runs_dir: Path, arguments: ReportSwee
     for model, lines in finals.items():
         flags = lines[0]["flags"]
         ids = torch.randint(10, models[model].config.vocab_size, (flags["batch_size"], flags["sequence_length"]))
-        dial = {"solver_tolerance": flags[name] for name in ("train_solver_tolerance",) if name in flags}
+        dial = {"solver_tolerance": flags["train_solver_tolerance"]} if "train_solver_tolerance" in flags else {}
         forward = partial(loss, models[model], ids, dial)
         steps[model] = lambda forward=forward: forward().backward()
         saved[model] = saved_bytes(models[model].train(), forward)

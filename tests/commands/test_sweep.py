@@ -1,5 +1,6 @@
 """A sweep: every round starts from the best of the rounds before, and what is finished is not run again."""
 
+import importlib.util
 import json
 import sys
 
@@ -7,8 +8,10 @@ import pytest
 import yaml
 from command_line import ROOT, script
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import sweep as sweeps
+# Not through sys.path: there, scripts/evaluate.py would stand before the library of the same name.
+spec = importlib.util.spec_from_file_location("sweep", ROOT / "scripts" / "sweep.py")
+sweeps = sys.modules["sweep"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sweeps)
 
 PLAN = {
     "score": "validation_loss",
