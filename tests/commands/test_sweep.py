@@ -103,6 +103,33 @@ def test_a_sweep_that_was_stopped_goes_on(plan, stop_after):
     assert first.asked + second.asked == whole.asked and len(first.asked) == stop_after
 
 
+def test_tables_and_a_figure_are_made_of_the_results(tmp_path):
+    """Two models with two seeds each: one is solved, at two budgets and a tolerance; the other has four layers."""
+    models = {"solved": {"num_hidden_layers": 3, "num_prelude_layers": 1}, "explicit": {"n_layer": 4}}
+    plan = {name: dict(common=common, rounds=[[{"learning_rate": 1e-3}]]) for name, common in models.items()}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(PLAN | {"models": plan, "score": "validation_perplexity"}))
+    dial = [{"solver_max_evaluations": n, "solver_tolerance": 0.0, "num_evaluations": n} for n in (1, 2)]
+    dial += [{"solver_max_evaluations": None, "solver_tolerance": 1e-3, "num_evaluations": 5.5}]
+    sweep = sweeps.Sweep(tmp_path / "sweep.yaml")
+    while ready := sweep.ready():
+        is_solved, seed = ready[0].model == "solved", ready[0].flags.get("seed", 0)
+        evaluations = {"validation_num_evaluations": 6.25} if is_solved else {}
+        cost = {"seconds": 60.0 * (1 + seed), "num_parameters": 10, "num_tokens": 2_000_000, "step": 20}
+        rows = [row | {"perplexity": 90.0 - 10 * i + 2 * seed} for i, row in enumerate(dial if is_solved else [{}])]
+        results = {"validation_perplexity": 100.0 + 2 * seed} | cost | evaluations
+        validations = [{"step": 10, "validation_perplexity": 150.0 + 2 * seed}]
+        sweep.add(ready[0], {"result": results, "validations": validations, "evaluation": {"rows": rows}})
+    (tmp_path / "README.md").write_text("<!-- tuning -->\nold\n<!-- end -->\n\n<!-- final -->\n<!-- end -->\n")
+    measured = {name: {"step ms": 5, "saved MB": 1.5, "token ms": None} for name in models}
+    (tmp_path / "measurements.json").write_text(json.dumps(measured))
+    finished = script("report_sweep.py", tmp_path)
+    assert finished.returncode == 0 and (tmp_path / "pareto.png").is_file(), finished.stderr[-2000:]
+    page = (tmp_path / "README.md").read_text()
+    assert "| solved | 1 | learning_rate 0.001 | 100 |" in page and "old" not in page
+    assert "| solved | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 71.0 ± 1.4 | 6.2 | 5 | 1.5 | - |" in page
+    assert "| explicit | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 91.0 ± 1.4 | - | 5 | 1.5 | - |" in page
+
+
 def test_a_plan_without_its_names_is_refused(plan):
     plan.write_text(yaml.safe_dump({name: value for name, value in PLAN.items() if name != "seeds"}))
     with pytest.raises(ValueError, match="must have the names .*'seeds'"):
