@@ -18,7 +18,7 @@ A sweep is a YAML file:
     models:
       gpt2:
         common: {model_type: gpt2}      # likewise tuning and final: flags of this model
-        rounds:                         # each round tries its settings on top of the best so far
+        rounds:                         # each round tries its settings on top of the best so far; [] tries none
           - [{learning_rate: 1.0e-3}, {learning_rate: 3.0e-3}]
           - [{resid_pdrop: 0.0}]
 
@@ -215,8 +215,9 @@ class Worker:
 
 
 def flags_of(values: dict) -> list[str]:
-    """A command line of names and values."""
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    """A command line of names and values. A list is several words."""
+    words = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    return [word for name, of_it in words.items() for word in (f"--{name}", *map(str, of_it))]
 
 
 def main(file: str, arguments: SweepArguments) -> None:

@@ -324,6 +324,25 @@ def test_dpo_from_a_path_makes_its_own_reference_model(family, exported, words, 
 
 
 @every_family
+def test_grpo_rewards_what_was_generated(family, words, tmp_path):
+    """Completions are rewarded for a word; after some steps there are more of it."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    def reward(completions, **others) -> list[float]:
+        return [completion.split().count("w7") / 8 for completion in completions]
+
+    model = make_model(family, solver_tolerance=1e-3, backward_tolerance=1e-2)
+    how = OF_TRL | dict(max_steps=30, per_device_train_batch_size=16, num_generations=8, max_completion_length=8)
+    how |= dict(learning_rate=3e-2, logging_steps=1, max_grad_norm=0.0, generation_kwargs={"min_new_tokens": 8})
+    arguments = GRPOConfig(output_dir=str(tmp_path), **how)
+    data = Dataset.from_list([{"prompt": "w1 w2"}] * 16)
+    trainer = GRPOTrainer(model, reward, arguments, train_dataset=data, processing_class=words)
+    trainer.train()
+    rewards = logged(trainer, "reward")
+    assert sum(rewards[-3:]) > 3 * sum(rewards[:3])
+
+
+@every_family
 def test_a_reward_model_learns_from_pairs(family, words, tmp_path):
     from trl import RewardConfig, RewardTrainer
 
