@@ -140,17 +140,19 @@ class Sweep:
             file.write(json.dumps(self.results[run.key]) + "\n")
 
     def table(self) -> list[dict]:
-        """A row for each finished run, in the order of the file."""
-        shared = self.plan["common"].keys() | self.plan["tuning"].keys() | self.plan["final"].keys()
+        """A row for each finished run: its score, and the flags that are not the same in all runs of its model."""
         rows = []
         for line in self.results.values():
-            own = self.plan["models"].get(line["model"], {}).get("common", {})
-            special = {name: value for name, value in line["flags"].items() if own.get(name) != value}
-            words = " ".join(f"{name}={value}" for name, value in special.items() if name not in shared | {"seed"})
-            seed = line["flags"].get("seed")
-            row = {"model": line["model"], "round": line["round"], "seed": seed, "setting": words}
-            score = line["result"].get(self.plan["score"])
-            rows.append(row | {self.plan["score"]: score, "minutes": line["result"]["seconds"] / 60})
+            others = [other["flags"] for other in self.results.values() if other["model"] == line["model"]]
+            special = {
+                name: value
+                for name, value in line["flags"].items()
+                if any(other.get(name) != value for other in others)
+            }
+            words = " ".join(f"{name}={value}" for name, value in special.items())
+            score, minutes = line["result"][self.plan["score"]], line["result"]["seconds"] / 60
+            rows.append({"model": line["model"], "round": line["round"], self.plan["score"]: score, "minutes": minutes})
+            rows[-1]["setting"] = words
         return rows
 
 
@@ -181,8 +183,8 @@ class Worker:
         if not self.call(["train.py", *flags], folder):
             return None
         metrics = parse_metrics((folder / "metrics.jsonl").read_text())
-        validations = [line for line in metrics if "validation_num_tokens" in line or "validation_loss" in line]
-        line = {"result": metrics[-1], "validations": validations[:-1]}
+        validations = [line for line in metrics[:-1] if any(name.startswith("validation_") for name in line)]
+        line = {"result": metrics[-1], "validations": validations}
         if run.round == "final" and self.evaluation is not None:
             file = folder / "evaluation.json"
             if not self.call(["evaluate.py", str(folder), *flags_of(self.evaluation), "--output", str(file)], folder):

@@ -12,9 +12,10 @@
 
 A recipe is a YAML file of the same names as the flags. Flags win over the recipe. Without a recipe, the smallest one
 for the model type and the task is taken. Every field of the model's configuration is a flag too (`--help` lists them).
-An explicit baseline takes the recipe of the DEQ-Transformer, so that it sees the same tokens, optimizer and schedule.
-Names of the recipe that it does not have are left out. Its size and its dropout are flags, with the defaults of its own
-configuration. With --init_from, model type, sizes and tokenizer are those of the folder.
+An explicit baseline takes the same recipe, by default that of the DEQ-Transformer, so that it sees the same tokens,
+optimizer and schedule. Names that only the equilibrium has are left out. What the recipe does not name, such as the
+sizes of GPT-2, has the default of its own configuration.
+With --init_from, model type, sizes and tokenizer are those of the folder.
 """
 
 import argparse
@@ -71,10 +72,12 @@ def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
     )
     names = {action.dest for action in parser._actions}
     if name is None:
-        recipe = default_recipe(chosen.model_type, chosen.task, names)
+        recipe = default_recipe(chosen.model_type, chosen.task)
         if start is not None:  # it says what the model is; the recipe says how to train
             of_the_model = {one.name for one in fields(model_arguments(chosen.model_type))}
             recipe = {name: value for name, value in recipe.items() if name not in of_the_model}
+    if chosen.model_type in EXPLICIT_MODEL_TYPES:
+        recipe = without_equilibrium(recipe, names)
     recipe.pop("corpus_fingerprint", None)  # a saved run records it; it is not an argument
     unknown = sorted(set(recipe) - names)
     if unknown:
@@ -139,12 +142,17 @@ def flag_type(annotation) -> type | None:
     return next(kind for kind in (str, float, int, bool) if kind in kinds)
 
 
-def default_recipe(model_type: str, task: str, names: set[str]) -> dict:
-    """The smallest recipe for a model type and a task; for an explicit model the names that it has of another's."""
-    if model_type in EXPLICIT_MODEL_TYPES:
-        recipe = default_recipe(DEFAULT_MODEL_TYPE, task, names)
-        return {name: value for name, value in recipe.items() if name in names.difference(SOLVER_ARGUMENTS)}
+def default_recipe(model_type: str, task: str) -> dict:
+    """The smallest recipe for a model type and a task; for an explicit model that of the default model type."""
+    model_type = DEFAULT_MODEL_TYPE if model_type in EXPLICIT_MODEL_TYPES else model_type
     return parse_recipe(find_recipe(f"{model_type.replace('_', '-')}-{TASKS[task].recipe}"))
+
+
+def without_equilibrium(recipe: dict, names: set[str]) -> dict:
+    """A recipe for an explicit model: without names that only the model type of the recipe has."""
+    of_the_model = {one.name for one in fields(model_arguments(recipe.get("model_type", DEFAULT_MODEL_TYPE)))}
+    left_out = (of_the_model - names) | set(SOLVER_ARGUMENTS)
+    return {name: value for name, value in recipe.items() if name not in left_out}
 
 
 if __name__ == "__main__":

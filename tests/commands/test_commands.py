@@ -235,14 +235,15 @@ def test_recipes_take_their_first_steps(recipe, corpus, word_corpus, tmp_path):
         flags += ["--sample_tokens", 0, "--corpus", word_corpus, "--corpus_config", "", *scaled_down(content)]
     else:
         flags += ["--sample_tokens", 0, "--corpus", corpus, "--vocab_size", 300, "--sequence_length", 16]
-    if recipe.parent.name == "deq-attractor-140m":
+        flags += ["--corpus_config", ""] if "corpus_config" in content else []
+    if recipe.parent.name in ("deq-attractor-140m", "deq-transformer-34m"):
         flags += ["--hidden_size", 64, "--intermediate_size", 96, "--gradient_accumulation_steps", 1]
     finished = script("train.py", recipe, *flags)
     assert finished.returncode == 0, finished.stderr[-2000:]
 
 
-@pytest.mark.parametrize("model_type", ["deq_transformer", "deq_trellisnet"])
-@pytest.mark.parametrize("task", ["language_modeling", "copy_memory"])
+@pytest.mark.parametrize("model_type", ["deq_transformer", "deq_trellisnet", "deq_attractor"])
+@pytest.mark.parametrize("task", ["language_modeling", "copy_memory", "state_tracking"])
 def test_there_is_a_recipe_for_every_model_and_task(model_type, task):
     """Chosen by these two flags alone."""
     arguments, run, fields, chosen = parse(["--model_type", model_type, "--task", task, "--max_steps", "7"])
@@ -258,6 +259,14 @@ def test_an_explicit_baseline_takes_the_recipe_of_a_deq_but_for_its_model():
     assert training == dataclasses.replace(ours[1], train_solver_tolerance=None, shallow_steps=0)
     expected = dict(vocab_size=ours[2]["vocab_size"], n_layer=2, n_inner=64, resid_pdrop=0, embd_pdrop=0.05)
     assert fields == expected
+    named = parse([str(ROOT / "model_cards" / "deq-transformer-tiny" / "recipe.yaml"), "--model_type", "gpt2", *flags])
+    assert named[1:] == (training, fields, model_type)
+
+
+def test_a_recipe_for_an_explicit_baseline_may_not_misspell(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model_type: deq_transformer\nsolver: picard\nmax_step: 3\n")
+    with pytest.raises(ValueError, match=r"unknown names \['max_step'\]"):
+        parse([str(tmp_path / "mine.yaml"), "--model_type", "llama"])
 
 
 def test_an_explicit_baseline_trains_and_its_recipe_is_the_run(corpus, tmp_path):

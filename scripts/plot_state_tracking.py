@@ -1,0 +1,99 @@
+"""Draw how far models track a state: accuracy against the length of a word, for each number of evaluations.
+
+    python scripts/plot_state_tracking.py model_cards/state-tracking --figure docs/state_tracking.png
+
+Reads results.jsonl, which `scripts/sweep.py` writes: final runs whose model is called group-model, such as
+`s3-deq-trellisnet`. A column is a group, a row is a model, and a line is a budget of the solver. The table of the same
+numbers is printed, and put into a page by --page.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarking import ReportArguments, report
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from sweep import Sweep
+
+from hf_deq.commands import run
+from hf_deq.evaluation import is_by_tolerance
+from hf_deq.tasks.state_tracking import ACCURACIES, LONGER, MOVED
+
+
+@dataclass
+class PlotStateTrackingArguments(ReportArguments):
+    """Where the figure goes."""
+
+    figure: str = field(default="state_tracking.png", metadata={"help": "File of the figure."})
+
+
+def main(folder: str, arguments: PlotStateTrackingArguments) -> None:
+    """Draw, and print the table."""
+    sweep = Sweep(Path(folder) / "sweep.yaml")
+    finals = {line["model"]: line for line in sweep.results.values() if line["round"] == "final"}
+    draw(finals).savefig(arguments.figure, dpi=150)
+    report("state_tracking", [best_row(name, line) for name, line in finals.items()], arguments)
+
+
+def lengths_of(line: dict) -> list[int]:
+    """The lengths at which accuracy was measured."""
+    return [line["flags"]["word_length"] * times for times in (1, *LONGER)]
+
+
+def best_row(name: str, line: dict) -> dict:
+    """The accuracies of a model at the largest budget, and what it cost to train."""
+    row = [row for row in line["evaluation"]["rows"] if not is_by_tolerance(row)][-1]
+    group, _, model = name.partition("-")
+    accuracies = {str(length): f"{row[key]:.0%}" for length, key in zip(lengths_of(line), ACCURACIES, strict=True)}
+    budget = row.get("solver_max_evaluations")
+    return {
+        "group": group,
+        "model": model,
+        "parameters": line["result"]["num_parameters"],
+        "budget": budget,
+    } | accuracies
+
+
+def draw(finals: dict[str, dict]) -> Figure:
+    """One panel for each group and model that has a result."""
+    groups = [group for group in MOVED if any(name.startswith(f"{group}-") for name in finals)]
+    models = list(dict.fromkeys(name.partition("-")[2] for name in finals))
+    figure = Figure(figsize=(1 + 3 * len(groups), 0.6 + 2 * len(models)), layout="constrained")
+    panels = figure.subplots(len(models), len(groups), sharex=True, sharey=True, squeeze=False)
+    for model, row in zip(models, panels, strict=True):
+        for group, axes in zip(groups, row, strict=True):
+            if (line := finals.get(f"{group}-{model}")) is not None:
+                draw_panel(axes, line)
+            axes.set(xscale="log", ylim=(0, 1.05))
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(f"{model}\naccuracy", fontsize=9)
+    for group, axes in zip(groups, panels[0], strict=True):
+        axes.set_title(group, fontsize=10)
+    for axes in panels[-1]:
+        axes.set_xlabel("length of the word")
+    handles = {
+        text: handle for axes in panels.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def draw_panel(axes, line: dict) -> None:
+    """The lines of one model, from the smallest budget (light) to the largest (dark)."""
+    lengths = lengths_of(line)
+    rows = [row for row in line["evaluation"]["rows"] if not is_by_tolerance(row)]
+    for i, row in enumerate(rows):
+        budget = row.get("solver_max_evaluations")
+        color = colormaps["viridis_r"]((i + 1) / len(rows)) if budget else "black"
+        label = f"{budget} evaluations" if budget else "explicit layers"
+        axes.plot(lengths, [row[name] for name in ACCURACIES], marker="o", markersize=3, color=color, label=label)
+    guessed = line["result"]["guessed_accuracy"]
+    axes.axhline(guessed, color="gray", linestyle=":", linewidth=1, label="guessed")
+    axes.axvline(lengths[0], color="gray", linewidth=0.5)
+    axes.set_xticks(lengths, map(str, lengths))
+    axes.minorticks_off()
+
+
+if __name__ == "__main__":
+    run(main, __doc__, PlotStateTrackingArguments, folder="Folder of the sweep.")
