@@ -24,7 +24,7 @@ from .held_out_examples import HeldOutExamples
 from .task import Task
 
 MOVED = {"parity": 2, "s3": 3, "s5": 5}  # how many things the permutations of each group move
-TRAINING_WORDS, TEST_WORDS = 100_000, 500
+TRAINING_WORDS, TEST_WORDS = 100_000, 100
 LONGER = (2, 4, 8)  # test words are so many times as long as training words
 ACCURACIES = ("accuracy", *(f"accuracy_{times}x" for times in LONGER))
 

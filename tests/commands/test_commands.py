@@ -24,7 +24,6 @@ from hf_deq import commands
 from hf_deq.commands.train import parse
 from hf_deq.data import documents
 from hf_deq.tasks import TASKS
-from hf_deq.training import RunArguments
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +247,7 @@ def test_there_is_a_recipe_for_every_model_and_task(model_type, task):
     """Chosen by these two flags alone."""
     arguments, run, fields, chosen = parse(["--model_type", model_type, "--task", task, "--max_steps", "7"])
     assert (type(arguments), chosen, run.max_steps) == (TASKS[task].arguments, model_type, 7)
-    assert "hidden_size" in fields and run.learning_rate != RunArguments().learning_rate
+    assert "hidden_size" in fields and run.train_solver_tolerance is not None
 
 
 def test_an_explicit_baseline_takes_the_recipe_of_a_deq_but_for_its_model():

@@ -130,6 +130,26 @@ def test_tables_and_a_figure_are_made_of_the_results(tmp_path):
     assert "| explicit | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 91.0 ± 1.4 | - | 5 | 1.5 | - |" in page
 
 
+def test_state_tracking_is_drawn_by_group_and_model(tmp_path):
+    """The table has the largest budget of each model; an explicit model has none."""
+    names = ("s3-deq-trellisnet", "parity-deq-trellisnet", "s3-llama")
+    models = {name: dict(common={"word_length": 8}, rounds=[]) for name in names}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(PLAN | {"models": models, "seeds": [0]}))
+    sweep = sweeps.Sweep(tmp_path / "sweep.yaml")
+    accuracies = dict(accuracy=1.0, accuracy_2x=0.75, accuracy_4x=0.5, accuracy_8x=0.25)
+    dial = [{"solver_max_evaluations": n, "solver_tolerance": 0.0, "num_evaluations": n} for n in (8, 64)]
+    loose = {"solver_max_evaluations": None, "solver_tolerance": 0.1, "num_evaluations": 3.0}
+    for run in sweep.ready():
+        rows = [accuracies] if run.model == "s3-llama" else [row | accuracies for row in (*dial, loose)]
+        result = {"num_parameters": 10, "seconds": 1.0, "validation_loss": 0.1, "guessed_accuracy": 0.5}
+        sweep.add(run, {"result": result, "validations": [], "evaluation": {"rows": rows}})
+    finished = script("plot_state_tracking.py", tmp_path, "--figure", tmp_path / "figure.png")
+    assert finished.returncode == 0 and (tmp_path / "figure.png").is_file(), finished.stderr[-2000:]
+    table = [line.split() for line in finished.stdout.splitlines()]
+    assert ["s3", "deq-trellisnet", "10", "64", "100%", "75%", "50%", "25%"] in table
+    assert ["s3", "llama", "10", "-", "100%", "75%", "50%", "25%"] in table
+
+
 def test_a_plan_without_its_names_is_refused(plan):
     plan.write_text(yaml.safe_dump({name: value for name, value in PLAN.items() if name != "seeds"}))
     with pytest.raises(ValueError, match="must have the names .*'seeds'"):
