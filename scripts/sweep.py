@@ -194,6 +194,8 @@ class Worker:
 
     def call(self, command: list[str], folder: Path) -> bool:
         """Run a script to its end; whether it got there."""
+        if self.stopping.is_set():
+            return False
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / f"{command[0].removesuffix('.py')}.log"
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -1,9 +1,9 @@
 """State tracking: multiply the elements of a word over a finite group, one after the other.
 
 A word is a sequence of group elements, drawn at random. The target at each position is the product of all elements up
-to this position. So the model must keep a state, and the answer at the last position depends on every token. A model
-of fixed depth can do this only up to a length, if the group cannot be solved (S5; Merrill, Petty & Sabharwal 2024,
-arXiv 2404.08819). Models that iterate until a fixed point are studied on it for this reason (implicit language models,
+to this position. So the model must keep a state, and the answer at the last position depends on every token. If the
+group is not solvable, such as S5, a model of fixed depth can do this only up to some length (Merrill, Petty & Sabharwal
+2024, arXiv 2404.08819). So the task is used to study models that iterate until a fixed point (implicit language models,
 arXiv 2502.07827).
 
     "parity"    the two elements 0 and 1; the product is the parity of the ones
