@@ -7,6 +7,7 @@ Reads results.jsonl, which `scripts/sweep.py` writes: final runs whose model is 
 numbers is printed, and put into a page by --page.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from sweep import Sweep
 from hf_deq.commands import run
 from hf_deq.evaluation import is_by_tolerance
 from hf_deq.tasks.state_tracking import ACCURACIES, LONGER, MOVED
+
+DARKEST = 256  # the budget of the darkest line
 
 
 @dataclass
@@ -62,11 +65,10 @@ def draw(finals: dict[str, dict]) -> Figure:
     panels = figure.subplots(len(models), len(groups), sharex=True, sharey=True, squeeze=False)
     for model, row in zip(models, panels, strict=True):
         for group, axes in zip(groups, row, strict=True):
-            if (line := finals.get(f"{group}-{model}")) is not None:
+            line = finals.get(f"{group}-{model}")
+            axes.set_visible(line is not None)
+            if line is not None:
                 draw_panel(axes, line)
-            axes.set(xscale="log", ylim=(0, 1.05))
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(f"{model}\naccuracy", fontsize=9)
     for group, axes in zip(groups, panels[0], strict=True):
         axes.set_title(group, fontsize=10)
@@ -82,17 +84,19 @@ def draw(finals: dict[str, dict]) -> Figure:
 def draw_panel(axes, line: dict) -> None:
     """The lines of one model, from the smallest budget (light) to the largest (dark)."""
     lengths = lengths_of(line)
-    rows = [row for row in line["evaluation"]["rows"] if not is_by_tolerance(row)]
-    for i, row in enumerate(rows):
+    for row in (row for row in line["evaluation"]["rows"] if not is_by_tolerance(row)):
         budget = row.get("solver_max_evaluations")
-        color = colormaps["viridis_r"]((i + 1) / len(rows)) if budget else "black"
-        label = f"{budget} evaluations" if budget else "explicit layers"
+        color = "black" if budget is None else colormaps["viridis_r"](math.log2(1 + budget) / math.log2(1 + DARKEST))
+        label = "explicit layers" if budget is None else f"{budget} evaluations" if budget else "no solver"
         axes.plot(lengths, [row[name] for name in ACCURACIES], marker="o", markersize=3, color=color, label=label)
     guessed = line["result"]["guessed_accuracy"]
     axes.axhline(guessed, color="gray", linestyle=":", linewidth=1, label="guessed")
-    axes.axvline(lengths[0], color="gray", linewidth=0.5)
+    axes.axvline(lengths[0], color="gray", linewidth=0.5)  # words of training
+    axes.set(xscale="log", ylim=(0, 1.05))
     axes.set_xticks(lengths, map(str, lengths))
     axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":
