@@ -99,7 +99,7 @@ def test_every_family_learns_and_is_judged_on_it(model_type, tmp_path, capsys):
     result = learn(tmp_path, model_type, MODELS[model_type], 2)
     assert result["guessed_accuracy"] == 0.5 and 0 <= result["validation_accuracy_8x"] <= 1
     assert "right products in the last quarter of a word" in capsys.readouterr().out
-    held_out = held_out_of(str(tmp_path), StateTrackingEvaluation(words=500))
+    held_out = held_out_of(str(tmp_path), StateTrackingEvaluation())
     scores = held_out.score(load_model(str(tmp_path)))
     assert scores["accuracy"] == pytest.approx(result["validation_accuracy"], abs=1e-9)
     assert "words of up to 32 elements, trained on words of 4" in held_out.describe(scores, None)
