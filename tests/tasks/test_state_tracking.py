@@ -111,5 +111,5 @@ def test_with_more_evaluations_a_trellisnet_multiplies_longer_words(tmp_path):
     learn(tmp_path, "deq_trellisnet", MODELS["deq_trellisnet"] | {"solver_max_evaluations": 12}, 300)
     model, held_out = load_model(str(tmp_path)), held_out_of(str(tmp_path), StateTrackingEvaluation(words=50))
     few, many = (held_out.score(model, solver_max_evaluations=n, solver_tolerance=0.0) for n in (6, 64))
-    assert few["accuracy"] > 0.99 and few["accuracy_8x"] < 0.7
-    assert many["accuracy_8x"] > 0.99
+    assert few["accuracy"] > 0.95 and few["accuracy_8x"] < 0.7
+    assert many["accuracy_8x"] > 0.95
