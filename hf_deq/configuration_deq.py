@@ -219,3 +219,7 @@ def require_one_of(name: str, value: str, allowed) -> None:
     """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {sorted(allowed)}, got {value!r}.")
+
+
+# The fields that say how a model is solved and differentiated, and not what it is.
+EQUILIBRIUM_FIELDS = DEQConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()

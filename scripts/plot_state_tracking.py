@@ -18,7 +18,7 @@ from sweep import Sweep
 
 from hf_deq.commands import run
 from hf_deq.evaluation import is_by_tolerance
-from hf_deq.tasks.state_tracking import ACCURACIES, LONGER, MOVED
+from hf_deq.tasks.state_tracking import ACCURACIES, MOVED, tested_lengths
 
 DARKEST = 256  # the budget of the darkest line
 
@@ -33,21 +33,19 @@ class PlotStateTrackingArguments(ReportArguments):
 def main(folder: str, arguments: PlotStateTrackingArguments) -> None:
     """Draw, and print the table."""
     sweep = Sweep(Path(folder) / "sweep.yaml")
-    finals = {line["model"]: line for line in sweep.results.values() if line["round"] == "final"}
+    finals = {model: lines[0] for model, lines in sweep.finals().items()}
     draw(finals).savefig(arguments.figure, dpi=150)
     report("state_tracking", [best_row(name, line) for name, line in finals.items()], arguments)
-
-
-def lengths_of(line: dict) -> list[int]:
-    """The lengths at which accuracy was measured."""
-    return [line["flags"]["word_length"] * times for times in (1, *LONGER)]
 
 
 def best_row(name: str, line: dict) -> dict:
     """The accuracies of a model at the largest budget, and what it cost to train."""
     row = [row for row in line["evaluation"]["rows"] if not is_by_tolerance(row)][-1]
     group, _, model = name.partition("-")
-    accuracies = {str(length): f"{row[key]:.0%}" for length, key in zip(lengths_of(line), ACCURACIES, strict=True)}
+    accuracies = {
+        str(length): f"{row[key]:.0%}"
+        for length, key in zip(tested_lengths(line["flags"]["word_length"]), ACCURACIES, strict=True)
+    }
     budget = row.get("solver_max_evaluations")
     return {
         "group": group,
@@ -83,7 +81,7 @@ def draw(finals: dict[str, dict]) -> Figure:
 
 def draw_panel(axes, line: dict) -> None:
     """The lines of one model, from the smallest budget (light) to the largest (dark)."""
-    lengths = lengths_of(line)
+    lengths = tested_lengths(line["flags"]["word_length"])
     for row in (row for row in line["evaluation"]["rows"] if not is_by_tolerance(row)):
         budget = row.get("solver_max_evaluations")
         color = "black" if budget is None else colormaps["viridis_r"](math.log2(1 + budget) / math.log2(1 + DARKEST))

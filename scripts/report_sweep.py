@@ -8,7 +8,7 @@ in turns in one process, with one thread, and kept in measurements.json:
 
     step ms         a training step of a batch of training, without the optimizer
     saved MB        what this step keeps for backward
-    token ms        a new token after 64 tokens, with the cache
+    token ms        a new token, of 32 after a context of 64, with the cache
 
 The tables go into README.md of the folder, between their marks. The figure is pareto.png: validation perplexity against
 the training time so far, and test perplexity against the layers that a token passes through.
@@ -16,7 +16,6 @@ the training time so far, and test perplexity against the layers that a token pa
 
 import json
 import statistics
-import time
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,14 +43,13 @@ class ReportSweepArguments:
 
     runs_dir: str | None = field(default=None, metadata={"help": "Folder of the runs: measure their final models."})
     seconds: float = field(default=5.0, metadata={"help": "How long each model is measured, about."})
-    turns: int = field(default=5, metadata={"help": "Turns of decoding."})
 
 
 def main(folder: str, arguments: ReportSweepArguments) -> None:
     """Write tables and figure."""
     warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
     sweep, place = Sweep(Path(folder) / "sweep.yaml"), Path(folder) / "measurements.json"
-    finals = final_runs(sweep)
+    finals = sweep.finals()
     if arguments.runs_dir is not None:
         place.write_text(json.dumps(measure(finals, Path(arguments.runs_dir), arguments), indent=1))
     measurements = json.loads(place.read_text()) if place.is_file() else {}
@@ -60,13 +58,6 @@ def main(folder: str, arguments: ReportSweepArguments) -> None:
     if finals:
         report("final", final_rows(finals, measurements), page)
         draw(finals).savefig(Path(folder) / "pareto.png", dpi=150)
-
-
-def final_runs(sweep: Sweep) -> dict[str, list[dict]]:
-    """The results of the final runs of each model."""
-    lines = [line for line in sweep.results.values() if line["round"] == "final"]
-    models = {model: [line for line in lines if line["model"] == model] for model in sweep.plan["models"]}
-    return {model: runs for model, runs in models.items() if runs}
 
 
 def tuning_rows(sweep: Sweep) -> list[dict]:
@@ -168,13 +159,14 @@ def measure(finals: dict[str, list[dict]], runs_dir: Path, arguments: ReportSwee
         forward = partial(loss, models[model], ids, dial)
         steps[model] = lambda forward=forward: forward().backward()
         saved[model] = saved_bytes(models[model].train(), forward)
-    milliseconds = take_turns(steps, arguments.seconds)
-    tokens = take_turns_decoding({model: one.eval() for model, one in models.items()}, arguments.turns)
+    of_steps = take_turns(steps, arguments.seconds)
+    decoding = {model: partial(decode, one.eval()) for model, one in models.items() if has_cache(one)}
+    of_tokens = take_turns(decoding, arguments.seconds)
     return {
         model: {
-            "step ms": round(1e3 * milliseconds[model]),
+            "step ms": round(1e3 * of_steps[model]),
             "saved MB": round(saved[model] / 1e6, 1),
-            "token ms": tokens[model],
+            "token ms": round(1e3 * of_tokens[model] / NEW_TOKENS, 1) if model in of_tokens else None,
         }
         for model in models
     }
@@ -185,16 +177,9 @@ def loss(model, ids, dial: dict):
     return model(ids, labels=ids, use_cache=False, **dial).loss
 
 
-def take_turns_decoding(models: dict, turns: int) -> dict[str, float | None]:
-    """Median milliseconds of a new token; `None` for a model without a cache."""
-    measured: dict[str, list[float]] = {name: [] for name, model in models.items() if has_cache(model)}
-    for _ in range(turns + 1):
-        for name, timed in measured.items():
-            ids = torch.randint(10, 1000, (1, CONTEXT))
-            started = time.perf_counter()
-            models[name].generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
-            timed.append(1e3 * (time.perf_counter() - started) / NEW_TOKENS)
-    return {name: round(statistics.median(measured[name][1:]), 1) if name in measured else None for name in models}
+def decode(model) -> None:
+    """Generate tokens after a context."""
+    model.generate(torch.full((1, CONTEXT), 10), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
 
 
 def has_cache(model) -> bool:

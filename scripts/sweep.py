@@ -31,6 +31,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -40,7 +41,7 @@ import yaml
 
 from hf_deq.commands import run as run_command
 from hf_deq.evaluation import format_table
-from hf_deq.training.log import parse_metrics
+from hf_deq.training.log import parse_metrics, replace_lines
 
 SCRIPTS = Path(__file__).parent
 NAMES = {"score", "common", "tuning", "final", "seeds", "models"}  # of a sweep
@@ -104,7 +105,8 @@ class Sweep:
 
     def ready(self) -> list[Run]:
         """The unfinished runs that can start now: short runs by their round, then the final ones by seed."""
-        waiting = [run for model in self.plan["models"] for run in self.next_of(model) if run.key not in self.results]
+        latest = [list(self.rounds_of(model))[-1] for model in self.plan["models"]]
+        waiting = [run for runs in latest for run in runs if run.key not in self.results]
 
         def order(run: Run) -> tuple[bool, int]:
             is_final = run.round == "final"
@@ -112,14 +114,7 @@ class Sweep:
 
         return sorted(waiting, key=order)
 
-    def next_of(self, model: str) -> list[Run]:
-        """The runs of the first round of a model that is not finished; those of the last one if all are."""
-        for runs in self.rounds_of(model):
-            if any(run.key not in self.results for run in runs):
-                return runs
-        return runs
-
-    def rounds_of(self, model: str):
+    def rounds_of(self, model: str) -> Iterator[list[Run]]:
         """Yield the runs of each round of a model, as long as the rounds before are finished."""
         mine, best = self.plan["models"][model], None
         flags = self.plan["common"] | self.plan["tuning"] | mine["common"] | mine.get("tuning", {})
@@ -136,8 +131,13 @@ class Sweep:
     def add(self, run: Run, line: dict) -> None:
         """Write down a finished run."""
         self.results[run.key] = {"key": run.key, "model": run.model, "round": run.round, "flags": run.flags} | line
-        with open(self.results_file, "a") as file:
-            file.write(json.dumps(self.results[run.key]) + "\n")
+        replace_lines(self.results_file, self.results.values())
+
+    def finals(self) -> dict[str, list[dict]]:
+        """The lines of the finished final runs of each model that has any."""
+        lines = [line for line in self.results.values() if line["round"] == "final"]
+        models = {model: [line for line in lines if line["model"] == model] for model in self.plan["models"]}
+        return {model: runs for model, runs in models.items() if runs}
 
     def table(self) -> list[dict]:
         """A row for each finished run: its score, and the flags that are not the same in all runs of its model."""
@@ -150,9 +150,9 @@ class Sweep:
                 if any(other.get(name) != value for other in others)
             }
             words = " ".join(f"{name}={value}" for name, value in special.items())
-            score, minutes = line["result"][self.plan["score"]], line["result"]["seconds"] / 60
-            rows.append({"model": line["model"], "round": line["round"], self.plan["score"]: score, "minutes": minutes})
-            rows[-1]["setting"] = words
+            row = {name: line[name] for name in ("model", "round")}
+            row |= {self.plan["score"]: line["result"][self.plan["score"]], "minutes": line["result"]["seconds"] / 60}
+            rows.append(row | {"setting": words})
         return rows
 
 
@@ -166,7 +166,8 @@ class Worker:
     """
 
     def __init__(self, runs_dir: Path, machine: list[str], evaluation: dict | None):
-        self.runs_dir, self.machine, self.evaluation = runs_dir, machine, evaluation
+        self.runs_dir, self.evaluation = runs_dir, evaluation
+        self.machine = flags_of(dict(pair.split("=", 1) for pair in machine))
         self.processes: set[subprocess.Popen] = set()
         self.stopping = threading.Event()
 
@@ -178,8 +179,8 @@ class Worker:
         """
         folder = self.runs_dir / run.key
         has_checkpoint = any((folder / "checkpoints").glob("step-*"))
-        flags = [*flags_of(run.flags), *flags_of(dict(pair.split("=", 1) for pair in self.machine))]
-        flags += ["--output_dir", str(folder), "--num_threads", "1", "--resume" if has_checkpoint else "--overwrite"]
+        flags = [*flags_of(run.flags), *self.machine, "--output_dir", str(folder), "--num_threads", "1"]
+        flags.append("--resume" if has_checkpoint else "--overwrite")
         if not self.call(["train.py", *flags], folder):
             return None
         metrics = parse_metrics((folder / "metrics.jsonl").read_text())

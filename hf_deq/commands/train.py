@@ -14,8 +14,8 @@ A recipe is a YAML file of the same names as the flags. Flags win over the recip
 for the model type and the task is taken. Every field of the model's configuration is a flag too (`--help` lists them).
 An explicit baseline takes the same recipe, by default that of the DEQ-Transformer, so that it sees the same tokens,
 optimizer and schedule. Names that only the equilibrium has are left out. What the recipe does not name, such as the
-sizes of GPT-2, has the default of its own configuration.
-With --init_from, model type, sizes and tokenizer are those of the folder.
+sizes of GPT-2, has the default of its own configuration. With --init_from, model type, sizes and tokenizer are those of
+the folder.
 """
 
 import argparse
@@ -57,11 +57,10 @@ def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
     name = first_argument(arguments)
     recipe = {} if name is None else parse_recipe(find_recipe(name))
     start = initial_folder(arguments, recipe)
-    start_type = None if start is None else initial_model_type(start)
     first = argparse.ArgumentParser(add_help=False)
     model_types = [config_class.model_type for config_class in DEQConfig.__subclasses__()] + EXPLICIT_MODEL_TYPES
-    usual_type = recipe.get("model_type", start_type or DEFAULT_MODEL_TYPE)
-    first.add_argument("--model_type", default=usual_type, choices=model_types)
+    usual_type = DEFAULT_MODEL_TYPE if start is None else initial_model_type(start)
+    first.add_argument("--model_type", default=recipe.get("model_type", usual_type), choices=model_types)
     first.add_argument("--task", default=recipe.get("task", LanguageModeling.name), choices=TASKS)
     chosen, flags = first.parse_known_args(arguments if name is None else arguments[1:])
     parser = HfArgumentParser(
@@ -149,8 +148,11 @@ def default_recipe(model_type: str, task: str) -> dict:
 
 
 def without_equilibrium(recipe: dict, names: set[str]) -> dict:
-    """A recipe for an explicit model: without names that only the model type of the recipe has."""
-    of_the_model = {one.name for one in fields(model_arguments(recipe.get("model_type", DEFAULT_MODEL_TYPE)))}
+    """The recipe of an equilibrium for an explicit model: without names that only the equilibrium has."""
+    model_type = recipe.get("model_type", DEFAULT_MODEL_TYPE)
+    if model_type in EXPLICIT_MODEL_TYPES:  # it was written for an explicit model, and is checked as it is
+        return recipe
+    of_the_model = {one.name for one in fields(model_arguments(model_type))}
     left_out = (of_the_model - names) | set(SOLVER_ARGUMENTS)
     return {name: value for name, value in recipe.items() if name not in left_out}
 

@@ -7,14 +7,13 @@ compute what they computed before. What is new is that the head reads y + c, and
 """
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..configuration_deq import DEQConfig
+from ..configuration_deq import EQUILIBRIUM_FIELDS
 from ..configuration_deq_attractor import DEQAttractorConfig
 from ..modeling_deq_attractor import DEQAttractorBlock, DEQAttractorForCausalLM
 from ..positions_deq import RotaryPositions
@@ -27,8 +26,7 @@ PARTS = (
 OPTIONAL_PARTS = ("self_attn.q_norm", "self_attn.k_norm")
 LARGEST_DIFFERENCE = 1e-3  # between a part and its copy, relative to what the part computes
 # The other fields of the configuration follow from the original.
-FREE_FIELDS = {one.name for one in fields(DEQConfig)} - {one.name for one in fields(PreTrainedConfig)}
-FREE_FIELDS |= {"layer_scale_init_value", "layer_scale_max"}
+FREE_FIELDS = EQUILIBRIUM_FIELDS | {"layer_scale_init_value", "layer_scale_max"}
 
 
 def retrofit(

@@ -10,7 +10,7 @@ classes. A model that remembers nothing scores 10 ln 8 / (delay + 20). Two varia
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class CopyMemoryTask(Task):
 
     @classmethod
     def judge(cls, folder, recipe, arguments):
-        trained = CopyMemoryArguments(**{one.name: recipe[one.name] for one in fields(CopyMemoryArguments)})
+        trained = cls.arguments_of(recipe)
         return HeldOutSequences(CopyMemory(trained.copy_delay, trained.copy_variant, "test"), arguments.batch_size)
 
     def __str__(self) -> str:

@@ -11,7 +11,7 @@ arXiv 2502.07827).
     "s5"        the 120 permutations of five things
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import permutations
 
 import torch
@@ -70,8 +70,7 @@ class StateTracking(Task):
 
     @classmethod
     def judge(cls, folder, recipe, arguments):
-        trained = StateTrackingArguments(**{one.name: recipe[one.name] for one in fields(StateTrackingArguments)})
-        return HeldOutWords.longer(trained, arguments.words, arguments.batch_size)
+        return HeldOutWords.longer(cls.arguments_of(recipe), arguments.words, arguments.batch_size)
 
     def __str__(self) -> str:
         words = self.examples
@@ -129,7 +128,7 @@ class HeldOutWords(HeldOutExamples):
     @property
     def lengths(self) -> list[int]:
         """The lengths at which accuracy is measured."""
-        return [self.trained_length * times for times in (1, *LONGER)]
+        return tested_lengths(self.trained_length)
 
     def measure(self, logits, labels):
         nats = cross_entropy(logits.transpose(1, 2), labels, reduction="none")[:, : self.trained_length].mean(1)
@@ -143,6 +142,11 @@ class HeldOutWords(HeldOutExamples):
             f"{self.lengths[-1]} elements, trained on words of {self.trained_length}; the accuracies are those of the "
             f"last quarter of the lengths {', '.join(map(str, self.lengths))}"
         )
+
+
+def tested_lengths(word_length: int) -> list[int]:
+    """The lengths at which accuracy is measured, after training with words of `word_length` elements."""
+    return [word_length * times for times in (1, *LONGER)]
 
 
 class Words(Dataset):
@@ -179,9 +183,6 @@ def multiplication_table(moved: int) -> Tensor:
 
     `table[a, b]` is the permutation that first applies a, then b.
     """
-    elements = torch.tensor(list(permutations(range(moved))))
-    composed = elements[:, elements].transpose(0, 1)  # [b, a, i] = b[a[i]]
-    powers = moved ** torch.arange(moved)
-    ids = {code: index for index, code in enumerate((elements * powers).sum(-1).tolist())}
-    codes = (composed * powers).sum(-1)
-    return torch.tensor([[ids[code] for code in row] for row in codes.tolist()])
+    elements = list(permutations(range(moved)))
+    ids = {element: index for index, element in enumerate(elements)}
+    return torch.tensor([[ids[tuple(b[i] for i in a)] for b in elements] for a in elements])

@@ -1,5 +1,6 @@
 """What a task is: something to learn, with examples, a judgement of the result, and words for it."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -54,6 +55,11 @@ class Task:
             model_fields: fields of the model's configuration that were asked for.
         """
         raise NotImplementedError
+
+    @classmethod
+    def arguments_of(cls, recipe: dict):
+        """The arguments that a model was trained with; all of them must stand in its recipe."""
+        return cls.arguments(**{one.name: recipe[one.name] for one in fields(cls.arguments)})
 
     @classmethod
     def judge(cls, folder: str, recipe: dict, arguments) -> HeldOut:

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,10 +48,15 @@ class MetricsFile:
         """Drop the lines of steps after `step`, because these steps will be taken again. With 0, drop all steps."""
         if self.accelerator.is_main_process and self.path.is_file():
             lines = [line for line in parse_metrics(self.path.read_text()) if line["step"] <= step]
-            new = self.path.with_suffix(".new")  # replaces the file in one operation, so that a kill loses no line
-            new.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            new.replace(self.path)
+            replace_lines(self.path, lines)
         self.accelerator.wait_for_everyone()
+
+
+def replace_lines(file: Path, lines: Iterable[dict]) -> None:
+    """Write a file of JSON objects, one per line. It is replaced in one operation, so that a kill loses no line."""
+    new = file.with_suffix(".new")
+    new.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    new.replace(file)
 
 
 def parse_metrics(text: str) -> list[dict]:

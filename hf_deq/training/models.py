@@ -10,7 +10,7 @@ Any causal language model of Transformers can be the explicit one. It gets the s
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..configuration_deq import DEQConfig
+from ..configuration_deq import EQUILIBRIUM_FIELDS, DEQConfig
 from ..data import read_recipe
 from ..generation_deq import REPORTED
 from ..tasks import Task, task_of
@@ -155,8 +155,7 @@ def pretrained(folder: str, model_type: str, fields: dict) -> PreTrainedModel:
         raise ValueError(
             f"init_from={folder!r} holds a {config.model_type}, but model_type is {model_type}: leave model_type out."
         )
-    free = DEQConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
-    changed = {name: value for name, value in fields.items() if name in free}
+    changed = {name: value for name, value in fields.items() if name in EQUILIBRIUM_FIELDS}
     for name, value in fields.items():
         theirs = config.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(config, name, None)
         if name in changed or value is None or theirs == value:

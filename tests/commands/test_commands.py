@@ -268,6 +268,12 @@ def test_a_recipe_for_an_explicit_baseline_may_not_misspell(tmp_path):
         parse([str(tmp_path / "mine.yaml"), "--model_type", "llama"])
 
 
+def test_a_recipe_of_an_explicit_baseline_is_read_as_it_is(tmp_path):
+    """What it says of a solver is refused later, and not left out silently."""
+    (tmp_path / "mine.yaml").write_text("model_type: llama\nshallow_steps: 3\n")
+    assert parse([str(tmp_path / "mine.yaml")])[1].shallow_steps == 3
+
+
 def test_an_explicit_baseline_trains_and_its_recipe_is_the_run(corpus, tmp_path):
     flags = ["--model_type", "gpt2", "--n_embd", 32, "--n_layer", 1, "--n_head", 2, "--n_positions", 32]
     flags += ["--vocab_size", 300, "--sequence_length", 16, "--max_steps", 5, "--sample_tokens", 8, "--num_threads", 1]

@@ -69,6 +69,9 @@ def test_every_part_computes_what_it_computed(config, in_double_precision):
         torch.testing.assert_close(ours, theirs, **exact)
     logits = model._logits(expected[-1])
     torch.testing.assert_close(logits, original.lm_head(expected[-1]), **exact)
+    assert torch.equal(model.lm_head.weight, original.lm_head.weight)
+    assert torch.equal(model.model.norm.weight, original.model.norm.weight)
+    assert torch.equal(model.model.embed_tokens.weight, original.model.embed_tokens.weight)
     layer = model.model.layers[0]
     shorter = retrofit(original, num_prelude_layers=layers - 2, num_head_layers=1).model.layers[0]
     for ours, theirs in zip(shorter.head[0].parameters(), layer.prelude[layers - 2].parameters(), strict=True):
