@@ -29,10 +29,17 @@ class EquilibriumModel:
         """Refuse what the model cannot learn.
 
         Raises:
-            ValueError: if memory is to be carried, and the model has none.
+            ValueError: if memory is to be carried, and the model has none; or if training is to begin with shallow
+                steps, and the model is never solved.
         """
         if task.carries_memory and getattr(self.config, "memory_length", None) == 0:
             raise ValueError("carry_memory needs a model that remembers: set memory_length, say to sequence_length.")
+        if self.run.shallow_steps and self.config.gradient == "unrolled":
+            raise ValueError(
+                f"shallow_steps={self.run.shallow_steps} would train with {self.run.shallow_depth} applications of f, but "
+                f'gradient="unrolled" always uses {self.config.solver_max_evaluations} (solver_max_evaluations): set '
+                "shallow_steps to 0."
+            )
 
     def forward_arguments(self, step: int, memory: tuple | None) -> dict:
         """Arguments of `forward` besides tokens and labels. Shallow pretraining unrolls; afterwards f is solved."""

@@ -284,7 +284,10 @@ def runs(tmp_path_factory):
     text = parent / "text.txt"
     text.write_text("\n\n".join(f"sentence number {n} is about the number {n}, nothing else" for n in range(100)))
     flags = ["--corpus", text, *TINY, "--max_steps", 6, "--logging_steps", 2, "--sample_tokens", 0]
-    extra = {"deq": ["--shallow_steps", 2], "stack": ["--gradient", "unrolled", "--solver_max_evaluations", 3]}
+    extra = {
+        "deq": ["--shallow_steps", 2],
+        "stack": ["--gradient", "unrolled", "--solver_max_evaluations", 3, "--shallow_steps", 0],
+    }
     for name, more in extra.items():
         finished = script("train.py", *flags, *more, "--output_dir", parent / name)
         assert finished.returncode == 0, finished.stderr[-2000:]

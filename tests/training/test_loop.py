@@ -219,6 +219,12 @@ def test_the_unrolled_twin_trains(model_type, corpus, tmp_path):
     assert lines[-1]["validation_num_evaluations"] == 3 and "backward_evaluations" not in last
 
 
+def test_a_model_that_is_never_solved_refuses_shallow_steps(corpus, tmp_path):
+    """It would train at another depth than it is used with."""
+    with pytest.raises(ValueError, match='shallow_steps=4 would train with 2 .* gradient="unrolled" always uses 3'):
+        run(corpus, tmp_path, UNROLLED)
+
+
 def test_shallow_pretraining_switches_to_the_equilibrium(corpus, tmp_path):
     run(corpus, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][:-1]
