@@ -89,7 +89,8 @@ def exponents(rows: list[dict]) -> dict:
     if len(upper) < 2:
         return row | dict.fromkeys(MEASURED)
     sizes = np.log([one["size"] for one in upper])
-    return row | {name: float(np.polyfit(sizes, np.log([one[name] for one in upper]), 1)[0]) for name in MEASURED}
+    slopes = {name: np.polyfit(sizes, np.log([one[name] for one in upper]), 1)[0] for name in MEASURED}
+    return row | {name: round(float(slope), 3) + 0.0 for name, slope in slopes.items()}  # + 0.0: no minus before zero
 
 
 def draw(rows: list[dict], file: str) -> None:

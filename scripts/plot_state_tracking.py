@@ -39,7 +39,7 @@ def main(folder: str, arguments: PlotStateTrackingArguments) -> None:
 
 
 def best_row(name: str, line: dict) -> dict:
-    """The accuracies of a model at the largest budget, and what it cost to train."""
+    """What a model cost to train, and its accuracies at the largest budget."""
     row = [row for row in line["evaluation"]["rows"] if not is_by_tolerance(row)][-1]
     group, _, model = name.partition("-")
     accuracies = {
@@ -51,7 +51,9 @@ def best_row(name: str, line: dict) -> dict:
         "group": group,
         "model": model,
         "parameters": line["result"]["num_parameters"],
+        "minutes": round(line["result"]["seconds"] / 60, 1),
         "budget": budget,
+        "guessed": f"{line['result']['guessed_accuracy']:.0%}",
     } | accuracies
 
 
