@@ -22,7 +22,8 @@ A sweep is a YAML file:
           - [{learning_rate: 1.0e-3}, {learning_rate: 3.0e-3}]
           - [{resid_pdrop: 0.0}]
 
-The models take their turns independently. All runs of a model's round end before its next round starts.
+A run has these flags and no others: no recipe adds to them. The models take their turns independently. All runs of a
+model's round end before its next round starts.
 """
 
 import json
@@ -178,10 +179,15 @@ class Worker:
             OSError: if it fails. The message names the file with its output.
         """
         folder = self.runs_dir / run.key
+        folder.mkdir(parents=True, exist_ok=True)
         has_checkpoint = any((folder / "checkpoints").glob("step-*"))
-        flags = [*flags_of(run.flags), *self.machine, "--output_dir", str(folder), "--num_threads", "1"]
+        recipe = (
+            folder / "flags.yaml"
+        )  # a recipe, and not flags: they would be added to the default recipe of the model
+        recipe.write_text(yaml.safe_dump(run.flags))
+        flags = [*self.machine, "--output_dir", str(folder), "--num_threads", "1"]
         flags.append("--resume" if has_checkpoint else "--overwrite")
-        if not self.call(["train.py", *flags], folder):
+        if not self.call(["train.py", str(recipe), *flags], folder):
             return None
         metrics = parse_metrics((folder / "metrics.jsonl").read_text())
         validations = [line for line in metrics[:-1] if any(name.startswith("validation_") for name in line)]
@@ -197,7 +203,6 @@ class Worker:
         """Run a script to its end; whether it got there."""
         if self.stopping.is_set():
             return False
-        folder.mkdir(parents=True, exist_ok=True)
         log = folder / f"{command[0].removesuffix('.py')}.log"
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(log, "w") as output:

@@ -146,8 +146,8 @@ def test_state_tracking_is_drawn_by_group_and_model(tmp_path):
     finished = script("plot_state_tracking.py", tmp_path, "--figure", tmp_path / "figure.png")
     assert finished.returncode == 0 and (tmp_path / "figure.png").is_file(), finished.stderr[-2000:]
     table = [line.split() for line in finished.stdout.splitlines()]
-    assert ["s3", "deq-trellisnet", "10", "64", "100%", "75%", "50%", "25%"] in table
-    assert ["s3", "llama", "10", "-", "100%", "75%", "50%", "25%"] in table
+    assert ["s3", "deq-trellisnet", "10", "0", "64", "50%", "100%", "75%", "50%", "25%"] in table
+    assert ["s3", "llama", "10", "0", "-", "50%", "100%", "75%", "50%", "25%"] in table
 
 
 def test_a_plan_without_its_names_is_refused(plan):
@@ -166,11 +166,13 @@ def test_runs_are_trained_evaluated_and_written_down(tmp_path):
     file = tmp_path / "sweep.yaml"
     evaluate = dict(batch_size=1000, tolerances=0.1, budgets=1)
     file.write_text(yaml.safe_dump(PLAN | steps | dict(common=common, models={"small": model}, evaluate=evaluate)))
-    finished = script("sweep.py", file, "--runs_dir", tmp_path / "runs", "--set", "shallow_steps=0")
+    finished = script("sweep.py", file, "--runs_dir", tmp_path / "runs", "--set", "logging_steps=1")
     assert finished.returncode == 0 and "every run is finished" in finished.stdout, finished.stderr[-2000:]
     short, final = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert (short["round"], short["result"]["step"], final["round"], final["result"]["step"]) == (1, 1, "final", 2)
-    assert final["flags"]["seed"] == 7 and "shallow_steps" not in final["flags"]
+    assert final["flags"]["seed"] == 7 and "logging_steps" not in final["flags"]
+    trained = yaml.safe_load((tmp_path / "runs" / final["key"] / "recipe.yaml").read_text())
+    assert trained["shallow_steps"] == 0  # the default recipe has 600: a run has its own flags and no others
     assert [line["step"] for line in final["validations"]] == [1]
     assert len(final["evaluation"]["rows"]) == 2 and final["evaluation"]["rows"][0]["loss"] > 0
 
