@@ -27,7 +27,7 @@ from typing import get_args
 
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 
-from ..configuration_deq import DEQConfig
+from ..configuration_deq import DEQConfig, require_one_of
 from ..data import find_recipe, parse_recipe
 from ..tasks import TASKS, LanguageModeling
 from ..training import SOLVER_ARGUMENTS, Interrupted, RunArguments, train
@@ -63,6 +63,9 @@ def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
     first.add_argument("--model_type", default=recipe.get("model_type", usual_type), choices=model_types)
     first.add_argument("--task", default=recipe.get("task", LanguageModeling.name), choices=TASKS)
     chosen, flags = first.parse_known_args(arguments if name is None else arguments[1:])
+    require_one_of("task", chosen.task, TASKS)  # argparse checks flags, but not what comes from the recipe
+    if start is None:
+        require_one_of("model_type", chosen.model_type, model_types)
     parser = HfArgumentParser(
         (TASKS[chosen.task].arguments, RunArguments, model_arguments(chosen.model_type)),
         description=__doc__,

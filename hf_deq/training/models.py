@@ -35,10 +35,10 @@ class EquilibriumModel:
         if task.carries_memory and getattr(self.config, "memory_length", None) == 0:
             raise ValueError("carry_memory needs a model that remembers: set memory_length, say to sequence_length.")
         if self.run.shallow_steps and self.config.gradient == "unrolled":
+            depth, used = self.run.shallow_depth, self.config.solver_max_evaluations
             raise ValueError(
-                f"shallow_steps={self.run.shallow_steps} would train with {self.run.shallow_depth} applications of f, but "
-                f'gradient="unrolled" always uses {self.config.solver_max_evaluations} (solver_max_evaluations): set '
-                "shallow_steps to 0."
+                f"shallow_steps={self.run.shallow_steps} would train with {depth} applications of f, but "
+                f'gradient="unrolled" always uses {used} (solver_max_evaluations): set shallow_steps to 0.'
             )
 
     def forward_arguments(self, step: int, memory: tuple | None) -> dict:

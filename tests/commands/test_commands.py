@@ -268,6 +268,13 @@ def test_a_recipe_for_an_explicit_baseline_may_not_misspell(tmp_path):
         parse([str(tmp_path / "mine.yaml"), "--model_type", "llama"])
 
 
+@pytest.mark.parametrize("name, value, known", [("task", "chess", "copy_memory"), ("model_type", "gpt3", "gpt2")])
+def test_a_recipe_with_an_unknown_choice_says_what_there_is(tmp_path, name, value, known):
+    (tmp_path / "mine.yaml").write_text(f"{name}: {value}\n")
+    with pytest.raises(ValueError, match=f"{name} must be one of .*'{known}'.*, got '{value}'"):
+        parse([str(tmp_path / "mine.yaml")])
+
+
 def test_a_recipe_of_an_explicit_baseline_is_read_as_it_is(tmp_path):
     """What it says of a solver is refused later, and not left out silently."""
     (tmp_path / "mine.yaml").write_text("model_type: llama\nshallow_steps: 3\n")

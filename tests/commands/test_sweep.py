@@ -181,5 +181,5 @@ def test_a_run_that_fails_says_where_to_read(tmp_path):
     broken = dict(common=dict(model_type="gpt3"), rounds=[[{"learning_rate": 1e-3}]])
     (file := tmp_path / "sweep.yaml").write_text(yaml.safe_dump(PLAN | dict(models={"broken": broken})))
     finished = script("sweep.py", file, "--runs_dir", tmp_path / "runs")
-    assert finished.returncode == 1 and "a run failed with status 2: read" in finished.stderr
-    assert "invalid choice: 'gpt3'" in next((tmp_path / "runs").glob("*/train.log")).read_text()
+    assert finished.returncode == 1 and "a run failed with status 1: read" in finished.stderr
+    assert "model_type must be one of" in next((tmp_path / "runs").glob("*/train.log")).read_text()
