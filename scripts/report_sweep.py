@@ -105,6 +105,14 @@ def test_row(line: dict) -> dict:
     return line["evaluation"]["rows"][-1]
 
 
+def rows_of_the_dial(line: dict) -> list[dict]:
+    """The rows of the evaluation with a budget; of a model that is never solved only the row at its own depth."""
+    rows = line["evaluation"]["rows"]
+    with_a_budget = [row for row in rows if "solver_max_evaluations" in row and not is_by_tolerance(row)]
+    is_solved = with_a_budget and line["flags"].get("gradient") != "unrolled"
+    return with_a_budget if is_solved else rows[-1:]
+
+
 def depth(line: dict, row: dict) -> float:
     """The layers that a token passes through: evaluations of f times the layers of f, and those of a prelude."""
     flags = line["flags"]
@@ -126,19 +134,19 @@ def draw(finals: dict[str, list[dict]]) -> Figure:
             minutes.append(done * statistics.mean(line["result"]["seconds"] / 60 for line in lines))
             quality.append(statistics.mean(point["validation_perplexity"] for point in points))
         left.plot(minutes, quality, marker="o", color=color, label=model)
-        settings = zip(*(line["evaluation"]["rows"] for line in lines), strict=True)
+        settings = zip(*(rows_of_the_dial(line) for line in lines), strict=True)
         by_depth = sorted(
-            (
-                statistics.mean(depth(lines[0], row) for row in rows),
-                statistics.mean(row["perplexity"] for row in rows),
-            )
+            (statistics.mean(depth(lines[0], row) for row in rows), statistics.mean(row["perplexity"] for row in rows))
             for rows in settings
-            if len(lines[0]["evaluation"]["rows"]) == 1 or not is_by_tolerance(rows[0])
         )
         right.plot(*zip(*by_depth, strict=True), marker="o", color=color)
     left.set(xlabel="training time so far (minutes, one thread)", ylabel="perplexity", title="Validation", yscale="log")
-    right.set(xlabel="layers that a token passes through", title="Test", xscale="log")
+    right.set(xlabel="layers that a token passes through", title="Test")
+    right.set_xscale("log", base=2)
+    right.xaxis.set_major_formatter("{x:g}")
     for axes in (left, right):
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
