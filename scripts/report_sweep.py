@@ -105,12 +105,9 @@ def test_row(line: dict) -> dict:
     return line["evaluation"]["rows"][-1]
 
 
-def rows_of_the_dial(line: dict) -> list[dict]:
-    """The rows of the evaluation with a budget; of a model that is never solved only the row at its own depth."""
-    rows = line["evaluation"]["rows"]
-    with_a_budget = [row for row in rows if "solver_max_evaluations" in row and not is_by_tolerance(row)]
-    is_solved = with_a_budget and line["flags"].get("gradient") != "unrolled"
-    return with_a_budget if is_solved else rows[-1:]
+def is_solved(line: dict) -> bool:
+    """Whether a model is an equilibrium, and not explicit layers."""
+    return "validation_num_evaluations" in line["result"] and line["flags"].get("gradient") != "unrolled"
 
 
 def depth(line: dict, row: dict) -> float:
@@ -122,24 +119,40 @@ def depth(line: dict, row: dict) -> float:
     return layers
 
 
+def learning_curve(lines: list[dict]) -> list[tuple[float, float]]:
+    """Minutes of training so far and validation perplexity, means over the seeds."""
+    minutes = statistics.mean(line["result"]["seconds"] / 60 for line in lines)
+    steps = lines[0]["result"]["step"]
+    return [
+        (minutes * points[0]["step"] / steps, statistics.mean(point["validation_perplexity"] for point in points))
+        for points in zip(*([*line["validations"], line["result"]] for line in lines), strict=True)
+    ]
+
+
+def depth_curve(lines: list[dict]) -> list[tuple[float, float]]:
+    """Depth and test perplexity for each budget, means over the seeds; of explicit layers one point."""
+    rows = [line["evaluation"]["rows"] for line in lines]
+    budgets = [settings for settings in zip(*rows, strict=True) if not is_by_tolerance(settings[0])]
+    return sorted(
+        (
+            statistics.mean(depth(line, row) for line, row in zip(lines, settings, strict=True)),
+            statistics.mean(row["perplexity"] for row in settings),
+        )
+        for settings in (budgets if is_solved(lines[0]) else budgets[-1:])
+    )
+
+
 def draw(finals: dict[str, list[dict]]) -> Figure:
-    """Validation perplexity against training time, and test perplexity against depth, means over the seeds."""
+    """Validation perplexity against training time, and test perplexity against depth. Explicit models are dashed."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for (model, lines), color in zip(finals.items(), cycle(COLORS), strict=False):
-        curves = [[*line["validations"], line["result"]] for line in lines]
-        minutes, quality = [], []
-        for points in zip(*curves, strict=False):
-            done = points[0]["step"] / lines[0]["result"]["step"]
-            minutes.append(done * statistics.mean(line["result"]["seconds"] / 60 for line in lines))
-            quality.append(statistics.mean(point["validation_perplexity"] for point in points))
-        left.plot(minutes, quality, marker="o", color=color, label=model)
-        settings = zip(*(rows_of_the_dial(line) for line in lines), strict=True)
-        by_depth = sorted(
-            (statistics.mean(depth(lines[0], row) for row in rows), statistics.mean(row["perplexity"] for row in rows))
-            for rows in settings
-        )
-        right.plot(*zip(*by_depth, strict=True), marker="o", color=color)
+    colors = {True: cycle(COLORS), False: cycle(COLORS)}  # of equilibria and of explicit models
+    for model, lines in finals.items():
+        solved = is_solved(lines[0])
+        look = {"color": next(colors[solved]), "marker": "o", "linestyle": "-" if solved else "--"}
+        look["markerfacecolor"] = look["color"] if solved else "white"
+        left.plot(*zip(*learning_curve(lines), strict=True), **look, label=model)
+        right.plot(*zip(*depth_curve(lines), strict=True), **look)
     left.set(xlabel="training time so far (minutes, one thread)", ylabel="perplexity", title="Validation", yscale="log")
     right.set(xlabel="layers that a token passes through", title="Test")
     right.set_xscale("log", base=2)
