@@ -5,7 +5,7 @@ g(x) = head(x) - x, the sum of what the layers of the head add to x, the solver 
 
     y = f(y, c) = c + g(y + c),        started at y = c
 
-The output is the norm of y. The prelude runs once in each call.
+The output is RMSNorm(y). The prelude runs once in each call.
 """
 
 from math import log

@@ -2,9 +2,11 @@
 
 The state z = [hidden | cell] has intermediate_size + hidden_size channels in each half. One application of f:
 
-    [i | o | g | f]_t = injection_t + sum_q W_q hidden_{t - (kernel_size - 1 - q) dilation}
-    cell'_t           = sigmoid(f_t) cell_{t-1} + sigmoid(i_t) tanh(g_t)
+    [i | o | g | e]_t = injection_t + sum_q W_q hidden_{t - (kernel_size - 1 - q) dilation}
+    cell'_t           = sigmoid(e_t) cell_{t-1} + sigmoid(i_t) tanh(g_t)
     hidden'_t         = sigmoid(o_t) tanh(cell'_t)
+
+Here i, o, g and e are the input gate, the output gate, the candidate and the forget gate.
 
 The injection is a causal convolution of the embedded input. The output is the last `hidden_size` channels of hidden
 (TrellisNet: Bai et al. 2019, arXiv 1810.06682). From the past, a later token needs only the states and inputs that the

@@ -181,9 +181,7 @@ class Worker:
         folder = self.runs_dir / run.key
         folder.mkdir(parents=True, exist_ok=True)
         has_checkpoint = any((folder / "checkpoints").glob("step-*"))
-        recipe = (
-            folder / "flags.yaml"
-        )  # a recipe, and not flags: they would be added to the default recipe of the model
+        recipe = folder / "flags.yaml"  # as flags, they would be added to the default recipe
         recipe.write_text(yaml.safe_dump(run.flags))
         flags = [*self.machine, "--output_dir", str(folder), "--num_threads", "1"]
         flags.append("--resume" if has_checkpoint else "--overwrite")

@@ -182,4 +182,5 @@ def test_a_run_that_fails_says_where_to_read(tmp_path):
     (file := tmp_path / "sweep.yaml").write_text(yaml.safe_dump(PLAN | dict(models={"broken": broken})))
     finished = script("sweep.py", file, "--runs_dir", tmp_path / "runs")
     assert finished.returncode == 1 and "a run failed with status 1: read" in finished.stderr
-    assert "model_type must be one of" in next((tmp_path / "runs").glob("*/train.log")).read_text()
+    log = next((tmp_path / "runs").glob("*/train.log")).read_text()
+    assert "model_type must be one of" in log and "got 'gpt3'" in log
