@@ -16,7 +16,7 @@ import warnings
 from dataclasses import dataclass, field
 
 import torch
-from benchmarking import SHIPPED, ReportArguments, explicit_model, load, report, synchronise, title
+from benchmarking import SHIPPED, DeviceArguments, explicit_model, load, report, synchronise, title
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -27,7 +27,7 @@ RESOLVED_SHARE = 4  # a pass over the whole text takes so long that fewer tokens
 
 
 @dataclass
-class ServingBenchmarkArguments(ReportArguments):
+class ServingBenchmarkArguments(DeviceArguments):
     """Which models, how long the contexts are, how many requests there are at once."""
 
     models: list[str] = field(default_factory=lambda: list(SHIPPED), metadata={"help": "Folders of trained models."})
@@ -37,7 +37,6 @@ class ServingBenchmarkArguments(ReportArguments):
     explicit_layers: int = field(default=12, metadata={"help": "Layers of GPT-2 and Llama."})
     new_tokens: int = field(default=8, metadata={"help": "Tokens to decode."})
     turns: int = field(default=3, metadata={"help": "How often."})
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps."})
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16: of the weights."})
 
 

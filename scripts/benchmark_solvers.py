@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from benchmarking import FRESH, HARD, SHIPPED, ReportArguments, has_torchdeq, load, report, take_turns, title
+from benchmarking import FRESH, HARD, SHIPPED, DeviceArguments, has_torchdeq, load, report, take_turns, title
 from torch import Tensor
 
 import hf_deq
@@ -35,7 +35,7 @@ TORCHDEQ_NAMES = {"anderson": "anderson", "broyden": "broyden", "picard": "fixed
 
 
 @dataclass
-class SolverBenchmarkArguments(ReportArguments):
+class SolverBenchmarkArguments(DeviceArguments):
     """What is solved, how exactly, and how often."""
 
     models: list[str] = field(
@@ -54,10 +54,10 @@ def main(arguments: SolverBenchmarkArguments) -> None:
     warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
     rows, peer = [], has_torchdeq()
     for name in arguments.models:
-        model = load(name)
+        model = load(name).to(arguments.device)
         for state in arguments.states:
             batch, length = (int(size) for size in state.split("x"))
-            f, z0 = captured_map(model, windows(name, model, batch, length))
+            f, z0 = captured_map(model, windows(name, model, batch, length).to(arguments.device))
             for tolerance in arguments.tolerances:
                 named = {"model": title(name), "state": state, "tolerance": tolerance}
                 with keeping_weights():

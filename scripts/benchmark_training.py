@@ -25,7 +25,7 @@ from benchmarking import (
     FRESH,
     HARD,
     SHIPPED,
-    ReportArguments,
+    DeviceArguments,
     TorchdeqGradient,
     double_precision,
     explicit_model,
@@ -48,10 +48,11 @@ from hf_deq.reversible import most_steps
 from hf_deq.tasks import TextArguments, held_out_text
 
 EXPLICIT = "GPT-2, 12 layers"
+COMPILED = "implicit, f compiled"
 
 
 @dataclass
-class TrainingBenchmarkArguments(ReportArguments):
+class TrainingBenchmarkArguments(DeviceArguments):
     """What is trained for a step, on how many tokens."""
 
     model: str = field(default=SHIPPED[0], metadata={"help": "Folder of a trained model, or fresh, or hard."})
@@ -62,8 +63,8 @@ class TrainingBenchmarkArguments(ReportArguments):
     seconds: float = field(default=3.0, metadata={"help": "How long each way is measured, about."})
     gpt2_layers: int = field(default=12, metadata={"help": "Layers of the explicit model."})
     precision: bool = field(default=False, metadata={"help": "Measure the reversible gradient's rounding errors."})
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps."})
-    dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16: of the weights."})
+    dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 by autocast."})
+    compiled: bool = field(default=False, metadata={"help": "Also a row with f compiled."})
 
 
 def main(arguments: TrainingBenchmarkArguments) -> None:
@@ -73,13 +74,14 @@ def main(arguments: TrainingBenchmarkArguments) -> None:
         return
     ids, ways = windows(arguments), gradients(arguments, has_torchdeq())
     models = {way: make_model(way, arguments) for way in ways}
-    steps = {way: partial(step, models[way], estimator, ids) for way, estimator in ways.items()}
+    dtype = getattr(torch, arguments.dtype)
+    steps = {way: partial(step, models[way], estimator, ids, dtype) for way, estimator in ways.items()}
     times = take_turns(steps, arguments.seconds)
     exact, rows = exact_gradient(arguments, ids), []
     for way, estimator in ways.items():
         steps[way]()
         ours = None if estimator == EXPLICIT else flat_gradient(models[way])
-        kept = saved_bytes(models[way], partial(loss_of, models[way], estimator, ids))
+        kept = saved_bytes(models[way], partial(loss_of, models[way], estimator, ids, dtype))
         row = {"gradient": way, "ms": 1e3 * times[way], "time": times[way] / times[next(iter(ways))]}
         row |= {"saved MB": kept / 1e6, "peak MB": peak_bytes(steps[way]) / 1e6}
         rows.append(row | differences(ours, exact))
@@ -90,6 +92,8 @@ def gradients(arguments: TrainingBenchmarkArguments, peer: bool) -> dict[str, Gr
     """Every way to train: an estimator, or the name of an explicit model."""
     solver = hf_deq.AndersonSolver(arguments.tolerance)
     ways: dict[str, GradientEstimator | str] = {"implicit": ImplicitGradient(solver)}
+    if arguments.compiled:
+        ways[COMPILED] = ImplicitGradient(solver)
     for products in (1, 2, 4):
         ways[f"Neumann, {products} products"] = ImplicitGradient(PicardSolver(0.0, products))
     ways |= {"phantom, 5 steps": PhantomGradient(5, 0.5), "phantom, 1 step (Jacobian-free)": PhantomGradient(1, 1.0)}
@@ -113,7 +117,9 @@ def make_model(way: str, arguments: TrainingBenchmarkArguments):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deq_transformer", **fields))
     if way.startswith("GPT-2"):
         model = explicit_model("gpt2", model.config, arguments.gpt2_layers)
-    return model.to(arguments.device, getattr(torch, arguments.dtype)).train()
+    if way == COMPILED:
+        model.compile_f()
+    return model.to(arguments.device).train()
 
 
 def windows(arguments: TrainingBenchmarkArguments) -> Tensor:
@@ -123,16 +129,17 @@ def windows(arguments: TrainingBenchmarkArguments) -> Tensor:
     return text.windows(arguments.rows).to(arguments.device)
 
 
-def loss_of(model, estimator: GradientEstimator | str, ids: Tensor) -> Tensor:
+def loss_of(model, estimator: GradientEstimator | str, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """The loss, with an estimator in the place of the configured one."""
-    if estimator == EXPLICIT:
-        return model(ids, labels=ids, use_cache=False).loss
-    layer = model.model.layers[0]
-    layer.gradient_estimator = lambda dial: estimator
-    try:
-        return model(ids, labels=ids, use_cache=False, solver_tolerance=solver_tolerance(estimator)).loss
-    finally:
-        del layer.gradient_estimator
+    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+        if estimator == EXPLICIT:
+            return model(ids, labels=ids, use_cache=False).loss
+        layer = model.model.layers[0]
+        layer.gradient_estimator = lambda dial: estimator
+        try:
+            return model(ids, labels=ids, use_cache=False, solver_tolerance=solver_tolerance(estimator)).loss
+        finally:
+            del layer.gradient_estimator
 
 
 def solver_tolerance(estimator) -> float:
@@ -140,20 +147,20 @@ def solver_tolerance(estimator) -> float:
     return getattr(getattr(estimator, "solver", None), "tolerance", 0.0) or TrainingBenchmarkArguments.tolerance
 
 
-def step(model, estimator, ids: Tensor) -> None:
+def step(model, estimator, ids: Tensor, dtype: torch.dtype = torch.float32) -> None:
     """One step without an optimizer."""
     model.zero_grad()
-    loss_of(model, estimator, ids).backward()
+    loss_of(model, estimator, ids, dtype).backward()
 
 
 def exact_gradient(arguments: TrainingBenchmarkArguments, ids: Tensor) -> Tensor:
     """The gradient at the equilibrium, in double precision."""
-    model = double_precision(make_model("", arguments).cpu())
+    model = double_precision(make_model("", arguments))
     config = model.config
     config.solver_tolerance = config.backward_tolerance = 1e-9
     config.solver_max_evaluations = config.backward_max_evaluations = 300
     config.gradient, config.backward_solver = "implicit", "anderson"
-    model(ids.cpu(), labels=ids.cpu(), use_cache=False).loss.backward()
+    model(ids, labels=ids, use_cache=False).loss.backward()
     return flat_gradient(model)
 
 

@@ -36,6 +36,13 @@ class ReportArguments:
     )
 
 
+@dataclass
+class DeviceArguments(ReportArguments):
+    """Where it is measured. The table of a GPU has a place of its own in a page."""
+
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps."})
+
+
 def load(name: str):
     """The model of a folder. `fresh` and `hard` are new DEQ-Transformers of the size of the shipped one."""
     if name not in (FRESH, HARD):
@@ -122,13 +129,15 @@ def double_precision(model):
 def report(name: str, rows: list[dict], arguments: ReportArguments, shown: list[dict] | None = None) -> None:
     """Print rows as a table; write them as JSON, and into a page, if the arguments say so.
 
-    A page has the table called `name` between the lines `<!-- name -->` and `<!-- end -->`. It shows all rows, or the
-    rows `shown`.
+    A page has the table called `name` between the lines `<!-- name -->` and `<!-- end -->`; on an accelerator it is
+    called `name cuda`, for example. It shows all rows, or the rows `shown`.
 
     Raises:
         ValueError: if the page has no such place.
     """
     print(format_table(rows))
+    device = getattr(arguments, "device", "cpu")
+    name = name if device == "cpu" else f"{name} {device}"
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(rows, indent=1))
     if arguments.page:
@@ -136,12 +145,15 @@ def report(name: str, rows: list[dict], arguments: ReportArguments, shown: list[
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
         if not place.search(page.read_text()):
             raise ValueError(f"{page} has no place for this table: <!-- {name} --> and <!-- end -->.")
-        table = f"{markdown_table(shown or rows)}\n\n{machine()}\n"
+        table = f"{markdown_table(shown or rows)}\n\n{machine(device)}\n"
         page.write_text(place.sub(lambda found: found[1] + table + found[2], page.read_text(), count=1))
 
 
-def machine() -> str:
+def machine(device: str) -> str:
     """What the numbers were measured on, and when."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    names = {"cpu": f"CPU, {torch.get_num_threads()} threads"}
+    if device.startswith("cuda"):
+        names[device] = torch.cuda.get_device_name()
+    device = names.get(device, device)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, hf_deq {hf_deq.__version__}"
     return f"*{device}; {versions}; {date.today():%Y-%m-%d}.*"

@@ -135,10 +135,13 @@ class Sweep:
         replace_lines(self.results_file, self.results.values())
 
     def finals(self) -> dict[str, list[dict]]:
-        """The lines of the finished final runs of each model that has any."""
-        lines = [line for line in self.results.values() if line["round"] == "final"]
-        models = {model: [line for line in lines if line["model"] == model] for model in self.plan["models"]}
-        return {model: runs for model, runs in models.items() if runs}
+        """The lines of the finished final runs of each model that has any. Runs that the file no longer asks for do not
+        count."""
+        finals = {model: list(self.rounds_of(model))[-1] for model in self.plan["models"]}
+        lines = {
+            model: [self.results[run.key] for run in runs if run.key in self.results] for model, runs in finals.items()
+        }
+        return {model: of_it for model, of_it in lines.items() if of_it and of_it[0]["round"] == "final"}
 
     def table(self) -> list[dict]:
         """A row for each finished run: its score, and the flags that are not the same in all runs of its model."""

@@ -91,6 +91,19 @@ def test_a_setting_that_does_not_help_is_not_kept(plan):
     assert [asked.flags["resid_pdrop"] for asked in worker.asked] == [0.1, 0.5, 0.1, 0.1]
 
 
+def test_final_runs_of_an_earlier_plan_do_not_count(plan):
+    """They stay in the file of results, which forgets nothing."""
+    sweeps.run_all(sweeps.Sweep(plan), Recorder(), 2)
+    changed = PLAN | {"models": {"two": PLAN["models"]["two"] | {"final": {"learning_rate": 2e-3}}}}
+    plan.write_text(yaml.safe_dump(changed))
+    before = len(sweeps.Sweep(plan).results)
+    assert sweeps.Sweep(plan).finals() == {}
+    sweeps.run_all(sweeps.Sweep(plan), Recorder(), 2)
+    sweep = sweeps.Sweep(plan)
+    assert [line["flags"]["learning_rate"] for line in sweep.finals()["two"]] == [2e-3, 2e-3]
+    assert len(sweep.results) == before + 2
+
+
 @pytest.mark.parametrize("stop_after", range(1, 9))
 def test_a_sweep_that_was_stopped_goes_on(plan, stop_after):
     first, second, whole = Recorder(stop_after), Recorder(), Recorder()
