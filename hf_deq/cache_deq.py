@@ -22,7 +22,8 @@ class EquilibriumCacheView:
     """Replaces a `Cache` inside f: `update` returns what the cache would return, but does not change the cache.
 
     At the end, `commit` updates the cache with the keys and values of the last application of f. Without gradients,
-    the joined tensors are reused within a solve: only the part of the new tokens is overwritten.
+    the joined tensors are reused within a solve: only the part of the new tokens is overwritten. With gradients,
+    backward may call f again after the commit. So the view then reads from a copy of the cache.
 
     Raises:
         ValueError: if the cache keeps its layers on another device between updates.
@@ -31,6 +32,7 @@ class EquilibriumCacheView:
     def __init__(self, cache: Cache):
         refuse_offloaded(cache)
         self.cache = cache
+        self._past = [_scratch_copy(layer) for layer in cache.layers] if torch.is_grad_enabled() else cache.layers
         self._last, self._joined = {}, {}
 
     def update(
@@ -38,9 +40,9 @@ class EquilibriumCacheView:
     ) -> tuple[Tensor, Tensor]:
         """Return the past keys and values, joined with the new ones `(batch, heads, sequence, head size)`."""
         present = self._last[layer_idx] = key_states, value_states
-        if layer_idx >= len(self.cache.layers):  # a cache without a config gets its layers in the first real update
+        if layer_idx >= len(self._past):  # a cache without a config gets its layers in the first real update
             return present
-        layer = self.cache.layers[layer_idx]
+        layer = self._past[layer_idx]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _scratch_copy(layer).update(*present)
         if layer_idx not in self._joined:  # the past is copied once per solve, not in every evaluation

@@ -17,6 +17,8 @@ logger = logging.get_logger(__name__)
 SOLVER_SCOPES = ("causal", "sequence")
 GRADIENTS = ("implicit", "phantom", "unrolled", "reversible")
 LARGEST_NUMBER = 100_000_000  # of any field: more is a slip of the hand
+# Fields of other models that a tokenizer may bring along. They look like pad_token_id and eos_token_id, misspelt.
+OTHER_TOKENS = {f"{name}_token_id" for name in ("cls", "sep", "mask", "unk", "decoder_start")}
 OWN_PREFIXES = ("solver_", "backward_", "phantom_", "reversible_", "jacobian_")
 
 
@@ -126,7 +128,7 @@ class DEQConfig(PreTrainedConfig):
     def _misspelt(cls, key: str) -> str | None:
         """The field that a key seems to mean; `None` if the key is a field, or looks like none."""
         own = [field.name for field in fields(cls) if field.name not in PreTrainedConfig.__dataclass_fields__]
-        if key in own:
+        if key in own or key in OTHER_TOKENS:
             return None
         if key.startswith(OWN_PREFIXES):
             return max(own, key=lambda name: _shared_start(name, key))

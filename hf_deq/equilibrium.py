@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .fixed_point import AndersonSolver, FixedPointSolution, FixedPointSolver, SequenceMap
+from .fixed_point import AndersonSolver, FixedPointSolution, FixedPointSolver, SequenceMap, check_state, image_of
 from .packed_texts import Texts
 from .position_algebra import Positions, own_residuals
 
@@ -57,6 +57,7 @@ def equilibrium(
     Raises:
         ValueError: if z0 is not a floating point state of three dimensions, or f changes its shape.
     """
+    check_state(z0)
     return (gradient or ImplicitGradient())(f, z0, solver or AndersonSolver(), texts)
 
 
@@ -161,7 +162,8 @@ class UnrolledGradient:
         value = z0
         for _ in range(self.steps):
             z = value
-            value = checkpoint(f, z, use_reentrant=False) if self.activation_checkpointing else f(z)
+            recompute = self.activation_checkpointing
+            value = checkpoint(image_of, f, z, use_reentrant=False) if recompute else image_of(f, z)
         count = z0.shape[0] if texts is None else len(texts.lasts)
         num_evaluations = torch.full((count,), self.steps, device=z0.device)
         return measured(z, value, value, num_evaluations, solver, texts)

@@ -111,17 +111,13 @@ class FixedPointSolver:
         Raises:
             ValueError: if `z0` is not a floating point tensor of three dimensions, or f changes its shape.
         """
-        if z0.dim() != 3 or not z0.is_floating_point():
-            raise ValueError(
-                "z0 must be a floating point state (batch, sequence, features), "
-                f"got shape {tuple(z0.shape)} of {z0.dtype}."
-            )
+        check_state(z0)
         device, tolerance = z0.device.type, self.attainable_tolerance(z0)
         positions = Positions(z0.shape[1], self.scope, texts)
         record, iteration = _Record(z0, tolerance, positions), self._iteration(z0, positions)
         # Autocast would round the weights, and rounded weights are not optimal.
         exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        z, f_z = z0, _image(f, z0)
+        z, f_z = z0, image_of(f, z0)
         for evaluation in range(1, self.max_evaluations + 1):
             with exact:
                 record.observe(z, f_z, iteration.observe(z, f_z))
@@ -129,7 +125,7 @@ class FixedPointSolver:
                     break
                 del z, f_z  # the iteration keeps what it needs of both
                 z = record.keep_stopped(iteration.propose(record.own))
-            f_z = _image(f, z)
+            f_z = image_of(f, z)
         solution = record.solution(f, z, f_z)
         if torch.is_autocast_enabled(device):
             # The casts cached here have no gradients. Some torch versions would reuse them in the caller's graph.
@@ -170,8 +166,24 @@ class FixedPointSolver:
         )
 
 
-def _image(f: SequenceMap, z: Tensor) -> Tensor:
-    """Return f(z), after a check that f keeps the shape of z."""
+def check_state(z0: Tensor) -> None:
+    """Refuse what no solver can start from.
+
+    Raises:
+        ValueError: if `z0` is not a floating point tensor of three dimensions.
+    """
+    if z0.dim() != 3 or not z0.is_floating_point():
+        raise ValueError(
+            f"z0 must be a floating point state (batch, sequence, features), got shape {tuple(z0.shape)} of {z0.dtype}."
+        )
+
+
+def image_of(f: SequenceMap, z: Tensor) -> Tensor:
+    """Return f(z).
+
+    Raises:
+        ValueError: if f changes the shape.
+    """
     f_z = f(z)
     if f_z.shape != z.shape:
         raise ValueError(f"f maps a state of shape {tuple(z.shape)} to {tuple(f_z.shape)}; it must keep the shape.")

@@ -112,28 +112,42 @@ def _allowed(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask == 0
 
 
-def refuse_inner_padding(rows: Rows) -> None:
+INNER_PADDING = (
+    "attention_mask has padding between tokens, which this model cannot skip: pad on the left, or on the right of the "
+    "whole text (so prompts of generate are padded on the left)."
+)
+
+
+def refuse_inner_padding(rows: Rows, attention_mask: Tensor | None, past_length: int) -> None:
     """Refuse padding between tokens of one text, for models whose state passes through every position.
+
+    Args:
+        rows: the structure of the new positions.
+        attention_mask: the checked mask of the past and the new positions.
+        past_length: number of positions in the past. Earlier calls have checked what lies between them.
 
     Raises:
         ValueError: if there is such padding.
     """
-    if rows.tokens is not None and rows.tokens.shape[1] > 1:
-        _refuse_inner_padding(rows.tokens[..., 0], rows.texts)
+    if attention_mask is None:
+        return
+    tokens = None if rows.tokens is None else rows.tokens[..., 0]
+    if past_length > 0 and not torch.compiler.is_compiling():  # compiled decoding has one graph
+        seen = attention_mask.bool() if attention_mask.dim() == 2 else _allowed(attention_mask)[:, 0].any(1)
+        past, new = seen[:, :past_length], seen[:, past_length:] if tokens is None else tokens
+        tokens = torch.cat([past.any(1, keepdim=True), past[:, -1:], new], 1)  # its last position stands for the past
+    if tokens is not None and tokens.shape[1] > 1 and _has_inner_padding(tokens, rows.texts):
+        raise ValueError(INNER_PADDING)
 
 
 @torch.compiler.disable
-def _refuse_inner_padding(tokens: Tensor, texts: Texts | None) -> None:
+def _has_inner_padding(tokens: Tensor, texts: Texts | None) -> bool:
     previous = _previous_token(tokens)
     same_text = previous >= 0
     if texts is not None:
         same_text &= texts.numbers.gather(1, previous.clamp_min(0)) == texts.numbers
     before = torch.arange(tokens.shape[1], device=tokens.device) - 1
-    if bool((tokens & same_text & (previous != before)).any()):
-        raise ValueError(
-            "attention_mask has padding between tokens, which this model cannot skip: pad on the left or on the "
-            "right only."
-        )
+    return bool((tokens & same_text & (previous != before)).any())
 
 
 def _restarts(position_ids: Tensor | None, length: int) -> Texts | None:

@@ -160,7 +160,7 @@ class DEQTrellisNetModel(DEQTrellisNetPreTrainedModel, DEQModel):
         return self.input_dropout(inputs_embeds)
 
     def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs) -> dict:
-        refuse_inner_padding(rows)
+        refuse_inner_padding(rows, attention_mask, 0 if cache is None else cache.get_seq_length())
         return {}
 
 

@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .configuration_deq import DEQConfig, require_one_of
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+MAY_BE_ZERO = ("mscale", "mscale_all_dim")  # of YaRN: the library reads zero as not given
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,14 @@ def check_rotary(config: DEQConfig) -> None:
             'the whole text, so nothing computed for a prefix would be final: use "default", "linear", "yarn" or '
             '"llama3".'
         )
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            "rope_parameters: partial_rotary_factor must be 1, because these models rotate whole heads; got "
+            f"{parameters['partial_rotary_factor']}."
+        )
     for name, value in parameters.items():
-        if isinstance(value, int | float) and not 0 < value < float("inf"):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not (0 < value < float("inf") or (value == 0 and name in MAY_BE_ZERO)):
             raise ValueError(f"rope_parameters: {name} must be positive and finite, got {value}.")
     if kind != "default":
         try:

@@ -120,3 +120,38 @@ def test_rows_can_be_selected_repeated_and_reordered():
     assert layer.past[0][:, -1, 0].tolist() == [50, 5] and layer.past[1].shape[0] == 2
     layer.reset()
     assert layer.get_seq_length() == 0 and not layer.past[0].any()
+
+
+@every_family
+@pytest.mark.parametrize("gradient", ["implicit", "phantom", "reversible"])
+@pytest.mark.parametrize("kind", ["new", "dynamic", "static"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_do_not_depend_on_a_cache_that_is_written(family, gradient, kind, checkpointing):
+    """Backward calls f again for some gradients. By then, the cache has the new keys already."""
+    model, ids, past = family.model(gradient=gradient, reversible_steps=20), random_ids(2, 5), random_ids(2, 3)
+    model.train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+
+    def loss(writes: bool) -> torch.Tensor:
+        cache = {
+            "new": lambda: None,
+            "dynamic": lambda: DynamicCache(config=model.config),
+            "static": lambda: StaticCache(config=model.config, max_cache_len=9),
+        }[kind]()
+        if cache is not None:
+            with torch.no_grad():
+                model(past, cache=cache, use_cache=True)
+        commit = EquilibriumCacheView.commit
+        if not writes:
+            EquilibriumCacheView.commit = lambda view: None
+        try:
+            return model(ids, labels=ids, cache=cache, use_cache=writes or cache is not None).loss
+        finally:
+            EquilibriumCacheView.commit = commit
+
+    expected, found = loss(writes=False), loss(writes=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    exact = torch.autograd.grad(expected, model.parameters())
+    for ours, theirs in zip(torch.autograd.grad(found, model.parameters()), exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)

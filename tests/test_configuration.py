@@ -1,8 +1,11 @@
 """Configurations: validated at the edge, typos refused, saved and loaded unchanged."""
 
 import pytest
+import torch
 from families import TRANSFORMER, TRELLISNET, every_family
 from transformers import AutoConfig
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,9 @@ def test_widths_of_embeddings_are_positive(family, value):
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "nothing computed for a prefix",
         ),
+        ({"rope_parameters": YARN | {"factor": 0.0}}, "rope_parameters: factor must be positive and finite, got 0.0"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
+        ({"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1.*got 0.5"),
         ({"norm_position": "sandwich"}, "norm_position must be one of"),
         ({"position_embedding_type": "alibi"}, "position_embedding_type must be one of"),
         ({"sliding_window": 1}, "sliding_window must be at least 2"),
@@ -162,10 +168,23 @@ def test_rotary_parameters_set_later_are_checked_too():
         TRANSFORMER.base_class(config)
 
 
+@torch.no_grad()
+def test_settings_of_yarn_that_published_models_have_are_accepted():
+    ids, logits = torch.tensor([[3, 4, 5]]), []
+    for settings in ({}, {"truncate": True}, {"truncate": False}, {"mscale": 0.0, "mscale_all_dim": 0.0}):
+        logits.append(TRANSFORMER.model(rope_parameters=YARN | settings)(ids).logits)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[3])
+    assert not torch.equal(logits[0], logits[2])
+
+
 @every_family
 def test_keys_of_transformers_and_of_others_pass(family):
     config = family.config(num_labels=3, my_note="kept", attn_implementation="eager")
     assert config.num_labels == 3 and config.my_note == "kept"
+    tokens = {f"{name}_token_id": 5 for name in ("cls", "sep", "mask", "unk", "decoder_start")}
+    assert family.config(**tokens).sep_token_id == 5
+    with pytest.raises(ValueError, match="has no field 'padd_token_id'; did you mean 'pad_token_id'"):
+        family.config(padd_token_id=5)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_reversible_steps_of_an_f_without_activations(x):
         ({"beta": 1.0}, "got 1.0"),
         ({"beta": float("nan")}, "got nan"),
         ({"steps": float("nan")}, "got nan"),
-        ({"steps": 18, "beta": 0.8}, "steps <= 17 with beta=0.8, got 18: rounding errors"),
+        ({"steps": 18, "beta": 0.8}, "steps <= 17 with beta=0.8 and states of torch.float64, got 18: rounding errors"),
     ],
 )
 def test_reversible_settings_are_checked(fields, message):
@@ -167,8 +167,14 @@ def test_reversible_settings_are_checked(fields, message):
 
 
 @pytest.mark.parametrize("beta", [0.3, 0.5, 0.8, 0.9])
-def test_as_many_reversible_steps_as_are_allowed_can_be_undone(causal_map, x, beta):
-    steps, inputs = most_steps(beta), (x, *causal_map.parameters())
+@pytest.mark.parametrize("widest", [torch.float64, torch.float32])
+def test_as_many_reversible_steps_as_are_allowed_can_be_undone(causal_map, x, beta, widest, monkeypatch):
+    """Also with states in single precision, which is all that MPS has."""
+    monkeypatch.setattr("hf_deq.reversible.widest_dtype", lambda device: widest)
+    steps, inputs = most_steps(beta, widest), (x, *causal_map.parameters())
+    if widest is torch.float32:
+        with pytest.raises(ValueError, match=f"steps <= {steps} .*torch.float32, got {steps + 1}: rounding errors"):
+            equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=ReversibleGradient(steps + 1, beta))
     gradient = ReversibleGradient(steps, beta)
     solution = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=gradient)
     y = z = torch.zeros_like(x)
@@ -179,10 +185,23 @@ def test_as_many_reversible_steps_as_are_allowed_can_be_undone(causal_map, x, be
         assert (ours - exact).norm() <= 1e-3 * exact.norm()
 
 
+GRADIENTS = [
+    *(ImplicitGradient(), PhantomGradient(), ReversibleGradient(3)),
+    *(UnrolledGradient(3), UnrolledGradient(3, activation_checkpointing=True)),
+]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_bad_states_and_maps_are_refused(x, gradient):
+    for z0, message in ((x[0], "floating point state"), (x.long(), "floating point state")):
+        with pytest.raises(ValueError, match=message):
+            equilibrium(lambda z: z + x, z0, gradient=gradient)
+    with pytest.raises(ValueError, match="must keep the shape"):
+        equilibrium(lambda z: x[:, :1] * z[:, :1], torch.zeros_like(x), gradient=gradient)
+
+
 @pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
-@pytest.mark.parametrize(
-    "gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(3), ReversibleGradient(3)]
-)
+@pytest.mark.parametrize("gradient", GRADIENTS)
 def test_a_poisoned_row_changes_no_value_and_no_gradient_of_another(causal_map, x, gradient):
     def first_row(x):
         value = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=gradient).value[0]
@@ -379,9 +398,7 @@ def test_a_second_derivative_is_refused_or_right(causal_map, x):
 
 
 @pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
-@pytest.mark.parametrize(
-    "gradient", [ImplicitGradient(), PhantomGradient(), UnrolledGradient(3), ReversibleGradient(3)]
-)
+@pytest.mark.parametrize("gradient", GRADIENTS)
 def test_a_residual_that_is_no_number_is_infinite(x, gradient):
     solution = equilibrium(lambda z: z * x * float("nan"), torch.zeros_like(x), gradient=gradient)
     assert (solution.residual == float("inf")).all() and not solution.converged.any()

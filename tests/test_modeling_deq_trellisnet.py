@@ -6,6 +6,7 @@ from families import TRELLISNET, random_ids
 from generation_laws import GenerationLaws
 from memory_laws import MemoryLaws
 from model_laws import ModelLaws
+from transformers import DynamicCache
 
 from hf_deq.modeling_deq_trellisnet import linear_recurrence
 
@@ -126,6 +127,39 @@ def test_padding_between_tokens_is_refused():
     for mask in ([1, 0, 1, 1], [0, 1, 0, 1]):
         with pytest.raises(ValueError, match="padding between tokens.*pad on the left"):
             model(ids, attention_mask=torch.tensor([mask]))
+        for parts in ((2, 2), (1, 3), (3, 1), (1, 1, 2)):
+            with pytest.raises(ValueError, match="padding between tokens.*pad on the left"):
+                read_in_parts(model, ids, torch.tensor([mask]), parts)
+            causal = torch.tensor(mask).bool() & torch.ones(4, 4).tril().bool()
+            with pytest.raises(ValueError, match="padding between tokens.*pad on the left"):
+                read_in_parts(model, ids, (causal & torch.tensor(mask).bool()[:, None])[None, None], parts)
+
+
+def read_in_parts(model, ids, mask, parts):
+    """Logits of a text that is read in calls of so many tokens, with a cache."""
+    cache, logits, start = DynamicCache(config=model.config), [], 0
+    for end in torch.tensor(parts).cumsum(0).tolist():
+        seen = mask[:, :end] if mask.dim() == 2 else mask[:, :, start:end, :end]
+        logits.append(model(ids[:, start:end], attention_mask=seen, cache=cache, use_cache=True).logits)
+        start = end
+    return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+def test_padding_on_a_side_is_read_in_parts():
+    """On either side of a row, also across calls."""
+    model, ids = TRELLISNET.model(), random_ids(3, 6)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    for parts in ((2, 4), (3, 3), (4, 1, 1), (1,) * 6):
+        found = read_in_parts(model, ids, mask, parts)
+        torch.testing.assert_close(found[mask > 0], whole[mask > 0], rtol=0, atol=1e-8)
+
+
+def test_generation_refuses_prompts_that_are_padded_on_the_right():
+    model, ids = TRELLISNET.model(), random_ids(2, 4)
+    with pytest.raises(ValueError, match="padding between tokens.*prompts of generate are padded on the left"):
+        model.generate(ids, attention_mask=torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]), max_new_tokens=3)
 
 
 @pytest.mark.parametrize("fields", [{"cutoffs": [20]}, {"num_softmax_experts": 2}])
