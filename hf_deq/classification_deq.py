@@ -71,8 +71,8 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
             row without tokens; the other fields as in `DEQModel.forward`.
 
         Raises:
-            ValueError: if `input_ids` has several rows, and there is neither an attention_mask nor a pad_token_id;
-                or as in `DEQModel.forward`.
+            ValueError: if `input_ids` has several rows, and there is neither an attention_mask nor a pad_token_id; if
+                several texts are packed into a row; or as in `DEQModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -85,6 +85,11 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
             **kwargs,
         )
         states = outputs.last_hidden_state
+        if len(outputs.residual) != len(states):
+            raise ValueError(
+                "position_ids start again, or attention_mask has blocks: several texts are packed into a row. A "
+                "classifier returns one score for each row: pass one text a row."
+            )
         rows = torch.arange(len(states), device=states.device)
         cache = outputs.cache if cache is None else cache
         past_length = 0 if cache is None else cache.get_seq_length() - states.shape[1]  # it holds these tokens already

@@ -44,7 +44,8 @@ class DEQConfig(PreTrainedConfig):
         phantom_steps, phantom_damping: number and damping of the steps that the phantom gradient differentiates.
         reversible_steps, reversible_beta: number of reversible steps, with two calls of f each, and the fraction of
             each step that is taken, in (0, 1). A larger fraction allows fewer steps, see `ReversibleGradient`.
-        jacobian_loss_weight: weight of the Jacobian regularization in the training loss; 0 turns it off.
+        jacobian_loss_weight: weight of the Jacobian regularization in the training loss; 0 turns it off. Calls with
+            `unroll_steps` have none.
         jacobian_loss_frequency: fraction of training steps that apply the regularization, in (0, 1].
 
     Raises:

@@ -5,6 +5,7 @@ output = model.generate(**inputs, assistant_model=model.draft(solver_tolerance=0
 """
 
 import copy
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
 
@@ -50,7 +51,7 @@ class DEQGenerationMixin(GenerationMixin):
             kwargs = _with_a_mask(**kwargs)
         previous = _reports.set([] if self._returns_dict(generation_config, kwargs) else None)
         try:
-            with keeping_weights():
+            with nullcontext() if self.training else keeping_weights():  # in training, every token drops other weights
                 output = super().generate(inputs, generation_config, *args, **kwargs)
             reports = _reports.get()
         finally:

@@ -195,8 +195,8 @@ def linear_recurrence(keep: Tensor, new: Tensor, start: Tensor, texts: Texts | N
             with c = 0.
     """
     values = torch.cat([new[:, :1] + keep[:, :1] * start, new[:, 1:]], 1)
-    reach = 1
-    while reach < new.shape[1]:
+    reach, longest = 1, new.shape[1] if texts is None else texts.longest
+    while reach < longest:
         # Here, `values` and `keep` of each position combine the last `reach` positions up to this position.
         added, kept = (within_text(before[:, :-reach], reach, texts) for before in (values, keep))
         values = torch.cat([values[:, :reach], values[:, reach:] + keep[:, reach:] * added], 1)

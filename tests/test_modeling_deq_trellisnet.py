@@ -8,7 +8,10 @@ from memory_laws import MemoryLaws
 from model_laws import ModelLaws
 from transformers import DynamicCache
 
+from hf_deq.evaluation.operation_counts import CountOperations
 from hf_deq.modeling_deq_trellisnet import linear_recurrence
+from hf_deq.packed_texts import Texts
+from hf_deq.weight_tying import CausalConvolution
 
 
 class TestLaws(ModelLaws):
@@ -32,6 +35,22 @@ def test_linear_recurrence_equals_the_loop(length):
         cell = keep[:, t : t + 1] * cell + new[:, t : t + 1]
         expected.append(cell)
     torch.testing.assert_close(linear_recurrence(keep, new, start), torch.cat(expected, 1), rtol=0, atol=1e-12)
+
+
+def test_the_scan_of_packed_texts_is_as_long_as_the_longest_text():
+    operations = {}
+    for lengths in ([4], [4, 3, 4, 2, 4]):
+        numbers = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])[None]
+        keep, new = (torch.rand(1, numbers.shape[1], 3, dtype=torch.float64) for _ in range(2))
+        start, texts = torch.zeros(1, 1, 3, dtype=torch.float64), Texts(numbers)
+        linear_recurrence(keep, new, start, texts)  # finds once what belongs together
+        with CountOperations() as counted:
+            packed = linear_recurrence(keep, new, start, texts)
+        operations[len(lengths)] = counted.total
+        pieces = zip(keep.split(lengths, 1), new.split(lengths, 1), strict=True)
+        alone = torch.cat([linear_recurrence(*piece, start) for piece in pieces], 1)
+        torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
+    assert operations[1] == operations[5]
 
 
 @pytest.mark.parametrize("fields", [{}, {"kernel_size": 3, "dilation": 2}])
@@ -112,6 +131,14 @@ def test_features_are_dropped_for_a_whole_row(name):
     dropped = (injected if name == "input_dropout" else output) == 0
     assert 0 < dropped.sum() < dropped.numel()
     assert torch.equal(dropped.all(1), dropped.any(1))
+
+
+def test_generation_in_training_drops_other_weights_for_every_token(monkeypatch):
+    model, masks = TRELLISNET.model(weight_dropout=0.5).train(), set()
+    drawn = CausalConvolution._matrix
+    monkeypatch.setattr(CausalConvolution, "_matrix", lambda self, mask: masks.add(mask) or drawn(self, mask))
+    model.generate(random_ids(1, 3), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert len(masks - {None}) == 4
 
 
 def test_a_loss_in_training_needs_no_logits():

@@ -100,6 +100,13 @@ def test_a_cache_or_a_memory_goes_before(kind):
 
 
 @every_kind
+def test_packed_texts_are_refused(kind):
+    """A row has one score, and packed texts would need one each."""
+    with pytest.raises(ValueError, match="several texts are packed into a row.*pass one text a row"):
+        classifier(kind)(random_ids(1, 5), position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
+
+
+@every_kind
 def test_several_rows_need_a_padding_token_or_a_mask(kind):
     model, ids = classifier(kind, pad_token_id=None), random_ids(2, 4)
     assert model(ids[:1]).logits.shape == (1, 3)
