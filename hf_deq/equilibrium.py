@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .fixed_point import AndersonSolver, FixedPointSolution, FixedPointSolver, SequenceMap, check_state, image_of
 from .packed_texts import Texts
-from .position_algebra import Positions, own_residuals
+from .position_algebra import Scopes, own_residuals
 
 # Returns a solution with gradients: (f, z0, solver, texts) -> solution.
 GradientEstimator = Callable[[SequenceMap, Tensor, FixedPointSolver, Texts | None], FixedPointSolution]
@@ -220,6 +220,6 @@ class _NoSecondDerivative(torch.autograd.Function):
 def measured(z, f_z, value, num_evaluations, solver: FixedPointSolver, texts: Texts | None) -> FixedPointSolution:
     """Return the solution with this value, and with the residual measured at the last z and f(z)."""
     with torch.no_grad():
-        residual = Positions(z.shape[1], solver.scope, texts).residuals(own_residuals(z, f_z))
+        residual = Scopes(z.shape[1], solver.scope, texts).residuals(own_residuals(z, f_z))
     converged = residual <= solver.attainable_tolerance(z)
     return FixedPointSolution(value, value, residual, num_evaluations, converged)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .iterations import AndersonIteration, BroydenIteration, Iteration, PicardIteration
 from .packed_texts import Texts
-from .position_algebra import SCOPES, Positions, norm, own_residuals, relative_residual
+from .position_algebra import SCOPES, Scopes, norm, own_residuals, relative_residual
 
 SequenceMap = Callable[[Tensor], Tensor]
 
@@ -113,8 +113,8 @@ class FixedPointSolver:
         """
         check_state(z0)
         device, tolerance = z0.device.type, self.attainable_tolerance(z0)
-        positions = Positions(z0.shape[1], self.scope, texts)
-        record, iteration = _Record(z0, tolerance, positions), self._iteration(z0, positions)
+        scopes = Scopes(z0.shape[1], self.scope, texts)
+        record, iteration = _Record(z0, tolerance, scopes), self._iteration(z0, scopes)
         # Autocast would round the weights, and rounded weights are not optimal.
         exact = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         z, f_z = z0, image_of(f, z0)
@@ -140,7 +140,7 @@ class FixedPointSolver:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype
         return max(self.tolerance, torch.finfo(dtype).eps)
 
-    def _iteration(self, z0: Tensor, positions: Positions) -> Iteration:
+    def _iteration(self, z0: Tensor, scopes: Scopes) -> Iteration:
         """Return the iteration for a solve that starts at z0."""
         raise TypeError("FixedPointSolver is abstract; use PicardSolver, AndersonSolver or BroydenSolver.")
 
@@ -204,7 +204,7 @@ class PicardSolver(FixedPointSolver):
     The scope only defines which residuals decide when a position stops.
     """
 
-    def _iteration(self, z0, positions):
+    def _iteration(self, z0, scopes):
         return PicardIteration(self.damping)
 
 
@@ -235,8 +235,8 @@ class AndersonSolver(_RememberingSolver):
     `history` (default 5, at least 1) is the number of iterates that are mixed.
     """
 
-    def _iteration(self, z0, positions):
-        return AndersonIteration(z0, positions, self.history, self.damping)
+    def _iteration(self, z0, scopes):
+        return AndersonIteration(z0, scopes, self.history, self.damping)
 
 
 @dataclass(frozen=True)
@@ -250,8 +250,8 @@ class BroydenSolver(_RememberingSolver):
     `history` (default 5, at least 1) is the number of steps that the update remembers.
     """
 
-    def _iteration(self, z0, positions):
-        return BroydenIteration(z0, positions, self.history, self.damping)
+    def _iteration(self, z0, scopes):
+        return BroydenIteration(z0, scopes, self.history, self.damping)
 
 
 SOLVERS: dict[str, type[FixedPointSolver]] = {
@@ -273,11 +273,11 @@ class _Record:
             position is solved. If it is not a number, the position has failed.
     """
 
-    def __init__(self, z0: Tensor, tolerance: float, positions: Positions):
+    def __init__(self, z0: Tensor, tolerance: float, scopes: Scopes):
         shape = (*z0.shape[:2], 1)
         # A little below the tolerance: residuals may be computed in single precision, but are reported in double.
         self.tolerance, self.threshold = tolerance, tolerance * (1 - 2**-22)
-        self.positions = positions
+        self.scopes = scopes
         self.best = z0.clone()
         self.lowest_worst = torch.full(shape, float("inf"), device=z0.device)
         self.moving = torch.ones(shape, dtype=torch.bool, device=z0.device)
@@ -286,7 +286,7 @@ class _Record:
     def observe(self, z: Tensor, f_z: Tensor, residual_norm: Tensor) -> None:
         """Record an iterate, its image, and the norm of their difference."""
         self.own = relative_residual(residual_norm, norm(f_z))
-        self.worst = self.positions.worst(self.own)
+        self.worst = self.scopes.worst(self.own)
         torch.where(self.worst <= self.lowest_worst, z, self.best, out=self.best)
         self.lowest_worst = torch.fmin(self.worst, self.lowest_worst)
         self.moved.append(self.moving)
@@ -306,10 +306,10 @@ class _Record:
         if not self.all_solved:
             at_best = (self.worst == self.lowest_worst) | ~self.moved[-1]
             # Where the best state is not the last one, f at the best state is unknown. One more call computes it.
-            unknown = self.positions.worst((~at_best).float()) > 0
+            unknown = self.scopes.worst((~at_best).float()) > 0
             if torch.compiler.is_compiling() or bool(unknown.any()):
                 f_z = torch.where(unknown, f(self.best), f_z)
                 num_evaluations = num_evaluations + unknown
             z, own = self.best, own_residuals(self.best, f_z)
-        residual, num_evaluations = self.positions.residuals(own), self.positions.at_ends(num_evaluations)
+        residual, num_evaluations = self.scopes.residuals(own), self.scopes.at_ends(num_evaluations)
         return FixedPointSolution(z, f_z, residual, num_evaluations, residual <= self.tolerance)

@@ -11,11 +11,12 @@ only, so the solution stays causal.
 import torch
 from torch import Tensor
 
-from .position_algebra import GRAM_REGULARIZATION, Positions, ProductMatrix, Ring, blend, norm
+from .position_algebra import GRAM_REGULARIZATION, ProductMatrix, Ring, Scopes, blend, norm
 
 # Chosen by measurements on trained layers and on hard linear maps. Anderson takes the plain step after two or more
 # evaluations in a row without a new low. The residuals of Broyden rise and fall. So Broyden takes the plain step after
-# three evaluations in a row without a new low, and then after every fourth.
+# three evaluations in a row without a new low, and then after every fourth. Both numbers count the evaluation of the
+# low as well.
 ANDERSON_PATIENCE = 3
 BROYDEN_PATIENCE = 4
 
@@ -50,7 +51,7 @@ class SafeguardedIteration(Iteration):
     """An iteration that combines past iterates, but takes the plain step where the combination does not help.
 
     Attributes:
-        matrices: matrices of inner products, one for each entry of `Positions.own_and_total`.
+        matrices: matrices of inner products, one for each entry of `Scopes.own_and_total`.
         slot: index of the newest iterate (or step) in the rings. `remembered` is the number of slots in use.
         used: `used[n - 1]` has 1 for the n slots in use, and 0 for the other slots.
         unused: `unused[n - 1]` is a diagonal matrix with 1 where a slot is empty, so that the system can be solved.
@@ -58,10 +59,10 @@ class SafeguardedIteration(Iteration):
 
     own_sizes = False  # see ProductMatrix
 
-    def __init__(self, z0: Tensor, positions: Positions, history: int, damping: float):
-        self.positions, self.history, self.damping, self.dtype = positions, history, damping, z0.dtype
+    def __init__(self, z0: Tensor, scopes: Scopes, history: int, damping: float):
+        self.scopes, self.history, self.damping, self.dtype = scopes, history, damping, z0.dtype
         self.slot, self.remembered = -1, 0
-        count = len(positions.own_and_total(z0[:, :, :1]))
+        count = len(scopes.own_and_total(z0[:, :, :1]))
         self.matrices = [ProductMatrix(z0, history, self.own_sizes) for _ in range(count)]
         self.identity = torch.eye(history, dtype=self.matrices[0].matrix.dtype, device=z0.device)
         used = torch.ones_like(self.identity).tril()
@@ -79,7 +80,7 @@ class SafeguardedIteration(Iteration):
 
     def evaluations_since_lowest(self, own: Tensor) -> Tensor:
         """Return the evaluations since each position had its lowest residual, including that evaluation."""
-        if self.positions.scope == "sequence":  # the iterates of the literature, without the safeguard
+        if self.scopes.scope == "sequence":  # the iterates of the literature, without the safeguard
             return torch.ones_like(own)
         self.since_lowest = torch.where(own < self.lowest, 1, self.since_lowest + 1)
         self.lowest = torch.fmin(own, self.lowest)
@@ -96,8 +97,8 @@ class SafeguardedIteration(Iteration):
 class AndersonIteration(SafeguardedIteration):
     """Anderson acceleration: rings of residuals and images, and the Gram matrices of the residuals."""
 
-    def __init__(self, z0, positions, history, damping):
-        super().__init__(z0, positions, history, damping)
+    def __init__(self, z0, scopes, history, damping):
+        super().__init__(z0, scopes, history, damping)
         self.residuals, self.images = Ring(z0, history), Ring(z0, history)
 
     def observe(self, z, f_z):
@@ -105,7 +106,7 @@ class AndersonIteration(SafeguardedIteration):
         image = self.images.slots[slot].copy_(f_z)
         residual = torch.sub(image, z, out=self.residuals.slots[slot])
         products = self.residuals.products(residual)
-        for matrix, values in zip(self.matrices, self.positions.own_and_total(products), strict=True):
+        for matrix, values in zip(self.matrices, self.scopes.own_and_total(products), strict=True):
             matrix.rows[slot].copy_(values)
             matrix.columns[slot].copy_(values)
         return products[..., slot : slot + 1].sqrt()
@@ -137,8 +138,8 @@ class BroydenIteration(SafeguardedIteration):
 
     own_sizes = True  # sizes of the steps: the diagonal of K may have any sign
 
-    def __init__(self, z0, positions, history, damping):
-        super().__init__(z0, positions, history, damping)
+    def __init__(self, z0, scopes, history, damping):
+        super().__init__(z0, scopes, history, damping)
         self.steps, self.changes = Ring(z0, history), Ring(z0, history)
         self.previous: tuple[Tensor, Tensor] | None = None
 
@@ -154,7 +155,7 @@ class BroydenIteration(SafeguardedIteration):
         change = torch.sub(f_z, f_z_before, out=self.changes.slots[slot])
         row, column = self.changes.products(step), self.steps.products(change - step)
         products = torch.cat([row, column, norm(step).square()], -1)
-        for matrix, values in zip(self.matrices, self.positions.own_and_total(products), strict=True):
+        for matrix, values in zip(self.matrices, self.scopes.own_and_total(products), strict=True):
             row, column, size = values.split([self.history, self.history, 1], -1)
             matrix.rows[slot].copy_(row)
             matrix.columns[slot].copy_(column)
@@ -173,5 +174,5 @@ class BroydenIteration(SafeguardedIteration):
         """Return the weights `(batch, sequence, history)` of the changes."""
         residual = self.residual.to(self.steps.slots[0].dtype)
         kernel = self.blended_matrix()
-        projections = blend(self.positions.own_and_total(self.steps.products(residual).to(kernel.dtype)), self.matrices)
+        projections = blend(self.scopes.own_and_total(self.steps.products(residual).to(kernel.dtype)), self.matrices)
         return torch.linalg.solve_ex(kernel + self.unused[self.remembered - 1], projections)[0]

@@ -43,8 +43,8 @@ def own_residuals(z: Tensor, f_z: Tensor) -> Tensor:
     return relative_residual(norm(f_z - z), norm(f_z))
 
 
-class Positions:
-    """The scope of every position: the positions that influence it in a solve.
+class Scopes:
+    """The scopes of all positions: the positions that influence each of them in a solve.
 
     Args:
         length: number of positions in a row.

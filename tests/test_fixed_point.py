@@ -8,7 +8,7 @@ import torch
 from hf_deq import AndersonSolver, BroydenSolver, ConvergenceWarning, PicardSolver
 from hf_deq.evaluation.operation_counts import CountOperations, LiveBytes
 from hf_deq.packed_texts import Texts
-from hf_deq.position_algebra import Positions
+from hf_deq.position_algebra import Scopes
 
 SOLVERS = [PicardSolver, AndersonSolver, BroydenSolver]
 SCOPES = ["causal", "sequence"]
@@ -394,9 +394,9 @@ def test_texts_of_one_position_each_are_so_many_rows(causal_map):
 def test_a_number_that_comes_back_is_that_of_another_text():
     texts = Texts(torch.tensor([[0, 0, 0, 1, 0, 0, 0]]))
     ones = torch.ones(1, 7, 1, dtype=torch.float64)
-    assert Positions(7, "causal", texts).total(ones)[0, :, 0].tolist() == [1, 2, 3, 1, 1, 2, 3]
-    assert Positions(7, "anticausal", texts).total(ones)[0, :, 0].tolist() == [3, 2, 1, 1, 3, 2, 1]
-    assert Positions(7, "sequence", texts).total(ones)[0, :, 0].tolist() == [3, 3, 3, 1, 3, 3, 3]
+    assert Scopes(7, "causal", texts).total(ones)[0, :, 0].tolist() == [1, 2, 3, 1, 1, 2, 3]
+    assert Scopes(7, "anticausal", texts).total(ones)[0, :, 0].tolist() == [3, 2, 1, 1, 3, 2, 1]
+    assert Scopes(7, "sequence", texts).total(ones)[0, :, 0].tolist() == [3, 3, 3, 1, 3, 3, 3]
 
 
 @pytest.mark.parametrize("solver_class", SOLVERS)
