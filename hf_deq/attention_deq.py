@@ -78,6 +78,12 @@ def attend(
     )
 
 
+def positions_after(cache: Cache | None, inputs_embeds: Tensor) -> Tensor:
+    """Return the `position_ids` `(1, sequence)` of inputs `(batch, sequence, features)` that follow a cache."""
+    past_length = 0 if cache is None else cache.get_seq_length()
+    return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+
+
 def make_causal_mask(
     config: DEQConfig,
     inputs_embeds: Tensor,

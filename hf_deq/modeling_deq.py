@@ -153,15 +153,26 @@ class DEQModel(DEQPreTrainedModel):
         """Return further arguments for the layer's `forward`. They are computed once per call."""
         raise TypeError(f"{type(self).__name__} must define _context.")
 
-    def _read_rows(self, attention_mask, position_ids, cache, memory, inputs_embeds, past_length: int | Tensor) -> Rows:
-        """Return the structure of the new positions, see `read_rows`."""
-        length, first_query = inputs_embeds.shape[1], past_length
+    def _read_rows(self, inputs_embeds, attention_mask, position_ids, cache, memory) -> tuple[Tensor | None, Rows]:
+        """Return the checked mask, and the structure of the new positions, see `read_rows`."""
+        batch, length = inputs_embeds.shape[:2]
+        first_query = 0 if cache is None else cache.get_seq_length()
+        attention_mask = check_mask(attention_mask, batch, length, first_query)
         if cache is not None and attention_mask is not None and attention_mask.dim() == 4:
             first_query = first_query - cache.get_mask_sizes(length, 0)[1]  # a sliding cache has dropped some keys
         if position_ids is not None:
-            position_ids = position_ids.expand(len(inputs_embeds), -1)
+            position_ids = position_ids.expand(batch, -1)
         has_past, window = cache is not None or memory is not None, getattr(self.config, "sliding_window", None)
-        return read_rows(attention_mask, position_ids, has_past, first_query, length, window)
+        return attention_mask, read_rows(attention_mask, position_ids, has_past, first_query, length, window)
+
+    def _cache_of_call(self, cache, use_cache: bool, dial: Dial) -> Cache | PagedTexts | None:
+        """Return the cache that this call reads and writes: the one that was given, or a new one if it is wanted."""
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            check_cacheable(self.config, dial.unroll_steps)
+            _refuse_growing(self.layers[0], cache)
+        return cache
 
     @deprecate_kwarg(**FORMER_CACHE_NAME)
     @merge_with_config_defaults
@@ -223,19 +234,13 @@ class DEQModel(DEQPreTrainedModel):
         else:
             if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
                 position_ids = positions_of_texts(kwargs["cu_seq_lens_q"])
-            past_length = 0 if cache is None else cache.get_seq_length()
-            attention_mask = check_mask(attention_mask, *inputs_embeds.shape[:2], past_length)
-            rows = self._read_rows(attention_mask, position_ids, cache, memory, inputs_embeds, past_length)
+            attention_mask, rows = self._read_rows(inputs_embeds, attention_mask, position_ids, cache, memory)
         if memory is not None:
             _check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), rows, cache)
             attention_mask = None
         recomputes = self.layers[0].gradient_checkpointing and self.training
         use_cache = use_cache and not recomputes and unroll_steps is None and memory is None and rows.texts is None
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        if cache is not None:
-            check_cacheable(self.config, unroll_steps)
-            _refuse_growing(self.layers[0], cache)
+        cache = self._cache_of_call(cache, use_cache, dial)
         context = self._context(inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs)
         hidden_states = self._embed(inputs_embeds, input_ids)
         output = self.layers[0](hidden_states, dial, rows, cache=cache, memory=memory, **context)

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils.output_capturing import OutputRecorder
 
-from .attention_deq import attend, make_causal_mask
+from .attention_deq import attend, make_causal_mask, positions_after
 from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_attractor import DEQAttractorConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial
@@ -256,8 +256,7 @@ class DEQAttractorModel(DEQAttractorPreTrainedModel, DEQModel):
             positions = RotaryPositions.make(self.config, position_ids, inputs_embeds.dtype)
             return {"positions": positions, "attention_mask": attention_mask, "kernel_arguments": {}}
         if position_ids is None:
-            past_length = 0 if cache is None else cache.get_seq_length()
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+            position_ids = positions_after(cache, inputs_embeds)
         # The library looks for packed texts in position_ids, which rows have found already.
         packed_ids = None if rows.texts is None else position_ids
         if rows.texts is not None:

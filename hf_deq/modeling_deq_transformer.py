@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.utils.output_capturing import OutputRecorder
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from .attention_deq import additive_mask, attend, make_causal_mask
+from .attention_deq import additive_mask, attend, make_causal_mask, positions_after
 from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_transformer import DEQTransformerConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
@@ -323,23 +323,18 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             return self._paged_context(inputs_embeds, attention_mask, position_ids, cache)
         if memory is not None:
             cache = _cache_as_long_as(memory, self.config)
-        past_length = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+            position_ids = positions_after(cache, inputs_embeds)
         # The library looks for packed texts in position_ids, which rows have found already.
         packed_ids = None if rows.texts is None else position_ids
         mask = self._make_mask(inputs_embeds, attention_mask, packed_ids, cache)
         if self.config.position_embedding_type == "relative":
-            # A sliding cache has dropped the keys before its first key.
-            first_key = 0 if cache is None else cache.get_mask_sizes(inputs_embeds.shape[1], 0)[1]
-            own_keys = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length - first_key
-            positions = RelativePositions.make(inputs_embeds, own_keys, mask.shape[-1])
-            memory_positions = positions
+            positions = memory_positions = self._relative_positions(inputs_embeds, cache, mask.shape[-1])
         else:
             positions = RotaryPositions.make(self.config, position_ids, inputs_embeds.dtype)
             memory_positions = None
             if memory is not None:
-                before = position_ids[:, :1] - past_length + torch.arange(past_length, device=inputs_embeds.device)
+                before = position_ids[:, :1] + torch.arange(-memory[0].shape[1], 0, device=position_ids.device)
                 memory_positions = RotaryPositions.make(self.config, before, inputs_embeds.dtype)
         if rows.texts is not None:
             kwargs["position_ids"] = position_ids  # flash attention needs them to separate packed texts
@@ -349,6 +344,12 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             "attention_mask": mask,
             "kernel_arguments": kwargs,
         }
+
+    def _relative_positions(self, inputs_embeds: Tensor, cache: Cache | None, keys: int) -> RelativePositions:
+        """Return the relative positions of inputs that follow a cache, and so attend to this number of keys."""
+        # A sliding cache has dropped the keys before its first key.
+        first_key = 0 if cache is None else cache.get_mask_sizes(inputs_embeds.shape[1], 0)[1]
+        return RelativePositions.make(inputs_embeds, positions_after(cache, inputs_embeds)[0] - first_key, keys)
 
     def _paged_context(self, inputs_embeds, attention_mask, position_ids, paged: PagedTexts) -> dict:
         """Return the context of a row of requests. Its mask is ready: additive, for every new token and key."""
