@@ -13,7 +13,7 @@ from copy import copy
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, StaticLayer
 
 from .configuration_deq import DEQConfig
 
@@ -44,14 +44,14 @@ class EquilibriumCacheView:
             return present
         layer = self._past[layer_idx]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _scratch_copy(layer).update(*present)
+            return _joined(layer, *present)
         if layer_idx not in self._joined:  # the past is copied once per solve, not in every evaluation
             place = _place_of_new_tokens(layer, key_states.shape[2])
-            self._joined[layer_idx] = place, _scratch_copy(layer).update(*present)
+            self._joined[layer_idx] = place, _joined(layer, *present)
             return self._joined[layer_idx][1]
         place, joined = self._joined[layer_idx]
         if place is None:
-            return _scratch_copy(layer).update(*present)
+            return _joined(layer, *present)
         for whole, new in zip(joined, present, strict=True):
             whole[:, :, place] = new
         return joined
@@ -83,6 +83,14 @@ def _place_of_new_tokens(layer, count: int) -> slice | None:
         return None
     past_length = int(layer.get_seq_length())
     return slice(past_length, past_length + count)
+
+
+def _joined(layer, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the layer's `update` would return. The layer does not change."""
+    if type(layer) is StaticLayer and layer.is_initialized:  # without any write, which CUDA graphs would not allow
+        place = layer.get_seq_length() + torch.arange(key_states.shape[2], device=key_states.device)
+        return layer.keys.index_copy(2, place, key_states), layer.values.index_copy(2, place, value_states)
+    return _scratch_copy(layer).update(key_states, value_states)
 
 
 def _scratch_copy(layer):
