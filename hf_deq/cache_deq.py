@@ -23,7 +23,8 @@ class EquilibriumCacheView:
 
     At the end, `commit` updates the cache with the keys and values of the last application of f. Without gradients,
     the joined tensors are reused within a solve: only the part of the new tokens is overwritten. With gradients,
-    backward may call f again after the commit. So the view then reads from a copy of the cache.
+    backward may call f again after the commit. So the view then reads from a copy of the cache, and a preallocated
+    cache takes its memory twice until backward.
 
     Raises:
         ValueError: if the cache keeps its layers on another device between updates.
@@ -86,8 +87,11 @@ def _place_of_new_tokens(layer, count: int) -> slice | None:
 
 
 def _joined(layer, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the layer's `update` would return. The layer does not change."""
-    if type(layer) is StaticLayer and layer.is_initialized:  # without any write, which CUDA graphs would not allow
+    """Return what the layer's `update` would return. The layer does not change.
+
+    For a static layer this makes no write at all, since CUDA graphs would not allow one.
+    """
+    if type(layer) is StaticLayer and layer.is_initialized and layer.keys.device.type != "mps":  # no index_copy there
         place = layer.get_seq_length() + torch.arange(key_states.shape[2], device=key_states.device)
         return layer.keys.index_copy(2, place, key_states), layer.values.index_copy(2, place, value_states)
     return _scratch_copy(layer).update(key_states, value_states)

@@ -17,8 +17,9 @@ logger = logging.get_logger(__name__)
 SOLVER_SCOPES = ("causal", "sequence")
 GRADIENTS = ("implicit", "phantom", "unrolled", "reversible")
 LARGEST_NUMBER = 100_000_000  # of any field: more is a slip of the hand
-# Fields of other models that a tokenizer may bring along. They look like pad_token_id and eos_token_id, misspelt.
-OTHER_TOKENS = {f"{name}_token_id" for name in ("cls", "sep", "mask", "unk", "decoder_start")}
+# From this similarity on, an unknown field is a misspelt one. Other models have other tokens of similar names: the
+# sep_token_id, say, differs from eos_token_id and pad_token_id by more than one letter too many or too few.
+SIMILAR, SIMILAR_TOKEN = 0.8, 0.93
 OWN_PREFIXES = ("solver_", "backward_", "phantom_", "reversible_", "jacobian_")
 
 
@@ -129,11 +130,12 @@ class DEQConfig(PreTrainedConfig):
     def _misspelt(cls, key: str) -> str | None:
         """The field that a key seems to mean; `None` if the key is a field, or looks like none."""
         own = [field.name for field in fields(cls) if field.name not in PreTrainedConfig.__dataclass_fields__]
-        if key in own or key in OTHER_TOKENS:
+        if key in own or key.endswith("_token"):  # a tokenizer may bring its tokens along
             return None
         if key.startswith(OWN_PREFIXES):
             return max(own, key=lambda name: _shared_start(name, key))
-        return next(iter(get_close_matches(key, own, n=1, cutoff=0.8)), None)
+        cutoff = SIMILAR_TOKEN if key.endswith("_token_id") else SIMILAR
+        return next(iter(get_close_matches(key, own, n=1, cutoff=cutoff)), None)
 
     def validate_equilibrium(self):
         """Check the ranges of the shared fields. `@strict` calls this method after construction."""

@@ -124,7 +124,7 @@ def refuse_inner_padding(rows: Rows, attention_mask: Tensor | None, past_length:
     Args:
         rows: the structure of the new positions.
         attention_mask: the checked mask of the past and the new positions.
-        past_length: number of positions in the past. Earlier calls have checked what lies between them.
+        past_length: number of positions in the past.
 
     Raises:
         ValueError: if there is such padding.
@@ -134,8 +134,8 @@ def refuse_inner_padding(rows: Rows, attention_mask: Tensor | None, past_length:
     tokens = None if rows.tokens is None else rows.tokens[..., 0]
     if past_length > 0 and not torch.compiler.is_compiling():  # compiled decoding has one graph
         seen = attention_mask.bool() if attention_mask.dim() == 2 else _allowed(attention_mask)[:, 0].any(1)
-        past, new = seen[:, :past_length], seen[:, past_length:] if tokens is None else tokens
-        tokens = torch.cat([past.any(1, keepdim=True), past[:, -1:], new], 1)  # its last position stands for the past
+        new = seen[:, past_length:] if tokens is None else tokens
+        tokens = torch.cat([seen[:, :past_length], new], 1)
     if tokens is not None and tokens.shape[1] > 1 and _has_inner_padding(tokens, rows.texts):
         raise ValueError(INNER_PADDING)
 

@@ -135,7 +135,7 @@ def check_rotary(config: DEQConfig) -> None:
 
     Raises:
         ValueError: if `head_dim` is odd, or if `rope_parameters` have an unknown or length-dependent type, numbers out
-            of range, or do not fit together.
+            of range, a `partial_rotary_factor` other than 1, or values that do not fit together.
     """
     if config.head_dim % 2:
         raise ValueError(
@@ -151,14 +151,15 @@ def check_rotary(config: DEQConfig) -> None:
             'the whole text, so nothing computed for a prefix would be final: use "default", "linear", "yarn" or '
             '"llama3".'
         )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    if parameters.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(
             "rope_parameters: partial_rotary_factor must be 1, because these models rotate whole heads; got "
             f"{parameters['partial_rotary_factor']}."
         )
     for name, value in parameters.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not (0 < value < float("inf") or (value == 0 and name in MAY_BE_ZERO)):
+        if not isinstance(value, int | float) or name == "truncate":  # the only switch among the numbers
+            continue
+        if isinstance(value, bool) or not (0 < value < float("inf") or (value == 0 and name in MAY_BE_ZERO)):
             raise ValueError(f"rope_parameters: {name} must be positive and finite, got {value}.")
     if kind != "default":
         try:

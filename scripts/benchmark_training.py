@@ -83,7 +83,7 @@ def main(arguments: TrainingBenchmarkArguments) -> None:
         ours = None if estimator == EXPLICIT else flat_gradient(models[way])
         kept = saved_bytes(models[way], partial(loss_of, models[way], estimator, ids, dtype))
         row = {"gradient": way, "ms": 1e3 * times[way], "time": times[way] / times[next(iter(ways))]}
-        row |= {"saved MB": kept / 1e6, "peak MB": peak_bytes(steps[way]) / 1e6}
+        row |= {"saved MB": kept / 1e6, "peak MB": peak_bytes(models[way], steps[way]) / 1e6}
         rows.append(row | differences(ours, exact))
     report("benchmark_training", rows, arguments)
 
@@ -155,7 +155,8 @@ def step(model, estimator, ids: Tensor, dtype: torch.dtype = torch.float32) -> N
 
 def exact_gradient(arguments: TrainingBenchmarkArguments, ids: Tensor) -> Tensor:
     """The gradient at the equilibrium, in double precision."""
-    model = double_precision(make_model("", arguments))
+    device = "cpu" if arguments.device == "mps" else arguments.device  # which has no double precision
+    model, ids = double_precision(make_model("", arguments).to(device)), ids.to(device)
     config = model.config
     config.solver_tolerance = config.backward_tolerance = 1e-9
     config.solver_max_evaluations = config.backward_max_evaluations = 300
@@ -176,9 +177,10 @@ def differences(ours: Tensor | None, exact: Tensor) -> dict:
     return {"1 - cos": max(1 - cosine, 0.0), "error": ((ours - exact).norm() / exact.norm()).item()}
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
+def peak_bytes(model, work: Callable[[], object]) -> int:
     """The most bytes that tensors made by `work` take at once."""
-    if torch.cuda.is_available():
+    model.zero_grad()  # the gradients of an earlier step are not there before this one
+    if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()

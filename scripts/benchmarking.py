@@ -90,8 +90,8 @@ def take_turns(ways: dict[str, Callable[[], object]], seconds: float, least: int
 
 def synchronise() -> None:
     """Wait for an accelerator, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from families import TRANSFORMER, TRELLISNET, every_family, random_ids
+from families import ATTRACTOR, TRANSFORMER, TRELLISNET, every_family, random_ids
 from transformers import DynamicCache, StaticCache
 
 from hf_deq.cache_deq import EquilibriumCacheView, TrellisStateLayer
 
 
-@pytest.mark.parametrize("fields", [{}, {"sliding_window": 4}])
+WINDOWS = [{}, {"sliding_window": 4}]
+
+
+@pytest.mark.parametrize("fields", WINDOWS)
 @pytest.mark.parametrize("kind", ["dynamic", "static", "without config"])
 def test_the_view_reads_as_the_cache_would_and_writes_nothing(fields, kind):
     def make():
@@ -122,13 +125,19 @@ def test_rows_can_be_selected_repeated_and_reordered():
     assert layer.get_seq_length() == 0 and not layer.past[0].any()
 
 
-@every_family
+GIVEN = [("without config", {}), *((kind, fields) for kind in ("dynamic", "static") for fields in WINDOWS)]
+
+
+@pytest.mark.parametrize("family", [TRANSFORMER, ATTRACTOR])
 @pytest.mark.parametrize("gradient", ["implicit", "phantom", "reversible"])
-@pytest.mark.parametrize("kind", ["new", "dynamic", "static"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_do_not_depend_on_a_cache_that_is_written(family, gradient, kind, checkpointing):
+@pytest.mark.parametrize(
+    "kind, fields, checkpointing",  # under checkpointing, a model makes no new cache
+    [("new", {}, False), *((kind, fields, each) for kind, fields in GIVEN for each in (False, True))],
+)
+def test_gradients_do_not_depend_on_a_cache_that_is_written(family, gradient, kind, fields, checkpointing):
     """Backward calls f again for some gradients. By then, the cache has the new keys already."""
-    model, ids, past = family.model(gradient=gradient, reversible_steps=20), random_ids(2, 5), random_ids(2, 3)
+    model = family.model(gradient=gradient, reversible_steps=20, **fields)
+    ids, past = random_ids(2, 5), random_ids(2, 3)
     model.train()
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -136,6 +145,7 @@ def test_gradients_do_not_depend_on_a_cache_that_is_written(family, gradient, ki
     def loss(writes: bool) -> torch.Tensor:
         cache = {
             "new": lambda: None,
+            "without config": DynamicCache,
             "dynamic": lambda: DynamicCache(config=model.config),
             "static": lambda: StaticCache(config=model.config, max_cache_len=9),
         }[kind]()

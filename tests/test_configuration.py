@@ -74,6 +74,8 @@ def test_widths_of_embeddings_are_positive(family, value):
             "nothing computed for a prefix",
         ),
         ({"rope_parameters": YARN | {"factor": 0.0}}, "rope_parameters: factor must be positive and finite, got 0.0"),
+        ({"rope_parameters": YARN | {"factor": False}}, "rope_parameters: factor must be positive and finite, got False"),
+        ({"rope_parameters": {"rope_theta": True}}, "rope_parameters: rope_theta must be positive and finite, got True"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
         ({"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1.*got 0.5"),
         ({"norm_position": "sandwich"}, "norm_position must be one of"),
@@ -177,14 +179,23 @@ def test_settings_of_yarn_that_published_models_have_are_accepted():
     assert not torch.equal(logits[0], logits[2])
 
 
+@torch.no_grad()
+def test_a_partial_rotary_factor_that_is_not_given_is_one():
+    ids = torch.tensor([[3, 4, 5]])
+    given = TRANSFORMER.model(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": None})
+    assert torch.equal(given(ids).logits, TRANSFORMER.model(rope_parameters={"rope_theta": 1e4})(ids).logits)
+
+
 @every_family
 def test_keys_of_transformers_and_of_others_pass(family):
     config = family.config(num_labels=3, my_note="kept", attn_implementation="eager")
     assert config.num_labels == 3 and config.my_note == "kept"
-    tokens = {f"{name}_token_id": 5 for name in ("cls", "sep", "mask", "unk", "decoder_start")}
-    assert family.config(**tokens).sep_token_id == 5
-    with pytest.raises(ValueError, match="has no field 'padd_token_id'; did you mean 'pad_token_id'"):
-        family.config(padd_token_id=5)
+    names = ("cls", "sep", "mask", "unk", "decoder_start", "eod", "boi", "image", "audio", "forced_eos")
+    assert family.config(**{f"{name}_token_id": 5 for name in names}).sep_token_id == 5
+    assert family.config(pad_token="<pad>", bos_token="<s>").pad_token == "<pad>"
+    for misspelt, meant in (("padd", "pad"), ("eo", "eos"), ("boss", "bos")):
+        with pytest.raises(ValueError, match=f"has no field '{misspelt}_token_id'; did you mean '{meant}_token_id'"):
+            family.config(**{f"{misspelt}_token_id": 5})
 
 
 @pytest.mark.parametrize(

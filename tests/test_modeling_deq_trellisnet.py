@@ -162,6 +162,15 @@ def test_padding_between_tokens_is_refused():
                 read_in_parts(model, ids, (causal & torch.tensor(mask).bool()[:, None])[None, None], parts)
 
 
+@pytest.mark.parametrize("mask", [[1, 0, 1, 1, 1], [0, 1, 0, 1, 1], [1, 1, 1, 0, 1]])
+def test_padding_that_a_later_mask_finds_in_the_past_is_refused(mask):
+    model, ids = TRELLISNET.model(), random_ids(1, 5)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :4], cache=cache, use_cache=True)
+    with pytest.raises(ValueError, match="padding between tokens"):
+        model(ids[:, 4:], attention_mask=torch.tensor([mask]), cache=cache, use_cache=True)
+
+
 def read_in_parts(model, ids, mask, parts):
     """Logits of a text that is read in calls of so many tokens, with a cache."""
     cache, logits, start = DynamicCache(config=model.config), [], 0
