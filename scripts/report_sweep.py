@@ -54,7 +54,8 @@ def main(folder: str, arguments: ReportSweepArguments) -> None:
         place.write_text(json.dumps(measure(finals, Path(arguments.runs_dir), arguments), indent=1))
     measurements = json.loads(place.read_text()) if place.is_file() else {}
     page = ReportArguments(page=str(Path(folder) / "README.md"))
-    report("tuning", tuning_rows(sweep), page)
+    if tuning := tuning_rows(sweep):
+        report("tuning", tuning, page)
     if finals:
         report("final", final_rows(finals, measurements), page)
         draw(finals).savefig(Path(folder) / "pareto.png", dpi=150)
