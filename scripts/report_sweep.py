@@ -3,12 +3,14 @@
     python scripts/report_sweep.py model_cards/penn-treebank --runs_dir runs     # first measures the final models
     python scripts/report_sweep.py model_cards/penn-treebank
 
-Reads results.jsonl, which `scripts/sweep.py` writes. With --runs_dir, speed and memory of the final models are measured
-in turns in one process, with one thread, and kept in measurements.json:
+Reads results.jsonl, which `scripts/sweep.py` writes. With --runs_dir, one final model of each kind is measured, with one
+thread, and the numbers are kept in measurements.json. The models take turns:
 
     step ms         a training step of a batch of training, without the optimizer
     saved MB        what this step keeps for backward
     token ms        a new token, of 32 after a context of 64, with the cache
+    nats over 15    the part of the validation loss (nats per token) of tokens that cost more than 15 nats: how badly a
+                    model is surprised by words that it has hardly ever seen
 
 The tables go into README.md of the folder, between their marks. The figure is pareto.png: validation perplexity against
 the training time so far, and test perplexity against the layers that a token passes through.
@@ -30,11 +32,15 @@ from transformers import AutoModelForCausalLM
 
 import hf_deq
 from hf_deq.commands import run
+from hf_deq.data import read_recipe
 from hf_deq.evaluation import is_by_tolerance
 from hf_deq.evaluation.activations import saved_bytes
 from hf_deq.evaluation.figures import COLORS
+from hf_deq.tasks import TextArguments, held_out_text
 
 CONTEXT, NEW_TOKENS = 64, 32
+SURPRISE, WINDOWS = 15.0, 500
+MEASURED = ("step ms", "saved MB", "token ms", "nats over 15")
 
 
 @dataclass
@@ -91,7 +97,7 @@ def final_rows(finals: dict[str, list[dict]], measurements: dict) -> list[dict]:
             "evaluations": None if None in evaluations else round(statistics.mean(evaluations), 1),
         }
         measured = measurements.get(model, {})
-        rows.append(row | {name: measured.get(name) for name in ("step ms", "saved MB", "token ms")})
+        rows.append(row | {name: measured.get(name) for name in MEASURED})
     return rows
 
 
@@ -168,7 +174,7 @@ def draw(finals: dict[str, list[dict]]) -> Figure:
 
 
 def measure(finals: dict[str, list[dict]], runs_dir: Path, arguments: ReportSweepArguments) -> dict:
-    """Speed and memory of the first final model of each kind."""
+    """Speed, memory and surprises of the first final model of each kind."""
     torch.set_num_threads(1)
     models = {
         model: AutoModelForCausalLM.from_pretrained(runs_dir / lines[0]["key"]) for model, lines in finals.items()
@@ -189,6 +195,7 @@ def measure(finals: dict[str, list[dict]], runs_dir: Path, arguments: ReportSwee
             "step ms": round(1e3 * of_steps[model]),
             "saved MB": round(saved[model] / 1e6, 1),
             "token ms": round(1e3 * of_tokens[model] / NEW_TOKENS, 1) if model in of_tokens else None,
+            "nats over 15": round(surprises(models[model], str(runs_dir / finals[model][0]["key"])), 2),
         }
         for model in models
     }
@@ -202,6 +209,17 @@ def loss(model, ids, dial: dict):
 def decode(model) -> None:
     """Generate tokens after a context."""
     model.generate(torch.full((1, CONTEXT), 10), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+
+
+@torch.no_grad()
+def surprises(model, folder: str) -> float:
+    """The part of the validation loss, in nats per token, of tokens that cost more than `SURPRISE` nats."""
+    losses = []
+    for ids in held_out_text(folder, read_recipe(folder), TextArguments()).windows(WINDOWS).split(16):
+        logits = model(ids[:, :-1], use_cache=False).logits
+        losses.append(torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none"))
+    every = torch.cat(losses)
+    return every.where(every > SURPRISE, 0).mean().item()
 
 
 def has_cache(model) -> bool:

@@ -133,14 +133,14 @@ def test_tables_and_a_figure_are_made_of_the_results(tmp_path):
         validations = [{"step": 10, "validation_perplexity": 150.0 + 2 * seed}]
         sweep.add(ready[0], {"result": results, "validations": validations, "evaluation": {"rows": rows}})
     (tmp_path / "README.md").write_text("<!-- tuning -->\nold\n<!-- end -->\n\n<!-- final -->\n<!-- end -->\n")
-    measured = {name: {"step ms": 5, "saved MB": 1.5, "token ms": None} for name in models}
+    measured = {name: {"step ms": 5, "saved MB": 1.5, "token ms": None, "nats over 15": 0.25} for name in models}
     (tmp_path / "measurements.json").write_text(json.dumps(measured))
     finished = script("report_sweep.py", tmp_path)
     assert finished.returncode == 0 and (tmp_path / "pareto.png").is_file(), finished.stderr[-2000:]
     page = (tmp_path / "README.md").read_text()
     assert "| solved | 1 | learning_rate 0.001 | 100 |" in page and "old" not in page
-    assert "| solved | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 71.0 ± 1.4 | 6.2 | 5 | 1.5 | - |" in page
-    assert "| explicit | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 91.0 ± 1.4 | - | 5 | 1.5 | - |" in page
+    assert "| solved | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 71.0 ± 1.4 | 6.2 | 5 | 1.5 | - | 0.25 |" in page
+    assert "| explicit | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 91.0 ± 1.4 | - | 5 | 1.5 | - | 0.25 |" in page
 
 
 def test_state_tracking_is_drawn_by_group_and_model(tmp_path):
