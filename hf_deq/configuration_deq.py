@@ -17,8 +17,8 @@ logger = logging.get_logger(__name__)
 SOLVER_SCOPES = ("causal", "sequence")
 GRADIENTS = ("implicit", "phantom", "unrolled", "reversible")
 LARGEST_NUMBER = 100_000_000  # of any field: more is a slip of the hand
-# From this similarity on, an unknown field is a misspelt one. Other models have other tokens of similar names: the
-# sep_token_id, say, differs from eos_token_id and pad_token_id by more than one letter too many or too few.
+# An unknown field is a misspelt one, if it is so similar to one of ours. Other models have tokens of similar names
+# (sep_token_id, eod_token_id). So among token ids, only a letter too many or too few counts.
 SIMILAR, SIMILAR_TOKEN = 0.8, 0.93
 OWN_PREFIXES = ("solver_", "backward_", "phantom_", "reversible_", "jacobian_")
 

@@ -3,7 +3,7 @@
     python scripts/report_sweep.py model_cards/penn-treebank --runs_dir runs     # first measures the final models
     python scripts/report_sweep.py model_cards/penn-treebank
 
-Reads results.jsonl, which `scripts/sweep.py` writes. With --runs_dir, one final model of each kind is measured, with one
+Reads results.jsonl, which `scripts/sweep.py` writes. With --runs_dir, one final model of each kind is measured with one
 thread, and the numbers are kept in measurements.json. The models take turns:
 
     step ms         a training step of a batch of training, without the optimizer

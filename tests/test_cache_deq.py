@@ -7,7 +7,6 @@ from transformers import DynamicCache, StaticCache
 
 from hf_deq.cache_deq import EquilibriumCacheView, TrellisStateLayer
 
-
 WINDOWS = [{}, {"sliding_window": 4}]
 
 

@@ -74,8 +74,14 @@ def test_widths_of_embeddings_are_positive(family, value):
             "nothing computed for a prefix",
         ),
         ({"rope_parameters": YARN | {"factor": 0.0}}, "rope_parameters: factor must be positive and finite, got 0.0"),
-        ({"rope_parameters": YARN | {"factor": False}}, "rope_parameters: factor must be positive and finite, got False"),
-        ({"rope_parameters": {"rope_theta": True}}, "rope_parameters: rope_theta must be positive and finite, got True"),
+        (
+            {"rope_parameters": YARN | {"factor": False}},
+            "rope_parameters: factor must be positive and finite, got False",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": True}},
+            "rope_parameters: rope_theta must be positive and finite, got True",
+        ),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
         ({"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1.*got 0.5"),
         ({"norm_position": "sandwich"}, "norm_position must be one of"),
