@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 import hf_deq
 from hf_deq.commands import run
 from hf_deq.data import read_recipe
-from hf_deq.evaluation import is_by_tolerance
+from hf_deq.evaluation import evaluating, is_by_tolerance
 from hf_deq.evaluation.activations import saved_bytes
 from hf_deq.evaluation.figures import COLORS
 from hf_deq.tasks import TextArguments, held_out_text
@@ -121,9 +121,9 @@ def depth(line: dict, row: dict) -> float:
     """The layers that a token passes through: evaluations of f times the layers of f, and those of a prelude."""
     flags = line["flags"]
     layers, prelude = flags.get("n_layer", flags.get("num_hidden_layers", 1)), flags.get("num_prelude_layers", 0)
-    if row.get("num_evaluations"):
-        return prelude + row["num_evaluations"] * (layers - prelude)
-    return layers
+    if "validation_num_evaluations" not in line["result"]:  # an explicit model of Transformers
+        return layers
+    return prelude + row["num_evaluations"] * (layers - prelude)
 
 
 def learning_curve(lines: list[dict]) -> list[tuple[float, float]]:
@@ -214,10 +214,11 @@ def decode(model) -> None:
 @torch.no_grad()
 def surprises(model, folder: str) -> float:
     """The part of the validation loss, in nats per token, of tokens that cost more than `SURPRISE` nats."""
-    losses = []
-    for ids in held_out_text(folder, read_recipe(folder), TextArguments()).windows(WINDOWS).split(16):
-        logits = model(ids[:, :-1], use_cache=False).logits
-        losses.append(torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none"))
+    windows, losses = held_out_text(folder, read_recipe(folder), TextArguments()).windows(WINDOWS), []
+    with evaluating(model):
+        for ids in windows.split(16):
+            logits = model(ids[:, :-1], use_cache=False).logits
+            losses.append(torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none"))
     every = torch.cat(losses)
     return every.where(every > SURPRISE, 0).mean().item()
 

@@ -27,6 +27,7 @@ model's round end before its next round starts.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -101,13 +102,15 @@ class Sweep:
         self.results = {line["key"]: line for line in map(json.loads, lines.splitlines())}
 
     def score(self, run: Run) -> float:
-        """The score of a finished run."""
-        return self.results[run.key]["result"][self.plan["score"]]
+        """The score of a finished run; infinite if it is not a number, so that it is never the best."""
+        score = self.results[run.key]["result"][self.plan["score"]]
+        return math.inf if score is None or math.isnan(score) else score
 
     def ready(self) -> list[Run]:
         """The unfinished runs that can start now: short runs by their round, then the final ones by seed."""
         latest = [list(self.rounds_of(model))[-1] for model in self.plan["models"]]
-        waiting = [run for runs in latest for run in runs if run.key not in self.results]
+        # By their key, because settings that are equal would be trained twice, side by side in one folder.
+        waiting = {run.key: run for runs in latest for run in runs if run.key not in self.results}.values()
 
         def order(run: Run) -> tuple[bool, int]:
             is_final = run.round == "final"
@@ -167,10 +170,15 @@ class Worker:
         runs_dir: folder for the folders of the runs.
         machine: flags that no result has, because they belong to this machine.
         evaluation: flags of the evaluation after a final run; `None` for no evaluation.
+
+    Raises:
+        ValueError: if a flag of the machine has no value.
     """
 
     def __init__(self, runs_dir: Path, machine: list[str], evaluation: dict | None):
         self.runs_dir, self.evaluation = runs_dir, evaluation
+        if wrong := [pair for pair in machine if "=" not in pair]:
+            raise ValueError(f"--set takes NAME=VALUE, such as corpus=path/to/ptb; got {wrong[0]!r}.")
         self.machine = flags_of(dict(pair.split("=", 1) for pair in machine))
         self.processes: set[subprocess.Popen] = set()
         self.stopping = threading.Event()

@@ -40,6 +40,17 @@ def test_the_folder_is_small_and_its_card_says_what_was_measured(folder):
     assert f"{record.cost['seconds'] / 60:.1f} minutes" in card
 
 
+@pytest.mark.parametrize("file", sorted(ROOT.glob("model_cards/*/*.json*")), ids=lambda file: f"{file.parent.name}")
+def test_records_are_json_for_every_reader(file):
+    """Python also writes numbers that are not finite, which no other reader understands."""
+
+    def refuse(constant):
+        raise AssertionError(f"{file} has {constant}")
+
+    for text in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
+        json.loads(text, parse_constant=refuse)
+
+
 @shipped
 @torch.no_grad()
 def test_it_predicts_as_well_as_its_card_says(folder, built_in_corpus):

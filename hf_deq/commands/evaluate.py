@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ..data import check_at_least, read_recipe
-from ..evaluation import HeldOut, dial_settings, evaluate_dial, format_table, load_model
+from ..evaluation import HeldOut, dial_settings, evaluate_dial, finite, format_table, load_model
 from ..evaluation.reports import RADIUS_WINDOWS
 from ..tasks import LanguageModeling, task_of
 from . import first_argument, parse, with_errors_in_a_line
@@ -82,7 +82,7 @@ def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
         results = {"arguments": given_arguments(arguments, task_arguments, always=always)}
         results |= asdict(evaluation)
         del results["metrics"]
-        Path(arguments.output).write_text(json.dumps(results, indent=1))
+        Path(arguments.output).write_text(json.dumps(finite(results), indent=1))
 
 
 def held_out_of(folder: str, task_arguments) -> HeldOut:

@@ -82,14 +82,17 @@ def generate(model_folder: str, arguments: GenerateArguments) -> None:
     if arguments.num_beams > 1:
         print(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
     new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+    print(f"\n{new} tokens in {seconds:.1f} s ({new / seconds:.1f} tokens/s){solves(output)}", file=sys.stderr)
+
+
+def solves(output) -> str:
+    """What the solves took, in words; nothing for an explicit model."""
+    if not hasattr(output, "num_evaluations"):
+        return ""
     prefill, *steps = (evaluations.float().mean().item() for evaluations in output.num_evaluations)
     per_token = sum(steps) / len(steps) if steps else float("nan")
-    print(
-        f"\n{new} tokens in {seconds:.1f} s ({new / seconds:.1f} tokens/s); "
-        f"evaluations of f: {prefill:.1f} for the prompt, {per_token:.1f} per new token; "
-        + ("all solves converged" if torch.cat(output.converged).all() else "NOT all solves converged"),
-        file=sys.stderr,
-    )
+    how = "all solves converged" if torch.cat(output.converged).all() else "NOT all solves converged"
+    return f"; evaluations of f: {prefill:.1f} for the prompt, {per_token:.1f} per new token; {how}"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ pip install "hf_deq[plot]".
 """
 
 import json
-import math
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from ..data import check_at_least, read_recipe
-from ..evaluation import HeldOut, load_model
+from ..evaluation import HeldOut, finite, load_model
 from ..fixed_point import ConvergenceWarning
 from ..modeling_deq import DEQForCausalLM
 from ..training import evaluations_over_training
@@ -144,15 +143,6 @@ class Saver:
         figure.savefig(self.output / f"{name}.png", dpi=150)
         (self.output / f"{name}.json").write_text(json.dumps(finite(self.given | data), indent=1))
         print(f"{self.output / name}.png, .json")
-
-
-def finite(data):
-    """The same data with `null` in place of numbers that JSON cannot hold."""
-    if isinstance(data, dict):
-        return {key: finite(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     hf-deq train --model_type deq_trellisnet                   # the same with a DEQ-TrellisNet
     hf-deq train --task copy_memory                            # the copy memory task
     hf-deq train --model_type gpt2 --n_embd 192 --n_layer 4 --n_head 6     # an explicit baseline
-    hf-deq train deq-transformer-small --max_steps 500         # a recipe of this package, or a file of your own
+    hf-deq train deq-transformer-small --weight_decay 0.1      # a recipe of this package, or a file of your own
     hf-deq train --corpus my_text.txt --hidden_size 256
     hf-deq train --init_from my-model --corpus my_text.txt     # go on from trained weights
     accelerate launch -m hf_deq.training ...                   # the same with several processes or GPUs

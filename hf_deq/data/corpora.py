@@ -151,6 +151,8 @@ def read_corpus(where: CorpusArguments) -> Corpus:
             "dataset of lines."
         )
     files = word_files(Path(name))
+    for argument in ("corpus_config", "text_column") if files else ():
+        _refuse(where, argument, "has no effect on a folder of text files")
     splits = DatasetDict({split: read_lines(file) for split, file in files.items()}) or _read_documents(where)
     known = known_corpus(name, where.corpus_config)
     if known is not None:

@@ -17,7 +17,8 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"
 def read_documents(file: str | Path, column: str = "text") -> Dataset:
     """Read the documents of a local file, in the column `text`.
 
-    Blank lines separate the documents of a text file. In a text file without blank lines, every line is a document.
+    Blank lines separate the documents of a text file. In a text file without blank lines between its texts, every line
+    is a document.
 
     Args:
         file: a text file in UTF-8, or rows in one of `ROW_FORMATS`.
@@ -29,9 +30,9 @@ def read_documents(file: str | Path, column: str = "text") -> Dataset:
     if Path(file).suffix in ROW_FORMATS:
         return _read_rows(Path(file), column)
     text = read_text(file)
-    parts = BLANK_LINES.split(text)
+    parts = [part for part in BLANK_LINES.split(text) if part.strip()]
     if len(parts) == 1:
-        parts = text.split("\n")
+        parts = parts[0].split("\n")
     documents = [part.strip("\n") for part in parts if part.strip()]
     if not documents:
         raise ValueError(f"{str(file)!r} has no text in it.")

@@ -10,6 +10,7 @@ from .reports import (
     by_tolerance,
     dial_settings,
     evaluate_dial,
+    finite,
     format_table,
     is_by_tolerance,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "evaluate_dial",
     "evaluate_perplexity",
     "evaluating",
+    "finite",
     "format_table",
     "in_step",
     "is_by_tolerance",

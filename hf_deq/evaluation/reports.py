@@ -4,6 +4,7 @@ evaluation = evaluate_dial(model, held_out, dial_settings(model.config, budgets=
 print(format_table(evaluation.table()))
 """
 
+import math
 from dataclasses import dataclass
 
 from tqdm.auto import tqdm
@@ -130,6 +131,15 @@ def format_table(rows: list[dict]) -> str:
     cells = [list(rows[0])] + [[_format(value) for value in row.values()] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+
+
+def finite(data):
+    """The same data with `null` in place of numbers that JSON cannot hold."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _label(row: dict, of_the_start: bool) -> str:

@@ -13,12 +13,12 @@ import yaml
 from transformers import PreTrainedConfig
 
 from ..data import DEFAULT_CORPUS, is_local, parse_recipe
-from ..evaluation import METRICS, is_by_tolerance
+from ..evaluation import METRICS, finite, is_by_tolerance
 from ..tasks import LanguageModeling
 from ..training import parse_metrics
 
 # Names in recipe.yaml that belong to the machine of the run, and names whose values may be a place on that machine.
-MACHINE_FIELDS = ("output_dir", "resume", "report_to")
+MACHINE_FIELDS = ("output_dir", "overwrite", "resume", "report_to")
 PLACE_FIELDS = ("corpus", "validation_file", "tokenizer", "init_from", "others", "metrics")
 FIGURES = {
     "dial": "Quality against tolerance and budget",
@@ -92,7 +92,7 @@ class RunRecord:
                 **{name: getattr(self, name) for name in OF_THE_EQUILIBRIUM},
                 "rows": self.results,
             }
-            (folder / "results.json").write_text(json.dumps(results, indent=1))
+            (folder / "results.json").write_text(json.dumps(finite(results), indent=1))
         for figure in self.figures:
             shutil.copyfile(figure, folder / figure.name)
 

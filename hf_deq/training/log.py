@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
+from ..evaluation import finite
+
 logger = logging.get_logger(__name__)
 
 TRAINING_COLUMNS = ("step", "forward_evaluations", "backward_evaluations", "residual", "loss")
@@ -42,20 +44,23 @@ class MetricsFile:
         self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["step"])
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(finite(line)) + "\n")
 
     def keep_until(self, step: int) -> None:
-        """Drop the lines of steps after `step`, because these steps will be taken again. With 0, drop all steps."""
+        """Drop the lines of steps after `step`, because these steps will be taken again. With 0, drop all steps.
+
+        The report at the end of a run is dropped, too, because a run that goes on reports again.
+        """
         if self.accelerator.is_main_process and self.path.is_file():
-            lines = [line for line in parse_metrics(self.path.read_text()) if line["step"] <= step]
-            replace_lines(self.path, lines)
+            lines = parse_metrics(self.path.read_text())
+            replace_lines(self.path, [line for line in lines if line["step"] <= step and "num_processes" not in line])
         self.accelerator.wait_for_everyone()
 
 
 def replace_lines(file: Path, lines: Iterable[dict]) -> None:
     """Write a file of JSON objects, one per line. It is replaced in one operation, so that a kill loses no line."""
     new = file.with_suffix(".new")
-    new.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    new.write_text("".join(json.dumps(finite(line)) + "\n" for line in lines))
     new.replace(file)
 
 

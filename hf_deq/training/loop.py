@@ -40,6 +40,9 @@ from .models import EquilibriumModel, ExplicitModel, check_trained_on, model_kin
 from .optimizers import make_optimizer, make_schedule
 from .step_guard import StepGuard
 
+# Arguments that belong to one start of a run. A recipe that kept them would overwrite the run that it came from.
+OF_ONE_START = ("overwrite", "resume")
+
 
 class Interrupted(Exception):
     """Training was stopped by a signal; a checkpoint has been saved."""
@@ -86,7 +89,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a run has before it starts. The recipe holds all arguments."""
+    """What a run has before it starts. The recipe holds all arguments, but those of `OF_ONE_START`."""
 
     task: Task
     model: torch.nn.Module
@@ -108,7 +111,9 @@ def _prepare(task_arguments, run: RunArguments, model_fields: dict, model_type: 
     kind = model_kind(model.config, run)
     kind.check(task)
     recipe = {"task": task.name, "model_type": model_type} | task.recorded | asdict(task_arguments) | asdict(run)
-    recipe = {name: value for name, value in (recipe | model_fields).items() if value is not None}
+    recipe = {
+        name: value for name, value in (recipe | model_fields).items() if value is not None and name not in OF_ONE_START
+    }
     return _Prepared(task, model, kind, recipe)
 
 
@@ -234,12 +239,14 @@ class _Trainer:
 
     def _save_checkpoint(self) -> Path:
         self.guard.check(self.step, self.checkpoints)
-        return self.checkpoints.save({"step": self.step, "seconds": self.clock.seconds(), "meter": self.meter.totals()})
+        progress = {"step": self.step, "seconds": self.clock.seconds(), "meter": self.meter.totals()}
+        return self.checkpoints.save(progress | {"guard": self.guard.state()})
 
     def _load_checkpoint(self) -> None:
         progress = self.checkpoints.load()
         self.step = progress["step"]
         self.clock.resume(progress["seconds"])
+        self.guard.resume(progress.get("guard", {}))  # checkpoints of earlier versions have none
         self.meter.reset()
         if self.accelerator.is_main_process:  # it holds the sums of all processes
             self.meter.resume(progress["meter"])

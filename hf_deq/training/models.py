@@ -9,12 +9,15 @@ Any causal language model of Transformers can be the explicit one. It gets the s
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..configuration_deq import EQUILIBRIUM_FIELDS, DEQConfig
 from ..data import read_recipe
 from ..generation_deq import REPORTED
 from ..tasks import Task, task_of
 from .arguments import RunArguments
+
+logger = logging.get_logger(__name__)
 
 SOLVER_ARGUMENTS = ("train_solver_tolerance", "shallow_steps", "shallow_depth")  # of RunArguments
 
@@ -26,7 +29,7 @@ class EquilibriumModel:
         self.config, self.run = config, run
 
     def check(self, task: Task) -> None:
-        """Refuse what the model cannot learn.
+        """Refuse what the model cannot learn. A warning says if no step of the training is solved.
 
         Raises:
             ValueError: if memory is to be carried, and the model has none; or if training is to begin with shallow
@@ -39,6 +42,12 @@ class EquilibriumModel:
             raise ValueError(
                 f"shallow_steps={self.run.shallow_steps} would train with {depth} applications of f, but "
                 f'gradient="unrolled" always uses {used} (solver_max_evaluations): set shallow_steps to 0.'
+            )
+
+        if self.run.shallow_steps >= self.run.max_steps:
+            logger.warning(
+                f"shallow_steps={self.run.shallow_steps} covers all of max_steps={self.run.max_steps}: no step of this "
+                "training solves for the equilibrium. Lower shallow_steps."
             )
 
     def forward_arguments(self, step: int, memory: tuple | None) -> dict:

@@ -54,6 +54,17 @@ class StepGuard:
         self.optimizer.step()
         del inner.grad_scale, inner.found_inf
 
+    def state(self) -> dict[str, float | None]:
+        """What a checkpoint keeps. `best_loss` is `None` before there is one."""
+        best = self.best_loss if math.isfinite(self.best_loss) else None
+        return {"skipped": float(self.skipped), "in_a_row": float(self.in_a_row), "best_loss": best}
+
+    def resume(self, state: dict) -> None:
+        """Continue from the `state` of a checkpoint. What it does not have begins anew."""
+        self.skipped = self.skipped + state.get("skipped", 0)
+        self.in_a_row = self.in_a_row + state.get("in_a_row", 0)
+        self.best_loss = math.inf if state.get("best_loss") is None else state["best_loss"]
+
     def check(self, step: int, checkpoints: Checkpoints | None) -> None:
         """Refuse to go on if the last steps were not finite.
 

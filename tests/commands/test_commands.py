@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+import transformers
 import yaml
 from command_line import ROOT, TINY, TINY_TRELLISNET, script
 from datasets import Dataset
@@ -21,8 +22,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from hf_deq import commands
+from hf_deq.commands import serve
 from hf_deq.commands.train import parse
 from hf_deq.data import documents
+from hf_deq.modeling_deq import DEQForCausalLM
 from hf_deq.tasks import TASKS
 
 
@@ -291,6 +294,9 @@ def test_an_explicit_baseline_trains_and_its_recipe_is_the_run(corpus, tmp_path)
     assert again.returncode == 0, again.stderr[-2000:]
     one, two = (json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two"))
     assert one["validation_perplexity"] == two["validation_perplexity"]
+    generated = script("generate.py", tmp_path / "one", "--prompt", "sentence", "--max_new_tokens", 3)
+    assert generated.returncode == 0 and "3 tokens in" in generated.stderr, generated.stderr[-2000:]
+    assert "evaluations" not in generated.stderr
 
 
 def test_a_trellisnet_goes_through_the_same_scripts(corpus, tmp_path):
@@ -401,6 +407,15 @@ def test_the_console_command_finds_its_commands(monkeypatch, capsys):
         assert not stop.value.code and f"usage: hf-deq {name}" in capsys.readouterr().out.replace("Usage", "usage")
     with pytest.raises(SystemExit, match="there is no command 'trian'"):
         hf_deq("trian")
+
+
+def test_the_server_finds_every_model(monkeypatch):
+    monkeypatch.setattr(serve, "serve", lambda: None)
+    classes = [model_class.__name__ for model_class in DEQForCausalLM.__subclasses__()]
+    for name in classes:
+        monkeypatch.delattr(transformers, name, raising=False)
+    serve.main()
+    assert len(classes) == 3 and all(hasattr(transformers, name) for name in classes)
 
 
 def test_training_runs_as_a_module(monkeypatch, capsys):

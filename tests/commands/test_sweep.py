@@ -3,15 +3,23 @@
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from command_line import ROOT, script
+from families import TRELLISNET, random_ids
 
-# Not through sys.path: there, scripts/evaluate.py would stand before the library of the same name.
-spec = importlib.util.spec_from_file_location("sweep", ROOT / "scripts" / "sweep.py")
-sweeps = sys.modules["sweep"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sweeps)
+
+def load(name):
+    """A script as a module. Not through sys.path: there, scripts/evaluate.py would hide the library of this name."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sweeps = load("sweep")
 
 PLAN = {
     "score": "validation_loss",
@@ -91,6 +99,35 @@ def test_a_setting_that_does_not_help_is_not_kept(plan):
     assert [asked.flags["resid_pdrop"] for asked in worker.asked] == [0.1, 0.5, 0.1, 0.1]
 
 
+@pytest.mark.parametrize("score", [None, float("nan")])
+@pytest.mark.parametrize("rates", [(9e-3, 3e-3), (3e-3, 9e-3)])
+def test_a_run_that_diverged_is_never_the_best(plan, rates, score):
+    one = PLAN["models"]["one"] | {"rounds": [[{"learning_rate": rate} for rate in rates]]}
+    plan.write_text(yaml.safe_dump(PLAN | {"models": {"one": one}}))
+
+    class Diverging(Recorder):
+        def train(self, run):
+            line = super().train(run)
+            line["result"]["validation_loss"] = score if run.flags["learning_rate"] == 9e-3 else 5.0
+            return line
+
+    worker = Diverging()
+    run(plan, worker)
+    assert {asked.flags["learning_rate"] for asked in worker.asked if asked.round == "final"} == {3e-3}
+
+
+def test_equal_settings_are_trained_once(plan):
+    common = PLAN["models"]["two"]["common"] | {"learning_rate": 1e-3}
+    two = {"common": common, "rounds": [[{"learning_rate": 1e-3}, {}]]}
+    plan.write_text(yaml.safe_dump(PLAN | {"models": {"two": two}}))
+    assert [asked.round for asked in sweeps.Sweep(plan).ready()] == [1]
+
+
+def test_a_flag_of_the_machine_without_a_value_is_refused(plan):
+    finished = script("sweep.py", plan, "--set", "corpus")
+    assert finished.returncode == 1 and "--set takes NAME=VALUE" in finished.stderr
+
+
 def test_final_runs_of_an_earlier_plan_do_not_count(plan):
     """They stay in the file of results, which forgets nothing."""
     sweeps.run_all(sweeps.Sweep(plan), Recorder(), 2)
@@ -141,6 +178,29 @@ def test_tables_and_a_figure_are_made_of_the_results(tmp_path):
     assert "| solved | 1 | learning_rate 0.001 | 100 |" in page and "old" not in page
     assert "| solved | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 71.0 ± 1.4 | 6.2 | 5 | 1.5 | - | 0.25 |" in page
     assert "| explicit | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 91.0 ± 1.4 | - | 5 | 1.5 | - | 0.25 |" in page
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """The module of the report. It finds the modules of its folder as a script does, but no longer than this."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return load("report_sweep")
+
+
+def test_depth_counts_the_layers_that_a_token_passes_through(reports):
+    solved = {"flags": {"num_hidden_layers": 3, "num_prelude_layers": 1}, "result": {"validation_num_evaluations": 5}}
+    assert [reports.depth(solved, {"num_evaluations": count}) for count in (0.0, 1, 2.5)] == [1, 3, 6]
+    assert reports.depth({"flags": {"n_layer": 4}, "result": {}}, {"num_evaluations": 0.0}) == 4
+
+
+def test_surprises_are_measured_without_dropout(reports, monkeypatch):
+    model, ids = TRELLISNET.model(gradient="unrolled", hidden_dropout=0.5).train(), random_ids(20, 5)
+    held_out = SimpleNamespace(windows=lambda count: ids)
+    monkeypatch.setattr(reports, "held_out_text", lambda *arguments: held_out)
+    monkeypatch.setattr(reports, "SURPRISE", 0.0)
+    assert reports.surprises(model, "folder") == pytest.approx(model.eval()(ids, labels=ids).loss.item())
+    monkeypatch.setattr(reports, "SURPRISE", 50.0)
+    assert reports.surprises(model, "folder") == 0
 
 
 def test_state_tracking_is_drawn_by_group_and_model(tmp_path):

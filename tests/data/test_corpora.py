@@ -21,6 +21,7 @@ from hf_deq.data import (
     tokens,
     train_tokenizer,
 )
+from hf_deq.data.files import read_documents
 from hf_deq.data.tokens import END_OF_TEXT
 
 
@@ -191,6 +192,12 @@ def test_blank_lines_separate_documents_however_few(tmp_path):
     assert splits(file)["train"]["text"] == ["one\ntwo lines"] and splits(file)["validation"]["text"] == ["two"]
 
 
+@pytest.mark.parametrize("before, after", [("", ""), ("\n", ""), ("", "\n\n"), (" \n\n", "\n \n")])
+def test_blank_lines_around_a_text_separate_nothing(tmp_path, before, after):
+    (tmp_path / "a.txt").write_text(f"{before}one\ntwo\nthree\n{after}")
+    assert read_documents(tmp_path / "a.txt")["text"] == ["one", "two", "three"]
+
+
 def test_a_byte_order_mark_is_no_text_and_a_changed_file_is_read_anew(tmp_path):
     file = tmp_path / "a.txt"
     for word in ("first", "other"):  # equal size and time
@@ -253,6 +260,14 @@ def test_arguments_without_effect_are_refused(arguments, message):
         read_corpus(CorpusArguments(**arguments))
     with pytest.raises(ValueError, match=message):
         read_corpus_of({}, arguments)
+
+
+@pytest.mark.parametrize("argument", ["corpus_config", "text_column"])
+def test_arguments_without_effect_on_a_folder_of_words_are_refused(tmp_path, argument):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("one two\n")
+    with pytest.raises(ValueError, match=f"{argument}='raw' has no effect on a folder of text files"):
+        read_corpus(CorpusArguments(str(tmp_path), word_level=True, **{argument: "raw"}))
 
 
 def test_a_special_token_in_a_text_is_text():

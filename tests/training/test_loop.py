@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from families import TRANSFORMER, TRELLISNET
 from tqdm import tqdm
@@ -281,6 +282,27 @@ def test_resume_forgets_steps_after_the_checkpoint(corpus, tmp_path):
     AcceleratorState._reset_state(True)
     run(corpus, tmp_path, save_steps=8, resume=True)
     assert losses(tmp_path) == first and list(losses(tmp_path)) == list(range(1, 13))
+
+
+def test_a_finished_run_that_is_resumed_reports_once(corpus, tmp_path):
+    for resume in (False, True):
+        AcceleratorState._reset_state(True)
+        run(corpus, tmp_path, save_steps=6, eval_steps=6, resume=resume)
+    lines = parse_metrics((tmp_path / "metrics.jsonl").read_text())
+    assert [line["step"] for line in lines if "validation_perplexity" in line] == [6, 12]
+
+
+def test_the_recipe_forgets_what_belongs_to_one_start(corpus, tmp_path):
+    """A run by the recipe of an overwritten run would overwrite it unasked."""
+    for how in ({}, {"overwrite": True}, {"resume": True, "save_steps": 12}):
+        AcceleratorState._reset_state(True)
+        run(corpus, tmp_path, **({"save_steps": 12} | how))
+        assert {"overwrite", "resume"}.isdisjoint(yaml.safe_load((tmp_path / "recipe.yaml").read_text()))
+
+
+def test_a_training_without_a_solved_step_is_said(corpus, tmp_path, caplog):
+    run(corpus, tmp_path, shallow_steps=12)
+    assert "shallow_steps=12 covers all of max_steps=12: no step" in caplog.text
 
 
 def test_a_half_written_line_blocks_neither_a_resume_nor_a_fresh_run(corpus, tmp_path, caplog):

@@ -1,5 +1,6 @@
 """Steps that are not finite: skipped by the host, or by a fused kernel that the host does not wait for."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,23 @@ def test_too_many_bad_steps_end_the_run():
     guard.step(torch.tensor(torch.nan))
     with pytest.raises(ValueError, match=r"last 6 steps, up to step 6.*the last checkpoint is not there \(see save"):
         guard.check(6, None)
+
+
+def test_a_run_that_goes_on_remembers_its_bad_steps():
+    weight = torch.nn.Parameter(torch.ones(1))
+    guard, resumed = (StepGuard(accelerator(), torch.optim.SGD([weight], lr=0.1)) for _ in range(2))
+    guard.watch(2.0, 1)
+    for _ in range(MOST_IN_A_ROW):
+        guard.step(torch.tensor(torch.nan))
+    resumed.resume(json.loads(json.dumps(guard.state())))
+    assert resumed.state() == guard.state() == {"skipped": 5.0, "in_a_row": 5.0, "best_loss": 2.0}
+    resumed.step(torch.tensor(torch.nan))
+    with pytest.raises(ValueError, match="last 6 steps"):
+        resumed.check(6, None)
+    new = StepGuard(accelerator(), None)
+    new.resume(json.loads(json.dumps(new.state())))
+    new.resume({})  # a checkpoint of an earlier version
+    assert new.best_loss == float("inf") and new.skipped == 0
 
 
 def test_a_gradient_scaler_skips_by_itself_and_may_do_so_for_longer():
