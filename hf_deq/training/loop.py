@@ -103,6 +103,12 @@ def _prepare(task_arguments, run: RunArguments, model_fields: dict, model_type: 
         if getattr(task_arguments, "tokenizer", "") is None:
             task_arguments = replace(task_arguments, tokenizer=run.init_from)
     task = make_task(task_arguments, model_fields)
+    settled = {name: value for name, value in task.model_fields.items() if name in model_fields}
+    for name, value in settled.items():
+        if task.tokenizer is None and model_fields[name] != value:
+            raise ValueError(
+                f"{name} must be {value} for the task {task.name}, got {model_fields[name]}: leave it out."
+            )
     fields = model_fields | task.model_fields
     if run.init_from is None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
@@ -112,7 +118,9 @@ def _prepare(task_arguments, run: RunArguments, model_fields: dict, model_type: 
     kind.check(task)
     recipe = {"task": task.name, "model_type": model_type} | task.recorded | asdict(task_arguments) | asdict(run)
     recipe = {
-        name: value for name, value in (recipe | model_fields).items() if value is not None and name not in OF_ONE_START
+        name: value
+        for name, value in (recipe | model_fields | settled).items()
+        if value is not None and name not in OF_ONE_START
     }
     return _Prepared(task, model, kind, recipe)
 

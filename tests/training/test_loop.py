@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -367,6 +367,7 @@ def test_an_existing_tokenizer_is_used(corpus, tmp_path):
     AcceleratorState._reset_state(True)
     run(corpus, tmp_path / "second", {"vocab_size": 999}, max_steps=1, tokenizer=str(tmp_path / "first"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "second").config.vocab_size == 300
+    assert yaml.safe_load((tmp_path / "second" / "recipe.yaml").read_text())["vocab_size"] == 300
 
 
 def test_bad_input_is_refused_before_training(corpus, tmp_path):
@@ -553,3 +554,9 @@ def test_copy_memory_trains(model_type, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "10,000 training and 1,000 test sequences" in printed and "to recall [" in printed
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.vocab_size == 10
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match="vocab_size must be 10 for the task copy_memory, got 16: leave it out"):
+        overwriting = replace(arguments, overwrite=True)
+        train(
+            CopyMemoryArguments(copy_delay=3, copy_variant="tcn"), overwriting, fields | {"vocab_size": 16}, model_type
+        )
