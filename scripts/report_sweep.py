@@ -10,7 +10,7 @@ thread, and the numbers are kept in measurements.json. The models take turns:
     saved MB        what this step keeps for backward
     token ms        a new token, of 32 after a context of 64, with the cache
     nats over 15    the part of the validation loss (nats per token) of tokens that cost more than 15 nats: how badly a
-                    model is surprised by words that it has hardly ever seen
+                    model is surprised, mostly by rare words
 
 The tables go into README.md of the folder, between their marks. The figure is pareto.png: validation perplexity against
 the training time so far, and test perplexity against the layers that a token passes through.
