@@ -113,5 +113,5 @@ def make_causal_mask(
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a boolean (True attends) or additive mask as an additive mask, halved to leave room for added scores."""
     if mask.dtype != torch.bool:
-        return mask / 2
+        return mask.clamp_min(torch.finfo(mask.dtype).min) / 2  # a row of -inf would have no softmax
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)

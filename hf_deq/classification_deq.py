@@ -12,7 +12,14 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_deq import DEQConfig
 from .masking_deq import check_mask, token_mask
-from .modeling_deq import FORMER_CACHE_NAME, DEQModel, DEQPreTrainedModel, SolveReport
+from .modeling_deq import (
+    FORMER_CACHE_NAME,
+    JACOBIAN_LOSS_LEFT_OUT,
+    DEQModel,
+    DEQPreTrainedModel,
+    SolveReport,
+    logger,
+)
 
 
 @dataclass
@@ -98,6 +105,8 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels, outputs.jacobian_loss, num_items_in_batch)
+        elif outputs.jacobian_loss is not None:
+            logger.warning_once(JACOBIAN_LOSS_LEFT_OUT)
         return DEQSequenceClassifierOutputWithPast(loss=loss, logits=logits, **outputs.passed_on())
 
     def _last_tokens(self, states: Tensor, attention_mask: Tensor | None, input_ids: Tensor | None) -> Tensor:

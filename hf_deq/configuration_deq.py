@@ -112,8 +112,12 @@ class DEQConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
+        self.leave_out_cache()
+
+    def leave_out_cache(self) -> None:
+        """Set `use_cache` to False if a prefix has no final state: with unrolled steps, and in sequence scope."""
         if (self.gradient == "unrolled" or self.solver_scope == "sequence") and getattr(self, "use_cache", False):
-            self.use_cache = False  # in both cases, a prefix has no final state
+            self.use_cache = False
 
     def _refuse_misspelt(self, unknown: dict) -> None:
         """Refuse unknown keys that look like a field of this configuration.

@@ -45,10 +45,10 @@ class Dial:
     unroll_steps: int | None = None
 
     def __post_init__(self):
-        """Refuse values out of range.
+        """Refuse values out of range, and a budget for steps that are not solved.
 
         Raises:
-            ValueError: if a value is out of range. The message names the argument.
+            ValueError: if there is such a value. The message names the argument.
         """
         if self.solver_tolerance is not None and not 0 <= self.solver_tolerance < float("inf"):
             raise ValueError(f"solver_tolerance must be zero or positive, and finite; got {self.solver_tolerance}.")
@@ -56,6 +56,11 @@ class Dial:
             value = getattr(self, name)
             if value is not None and not value >= 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.unroll_steps is not None and self.solver_max_evaluations is not None:
+            raise ValueError(
+                f"unroll_steps={self.unroll_steps} does not solve, so solver_max_evaluations="
+                f"{self.solver_max_evaluations} would have no effect: pass one of them."
+            )
 
 
 def make_solver(config: DEQConfig, name: str, **settings) -> FixedPointSolver:
@@ -136,6 +141,7 @@ class DEQLayer(nn.Module):
             dial: overrides the configuration.
             texts: the texts of packed rows; `None` if every row is one text.
         """
+        plain = f  # the regularization differentiates f twice, which compiled code cannot do
         if self.compile_options is not None and not torch.compiler.is_compiling():
             f = torch.compile(f, **self.compile_options)  # the code of f is the same in every call, and compiled once
         estimator = self.gradient_estimator(dial)
@@ -143,7 +149,7 @@ class DEQLayer(nn.Module):
         recomputed = getattr(estimator, "activation_checkpointing", isinstance(estimator, ReversibleGradient))
         with nullcontext() if recomputed else keeping_weights():
             solution = equilibrium(f, z0, self.forward_solver(dial), estimator, texts)
-            return solution, self._jacobian_loss(f, solution.value, dial)
+            return solution, self._jacobian_loss(plain, solution.value, dial)
 
     def forward_solver(self, dial: Dial) -> FixedPointSolver:
         """Return the configured solver, with the tolerance and the budget of the dial."""

@@ -177,9 +177,10 @@ def _blocks(allowed: Tensor, tokens: Tensor, sliding_window: int | None) -> Text
     if sliding_window is not None:
         expected &= distance < sliding_window
     if bool(((allowed != expected[:, None]) & tokens[:, None, :, None]).any()):
+        window = "" if sliding_window is None else f" (of these, only the last sliding_window={sliding_window})"
         raise ValueError(
-            "a 4D attention_mask must let every token attend to all tokens of its text up to itself, in every head. "
-            "Other patterns cannot be honoured, because the solver weighs the positions of a text together."
+            f"a 4D attention_mask must let every token attend to all tokens of its text up to itself{window}, in every "
+            "head. Other patterns cannot be honoured, because the solver weighs the positions of a text together."
         )
     return Texts(numbers) if bool(numbers.any()) else None
 

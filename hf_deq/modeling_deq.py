@@ -136,6 +136,7 @@ class DEQModel(DEQPreTrainedModel):
 
     def __init__(self, config: DEQConfig):
         config.validate()  # its fields may have changed since it was constructed
+        config.leave_out_cache()
         super().__init__(config)
         self.embed_tokens = self._make_embedding(config)
         self.layers = nn.ModuleList([self.layer_class(config)])
@@ -198,10 +199,11 @@ class DEQModel(DEQPreTrainedModel):
             attention_mask: `(batch, past + sequence)`, 0 on padding (left or right), or a prepared 4D mask, boolean or
                 additive. Padded positions get the zero state and do not influence other positions. A block-diagonal
                 4D mask packs several texts into a row.
-            position_ids: `(batch, sequence)`. By default, positions are counted from the start of the cache. If
-                position ids start again within a row, and there is no attention_mask, cache or memory, the row holds
-                several packed texts. Each text is solved as if it were alone and has its own report, so the fields of
-                the report have shape `(texts,)`. Then the model returns neither a cache nor a memory.
+            position_ids: `(batch, sequence)`. By default, positions are counted from the start of the cache. Without
+                attention_mask, cache and memory, a new text starts wherever position ids do not rise by one (as in
+                Transformers). A row may then hold several packed texts. Each text is solved as if it were alone and
+                has its own report, so the fields of the report have shape `(texts,)`. Then the model returns neither a
+                cache nor a memory.
             cache: the cache that the previous call returned. Only the new positions are solved.
             use_cache: whether to return the cache; default: `config.use_cache`. In training with activation
                 checkpointing, no cache is returned, as in Transformers.
@@ -220,7 +222,8 @@ class DEQModel(DEQPreTrainedModel):
             ValueError: if there is no input or both kinds of input; if the sequence is empty; if ids are out of range;
                 if there is a cache, but the model has no equilibrium to cache; if a memory comes with a cache or with
                 padding, or belongs to another model; if the mask has a wrong shape or an unsupported structure; if
-                packed texts follow a cache or memory; if a value of the dial is out of its range.
+                packed texts follow a cache or memory, or `cu_seq_lens_q` comes with a mask; if a value of the dial is
+                out of its range, or has no effect.
             TypeError: if the name of an argument looks like a misspelt argument of the dial.
         """
         _refuse_misspelt(kwargs)
@@ -232,8 +235,10 @@ class DEQModel(DEQPreTrainedModel):
             cache, kwargs = PagedTexts(cache, **kwargs), {}
             rows = cache.rows
         else:
-            if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
-                position_ids = positions_of_texts(kwargs["cu_seq_lens_q"])
+            if kwargs.get("cu_seq_lens_q") is not None:
+                if attention_mask is not None:
+                    raise ValueError("cu_seq_lens_q packs texts into a row without padding: leave attention_mask out.")
+                position_ids = positions_of_texts(kwargs["cu_seq_lens_q"]) if position_ids is None else position_ids
             attention_mask, rows = self._read_rows(inputs_embeds, attention_mask, position_ids, cache, memory)
         if memory is not None:
             _check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), rows, cache)
@@ -390,7 +395,9 @@ def _refuse_growing(layer: DEQLayer, cache) -> None:
 def _check_inputs(config: DEQConfig, input_size: int, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-    given = inputs_embeds if input_ids is None else input_ids
+    given, name, dims = (inputs_embeds, "inputs_embeds", 3) if input_ids is None else (input_ids, "input_ids", 2)
+    if given.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, batch and sequence first; got {tuple(given.shape)}.")
     if given.shape[1] == 0:
         raise ValueError("The input is empty: give at least one token (a beginning-of-text token will do).")
     if inputs_embeds is not None and inputs_embeds.shape[-1] != input_size:

@@ -211,10 +211,14 @@ class ModelLaws:
             (dict(attention_mask=torch.ones(3, 6)), r"attention_mask must be.*got \(3, 6\)"),
             (dict(solver_tolerance=float("nan")), "solver_tolerance must be zero or positive, and finite; got nan"),
             (dict(unroll_steps=0), "unroll_steps must be at least 1, got 0"),
+            (dict(unroll_steps=3, solver_max_evaluations=9), "solver_max_evaluations=9 would have no effect"),
+            (dict(cu_seq_lens_q=torch.tensor([0, 6]), attention_mask=torch.ones(2, 6)), "leave attention_mask out"),
         ):
             inputs = ids if "cache" in arguments else ids[:, :6]
             with pytest.raises(ValueError, match=message):
                 model(inputs, **arguments)
+        with pytest.raises(ValueError, match=r"input_ids must have 2 dimensions.*got \(11,\)"):
+            model(torch.arange(11))
 
     def test_masks_are_read_as_llama_reads_them(self):
         """Columns after the last token do not count; a batch of one 4D mask is for all rows."""
@@ -228,6 +232,18 @@ class ModelLaws:
         torch.testing.assert_close(model(ids, attention_mask=causal, use_cache=False).logits, plain, rtol=0, atol=1e-12)
 
     # Gradients
+
+    def test_gradients_are_finite_behind_rows_that_see_nothing(self):
+        """A padded row of a prepared additive mask may be -inf throughout."""
+        ids, tokens = random_ids(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
+        seen = torch.ones(6, 6).tril().bool() & tokens[:, None, None] & tokens[:, None, :, None]
+        mask, gradients = torch.zeros(2, 1, 6, 6, dtype=torch.float64).masked_fill(~seen, -torch.inf), []
+        for given in (mask, tokens.long()):
+            model = self.family.model(attn_implementation="eager")
+            loss = model(ids, attention_mask=given, labels=ids.where(tokens, -100), use_cache=False).loss
+            gradients.append(torch.autograd.grad(loss, [*model.parameters()]))
+        for ours, exact in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=0, atol=1e-8)
 
     def test_implicit_gradient_equals_200_unrolled_steps(self, fields):
         """For every parameter and the input, at the start of a text and where a memory goes in."""

@@ -43,6 +43,21 @@ def test_compiled_and_eager_agree_and_each_shape_is_compiled_once(family):
 
 
 @every_family
+def test_the_jacobian_loss_does_not_need_the_compiler(family):
+    losses = []
+    for compiles in (False, True):
+        model = family.model(jacobian_loss_weight=1.0).train()
+        if compiles:
+            model.compile_f(backend="aot_eager")
+        torch.manual_seed(0)
+        ids = torch.arange(12).view(2, 6)
+        output = model(ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        losses.append(output.jacobian_loss)
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-9)
+
+
+@every_family
 def test_evaluations_stay_cheap_when_dropout_and_padding_vary(family):
     """What f closes over is an input of the compiled code, not a part of it."""
     model = family.model(**dict.fromkeys(family.dropouts, 0.1), solver_tolerance=1e-3, backward_tolerance=1e-2).train()

@@ -224,6 +224,15 @@ def test_an_unrolled_model_does_not_cache(family):
     assert not family.config(solver_scope="sequence").use_cache
 
 
+@every_family
+@pytest.mark.parametrize("fields", [{"gradient": "unrolled"}, {"solver_scope": "sequence"}])
+@torch.no_grad()
+def test_a_model_loaded_without_an_equilibrium_to_cache_does_not_cache(family, fields, tmp_path):
+    family.model().save_pretrained(tmp_path)
+    model = family.model_class.from_pretrained(tmp_path, **fields)
+    assert not model.config.use_cache and model(torch.tensor([[3, 4, 5]])).cache is None
+
+
 def test_the_embeddings_of_a_trellisnet_are_as_wide_as_its_output():
     assert TRELLISNET.config().embedding_size == 16
     assert TRELLISNET.config(embedding_size=8, num_softmax_experts=2).embedding_size == 8

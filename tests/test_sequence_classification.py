@@ -13,6 +13,7 @@ from hf_deq import (
     DEQAttractorForSequenceClassification,
     DEQTransformerForSequenceClassification,
     DEQTrellisNetForSequenceClassification,
+    modeling_deq,
 )
 
 CLASSIFIERS = {
@@ -162,6 +163,14 @@ def test_jacobian_loss_enters_the_loss(kind):
     output = model.train()(ids, labels=labels, num_items_in_batch=8)
     assert plain.jacobian_loss is None
     torch.testing.assert_close(output.loss, 0.5 * (plain.loss + 2.0 * output.jacobian_loss))
+
+
+@every_kind
+def test_a_jacobian_loss_that_is_left_out_is_said(kind, caplog):
+    modeling_deq.logger.warning_once.cache_clear()
+    model = classifier(kind, jacobian_loss_weight=2.0).train()
+    assert model(random_ids(4, 6)).loss is None
+    assert "jacobian_loss_weight is set, but the loss is computed outside of the model" in caplog.text
 
 
 @every_kind

@@ -101,6 +101,11 @@ def convert_checkpoint(
         shell = base.model_class(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in shell.named_parameters(remove_duplicate=False)}
     sources = _with_ties(base.sources(config), shell.all_tied_weights_keys, tensors)
+    if added := sorted(shapes.keys() - sources.keys()):
+        raise ValueError(
+            f"config_fields {sorted(config_fields)} give the model {added[0]}, which the original does not have: leave "
+            "out what adds parameters."
+        )
     _check(tensors, {name: sources[name] for name in shapes}, shapes, constructor_arguments)
     model = base.model_class(config).to(next(t.dtype for t in tensors.values() if t.is_floating_point())).eval()
     model.load_state_dict({name: sources[name].read(tensors) for name in shapes})

@@ -28,6 +28,8 @@ ACTIVATIONS = {
     "Sigmoid": "sigmoid",
     "Identity": "linear",
 }
+# Strategies of initialisation. Their names decide the factors of embeddings and logits, so unknown ones are refused.
+STRATEGIES = {name: name for name in ("scaled", "scaled-zero", "takase", "takase-scaled")}
 SOLVERS = {"anderson": "anderson", "fpi": "picard", "picard": "picard"}
 # Arguments with one value for which we have the model.
 ONLY = {
@@ -83,7 +85,8 @@ def attractor_config(arguments: dict, state_dict: dict, fields: dict) -> DEQAttr
         final_logit_softcapping=given("logit_softcap", None),
         tie_word_embeddings=given("tie_embeddings", True),
     )
-    theirs |= _scales(given("init_strategy", "scaled"), given("n_embd")) | _equilibrium(given)
+    strategy = _one_of(given, "init_strategy", STRATEGIES, "scaled")
+    theirs |= _scales(strategy, given("n_embd")) | _equilibrium(given)
     given.ignore(*IRRELEVANT)
     given.refuse_unknown()
     return DEQAttractorConfig(**(theirs | fields))
@@ -146,7 +149,7 @@ def _scales(strategy: str, width: int) -> dict:
 
 def _equilibrium(given: Arguments) -> dict:
     """Return how the model is solved and differentiated."""
-    backward = given("backward_type", "onestep")
+    backward = _one_of(given, "backward_type", {"onestep": "onestep"} | SOLVERS, "onestep")
     fields = dict(
         solver=_one_of(given, "solver", SOLVERS, "anderson"),
         solver_tolerance=given("tol", 1e-3),
@@ -158,7 +161,7 @@ def _equilibrium(given: Arguments) -> dict:
     )
     if backward == "onestep":
         return fields | ONE_STEP
-    return fields | {"backward_solver": SOLVERS[backward]}
+    return fields | {"backward_solver": backward}
 
 
 # The gradient with w = g + J'g, the first two terms of the Neumann series.

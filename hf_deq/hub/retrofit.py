@@ -75,9 +75,11 @@ def retrofit(
         block.load_state_dict(weights, strict=False)  # gates are new
     was_training = model.training
     model.eval()
-    _compare_layers(model, layers, blocks)
-    _compare_ends(model, layers, ours)
-    model.train(was_training)
+    try:
+        _compare_layers(model, layers, blocks)
+        _compare_ends(model, layers, ours)
+    finally:
+        model.train(was_training)
     return ours
 
 

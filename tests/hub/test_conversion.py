@@ -257,6 +257,12 @@ def test_arguments_that_make_no_model_are_refused(arguments, message):
         convert_checkpoint(reference.state_dict, reference.arguments | arguments, reference.family)
 
 
+def test_fields_that_add_parameters_are_refused():
+    reference = Reference("transformer_adaptive")
+    with pytest.raises(ValueError, match="'final_norm'.* give the model model.norm.bias, which the"):
+        convert_checkpoint(reference.state_dict, reference.arguments, reference.family, final_norm=True)
+
+
 def test_untied_models_convert_too():
     reference = Reference("transformer_adaptive")
     tied = reference.convert()

@@ -173,6 +173,8 @@ def test_variants_that_no_fixture_shows(reference):
         ({"nonlin_name": "Softplus"}, "nonlin_name='Softplus' cannot be converted"),
         ({"block_class_name": "SandwichBlock"}, "only 'TransformerPreNormBlock' can be converted"),
         ({"mlp_class_name": "GatedMLP"}, r"mlp.fc.weight is \(64, 32\), but should be \(128, 32\)"),
+        ({"init_strategy": "takase_scaled"}, "init_strategy='takase_scaled' cannot be converted; known are"),
+        ({"backward_type": "jfb"}, "backward_type='jfb' cannot be converted; known are"),
         ({"depth": 3}, r"constructor_arguments has \['depth'\]"),
         ({"num_attention_heads": 3}, "must divide hidden_size=32"),
     ],

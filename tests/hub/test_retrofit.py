@@ -115,6 +115,14 @@ def test_a_classifier_is_refused():
         retrofit(classifier, 2, 1)
 
 
+def test_an_original_that_is_refused_stays_in_training(monkeypatch):
+    original = pretrained(ORIGINALS["llama"]).train()
+    original.model.layers[0].mlp.act_fn = torch.nn.Tanh()
+    with pytest.raises(ValueError, match="cannot be retrofitted"):
+        retrofit(original, 2, 1)
+    assert original.training
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_original_stays_as_it_was(training):
     original = pretrained(ORIGINALS["llama"]).train(training)
