@@ -4,8 +4,12 @@
 (a `DEQLayer`, see `layer_deq`), and computes what f needs in each call.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -124,6 +128,25 @@ class DEQPreTrainedModel(PreTrainedModel):
         return embeddings
 
 
+def no_new_cache_in_training(forward: Callable) -> Callable:
+    """Change the default of `use_cache` to False for training steps without a cache.
+
+    Nobody reads a cache that a training step makes. But a wrapper that calls a module again in backward (as torch's
+    `checkpoint_wrapper` does) would read it, and solve after a past that has the same tokens already.
+    """
+
+    names = [*signature(forward).parameters][1:]
+
+    @wraps(forward)
+    def with_default(self, *args, **kwargs):
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if self.training and torch.is_grad_enabled() and given.get("use_cache") is given.get("cache") is None:
+            given["use_cache"] = False
+        return forward(self, **given)
+
+    return with_default
+
+
 class DEQModel(DEQPreTrainedModel):
     """Maps token ids to equilibrium states: embed, solve, normalise.
 
@@ -176,6 +199,7 @@ class DEQModel(DEQPreTrainedModel):
         return cache
 
     @deprecate_kwarg(**FORMER_CACHE_NAME)
+    @no_new_cache_in_training
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -205,8 +229,8 @@ class DEQModel(DEQPreTrainedModel):
                 has its own report, so the fields of the report have shape `(texts,)`. Then the model returns neither a
                 cache nor a memory.
             cache: the cache that the previous call returned. Only the new positions are solved.
-            use_cache: whether to return the cache; default: `config.use_cache`. In training with activation
-                checkpointing, no cache is returned, as in Transformers.
+            use_cache: whether to return the cache; default: `config.use_cache`, but False in a training step without a
+                `cache`. In training with activation checkpointing, no cache is returned, as in Transformers.
             memory: the `memory` that the previous segment of the same text returned: its last states, without
                 gradients (truncated backpropagation through time). It replaces a cache in training, with unrolled
                 steps, and in sequence scope. A segment with a memory must not be padded, and no cache is returned.

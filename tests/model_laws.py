@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from families import ATTRACTOR, Family, random_ids
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.functional import cross_entropy, pad
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -232,6 +233,20 @@ class ModelLaws:
         torch.testing.assert_close(model(ids, attention_mask=causal, use_cache=False).logits, plain, rtol=0, atol=1e-12)
 
     # Gradients
+
+    @pytest.mark.parametrize("gradient", ["implicit", "phantom", "reversible"])
+    def test_a_wrapper_may_compute_the_container_again(self, gradient):
+        """Without saying anything of a cache: in backward, such a cache would hold the text already."""
+        ids, gradients = random_ids(2, 6), []
+        for wraps in (False, True):
+            model = self.family.model(gradient=gradient).train()
+            if wraps:
+                model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+            output = model(ids, labels=ids)
+            assert output.cache is None
+            gradients.append(torch.autograd.grad(output.loss, [*model.parameters()]))
+        for ours, exact in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, exact, rtol=0, atol=1e-10)
 
     def test_gradients_are_finite_behind_rows_that_see_nothing(self):
         """A padded row of a prepared additive mask may be -inf throughout."""
