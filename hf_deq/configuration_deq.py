@@ -97,7 +97,11 @@ class DEQConfig(PreTrainedConfig):
         """Make a configuration as in Transformers, also from the fields that another version saved.
 
         Fields of an earlier version become those of today. Fields of a later one are left out, with a warning.
+
+        Raises:
+            ValueError: if a field to override (one of `kwargs`) looks misspelt.
         """
+        cls._refuse_misspelt(kwargs)
         config_dict = cls.upgrade(config_dict)
         unknown = sorted(name for name in config_dict if cls._misspelt(name))
         if unknown:
@@ -119,16 +123,17 @@ class DEQConfig(PreTrainedConfig):
         if (self.gradient == "unrolled" or self.solver_scope == "sequence") and getattr(self, "use_cache", False):
             self.use_cache = False
 
-    def _refuse_misspelt(self, unknown: dict) -> None:
+    @classmethod
+    def _refuse_misspelt(cls, unknown: dict) -> None:
         """Refuse unknown keys that look like a field of this configuration.
 
         PreTrainedConfig keeps every unknown key as an attribute. So a misspelt field would be ignored silently.
         """
         for key in unknown:
-            if key in self.former_fields:
-                raise ValueError(f"{type(self).__name__} has no field {key!r}: {self.former_fields[key]}.")
-            if meant := self._misspelt(key):
-                raise ValueError(f"{type(self).__name__} has no field {key!r}; did you mean {meant!r}?")
+            if key in cls.former_fields:
+                raise ValueError(f"{cls.__name__} has no field {key!r}: {cls.former_fields[key]}.")
+            if meant := cls._misspelt(key):
+                raise ValueError(f"{cls.__name__} has no field {key!r}; did you mean {meant!r}?")
 
     @classmethod
     def _misspelt(cls, key: str) -> str | None:

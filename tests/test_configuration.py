@@ -225,6 +225,14 @@ def test_an_unrolled_model_does_not_cache(family):
 
 
 @every_family
+def test_misspelt_overrides_are_refused_when_a_model_is_loaded(family, tmp_path):
+    family.model().save_pretrained(tmp_path)
+    for load in (AutoConfig.from_pretrained, family.model_class.from_pretrained):
+        with pytest.raises(ValueError, match="has no field 'solver_tolerence'; did you mean 'solver_tolerance'"):
+            load(tmp_path, solver_tolerence=1e-4)
+
+
+@every_family
 @pytest.mark.parametrize("fields", [{"gradient": "unrolled"}, {"solver_scope": "sequence"}])
 @torch.no_grad()
 def test_a_model_loaded_without_an_equilibrium_to_cache_does_not_cache(family, fields, tmp_path):
