@@ -413,7 +413,8 @@ def test_explicit_models_refuse_what_they_cannot_do(corpus, tmp_path):
 
 def test_an_explicit_model_learns_any_task(tmp_path):
     arguments = RunArguments(**(TRAINING | {"output_dir": str(tmp_path), "max_steps": 30}))
-    report = train(CopyMemoryArguments(copy_delay=3, copy_variant="tcn"), arguments, MODELS["gpt2"], "gpt2")
+    sizes = {name: value for name, value in MODELS["gpt2"].items() if name != "vocab_size"}  # that of the task
+    report = train(CopyMemoryArguments(copy_delay=3, copy_variant="tcn"), arguments, sizes, "gpt2")
     assert losses(tmp_path)[30] < 0.5 * losses(tmp_path)[1] and report["validation_loss"] < 1.5
     assert not [name for name in report if SOLVER_COLUMN.search(name)]
 
