@@ -54,6 +54,7 @@ class ReportSweepArguments:
 def main(folder: str, arguments: ReportSweepArguments) -> None:
     """Write tables and figure."""
     warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
+    torch.set_num_threads(1)  # as the runs had
     sweep, place = Sweep(Path(folder) / "sweep.yaml"), Path(folder) / "measurements.json"
     finals = sweep.finals()
     if arguments.runs_dir is not None:
@@ -140,6 +141,7 @@ def depth_curve(lines: list[dict]) -> list[tuple[float, float]]:
     """Depth and test perplexity for each budget, means over the seeds; of explicit layers one point."""
     rows = [line["evaluation"]["rows"] for line in lines]
     budgets = [settings for settings in zip(*rows, strict=True) if not is_by_tolerance(settings[0])]
+    budgets = [settings for settings in budgets if settings[0].get("solver_max_evaluations") != 0]  # without f: far off
     return sorted(
         (
             statistics.mean(depth(line, row) for line, row in zip(lines, settings, strict=True)),
@@ -175,7 +177,6 @@ def draw(finals: dict[str, list[dict]]) -> Figure:
 
 def measure(finals: dict[str, list[dict]], runs_dir: Path, arguments: ReportSweepArguments) -> dict:
     """Speed, memory and surprises of the first final model of each kind."""
-    torch.set_num_threads(1)
     models = {
         model: AutoModelForCausalLM.from_pretrained(runs_dir / lines[0]["key"]) for model, lines in finals.items()
     }
