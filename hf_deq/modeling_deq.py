@@ -139,8 +139,10 @@ def no_new_cache_in_training(forward: Callable) -> Callable:
 
     @wraps(forward)
     def with_default(self, *args, **kwargs):
+        if not (self.training and torch.is_grad_enabled()):
+            return forward(self, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
-        if self.training and torch.is_grad_enabled() and given.get("use_cache") is given.get("cache") is None:
+        if given.get("use_cache") is None and given.get("cache") is None:
             given["use_cache"] = False
         return forward(self, **given)
 

@@ -12,13 +12,13 @@ import sys
 import transformers
 from transformers.cli.transformers import app
 
-from .. import DEQAttractorForCausalLM, DEQTransformerForCausalLM, DEQTrellisNetForCausalLM
+from ..modeling_deq import DEQForCausalLM
 from . import with_errors_in_a_line
 
 
 def main() -> None:
     """Run `transformers serve` with the arguments of this command line."""
-    for model_class in (DEQAttractorForCausalLM, DEQTransformerForCausalLM, DEQTrellisNetForCausalLM):
+    for model_class in DEQForCausalLM.__subclasses__():  # of all families, which the package registers
         setattr(transformers, model_class.__name__, model_class)
     with_errors_in_a_line(serve)
 

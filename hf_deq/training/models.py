@@ -43,7 +43,6 @@ class EquilibriumModel:
                 f"shallow_steps={self.run.shallow_steps} would train with {depth} applications of f, but "
                 f'gradient="unrolled" always uses {used} (solver_max_evaluations): set shallow_steps to 0.'
             )
-
         if self.run.shallow_steps >= self.run.max_steps:
             logger.warning(
                 f"shallow_steps={self.run.shallow_steps} covers all of max_steps={self.run.max_steps}: no step of this "

@@ -115,7 +115,7 @@ def test_a_classifier_is_refused():
         retrofit(classifier, 2, 1)
 
 
-def test_an_original_that_is_refused_stays_in_training(monkeypatch):
+def test_an_original_that_is_refused_stays_in_training():
     original = pretrained(ORIGINALS["llama"]).train()
     original.model.layers[0].mlp.act_fn = torch.nn.Tanh()
     with pytest.raises(ValueError, match="cannot be retrofitted"):

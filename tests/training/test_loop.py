@@ -294,9 +294,9 @@ def test_a_finished_run_that_is_resumed_reports_once(corpus, tmp_path):
 
 def test_the_recipe_forgets_what_belongs_to_one_start(corpus, tmp_path):
     """A run by the recipe of an overwritten run would overwrite it unasked."""
-    for how in ({}, {"overwrite": True}, {"resume": True, "save_steps": 12}):
+    for how in ({}, {"overwrite": True}, {"resume": True}):
         AcceleratorState._reset_state(True)
-        run(corpus, tmp_path, **({"save_steps": 12} | how))
+        run(corpus, tmp_path, save_steps=12, **how)
         assert {"overwrite", "resume"}.isdisjoint(yaml.safe_load((tmp_path / "recipe.yaml").read_text()))
 
 
