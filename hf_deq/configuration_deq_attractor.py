@@ -43,6 +43,10 @@ class DEQAttractorConfig(DEQConfig):
         embedding_multiplier: factor of the token embeddings.
         logit_scale: factor of the logits.
         final_logit_softcapping: limit k of the logits, which become k tanh(logits / k); `None` for no limit.
+        embedding_dropout: dropout on the token embeddings.
+        hidden_dropout: dropout on the output of each sub-layer. In the head, a mask is the same in all evaluations of
+            a solve.
+        output_dropout: dropout on the normalised equilibrium, before the output layer.
         initializer_range: standard deviation of the initial token embeddings; by default `hidden_size ** -0.5`.
         tie_word_embeddings: whether the output layer uses the token embeddings.
         use_cache: whether a forward pass returns keys and values by default.
@@ -73,6 +77,9 @@ class DEQAttractorConfig(DEQConfig):
     embedding_multiplier: int | float = 1.0
     logit_scale: int | float = 1.0
     final_logit_softcapping: int | float | None = None
+    embedding_dropout: int | float = 0.0
+    hidden_dropout: int | float = 0.0
+    output_dropout: int | float = 0.0
     initializer_range: float | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -99,6 +106,7 @@ class DEQAttractorConfig(DEQConfig):
         self.require_positive(
             "initializer_range", "rms_norm_eps", "layer_scale_max", "embedding_multiplier", "logit_scale"
         )
+        self.require_probabilities("embedding_dropout", "hidden_dropout", "output_dropout")
         require_one_of("hidden_act", self.hidden_act, ACT2FN)
         require_head_dim(self)
         check_rotary(self)

@@ -26,6 +26,7 @@ from .masking_deq import Rows
 from .modeling_deq import DEQForCausalLM, DEQModel, DEQPreTrainedModel
 from .paging_deq import CacheView, PagedTexts, view_of
 from .positions_deq import RotaryPositions
+from .weight_tying import apply_mask, draw_dropout_mask
 
 # Standard deviation of the initial weights that write to the residual stream, relative to fan_in ** -0.5.
 RESIDUAL_GAIN = 0.5
@@ -135,15 +136,23 @@ class DEQAttractorBlock(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = DEQAttractorMLP(config)
         self.feed_forward_scale = LayerScale(config) if gated else nn.Identity()
+        self.dropout = config.hidden_dropout
 
-    def forward(self, x: Tensor, *arguments) -> tuple[Tensor, Tensor | None]:
+    def draw_masks(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Draw the dropout masks of the two sub-layers, with the shape of the states; `None` if dropout is off."""
+        attended, fed = (draw_dropout_mask(like, self.dropout, self.training) for _ in ("attention", "feed forward"))
+        return attended, fed
+
+    def forward(
+        self, x: Tensor, masks: tuple[Tensor | None, Tensor | None], *arguments
+    ) -> tuple[Tensor, Tensor | None]:
         """Return what the layer adds to the states x `(batch, sequence, hidden)`, and the attention weights.
 
-        `arguments` are those of the attention.
+        `masks` are those of `draw_masks`, and `arguments` those of the attention.
         """
         attended, weights = self.self_attn(self.attention_norm(x), *arguments)
-        attended = self.attention_scale(attended)
-        fed = self.feed_forward_scale(self.mlp(self.feed_forward_norm(x + attended)))
+        attended = apply_mask(self.attention_scale(attended), masks[0])
+        fed = apply_mask(self.feed_forward_scale(self.mlp(self.feed_forward_norm(x + attended))), masks[1])
         return attended + fed, weights
 
 
@@ -152,7 +161,7 @@ class DEQAttractorPreludeLayer(DEQAttractorBlock):
 
     def forward(self, x: Tensor, *arguments) -> tuple[Tensor, Tensor | None]:
         """Map states `(batch, sequence, hidden)` to states of the same shape and the attention weights."""
-        added, weights = super().forward(x, *arguments)
+        added, weights = super().forward(x, self.draw_masks(x), *arguments)
         return x + added, weights
 
 
@@ -183,13 +192,14 @@ class DEQAttractorLayer(DEQLayer):
         context = self._propose(hidden_states, *arguments)
         if rows.tokens is not None:
             context = context.masked_fill(~rows.tokens, 0)
+        layers = [(block, block.draw_masks(context)) for block in self.head]
         weights = None
 
         def f(y: Tensor) -> Tensor:
             nonlocal weights
             image = context
-            for block in self.head:  # head(y + context) - y would be the same, but rounded more coarsely
-                added, weights = block(y + image, *arguments)
+            for block, masks in layers:  # head(y + context) - y would be the same, but rounded more coarsely
+                added, weights = block(y + image, masks, *arguments)
                 image = image + added
             return image if rows.tokens is None else image.masked_fill(~rows.tokens, 0)
 
@@ -243,13 +253,15 @@ class DEQAttractorModel(DEQAttractorPreTrainedModel, DEQModel):
     def __init__(self, config: DEQAttractorConfig):
         super().__init__(config)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.output_dropout = nn.Dropout(config.output_dropout)
         self.post_init()
 
     def _make_embedding(self, config: DEQAttractorConfig) -> nn.Embedding:
         return nn.Embedding(config.vocab_size, config.hidden_size)
 
     def _embed(self, inputs_embeds: Tensor, input_ids: Tensor | None) -> Tensor:
-        return inputs_embeds * self.config.embedding_multiplier
+        return self.embedding_dropout(inputs_embeds * self.config.embedding_multiplier)
 
     def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs) -> dict:
         if isinstance(cache, PagedTexts):  # its mask is ready

@@ -150,7 +150,7 @@ ATTRACTOR = Family(
     tiny=dict(intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, num_prelude_layers=1),
     wide=dict(vocab_size=500, hidden_size=128, intermediate_size=512, num_attention_heads=4),
     remembering=None,
-    dropouts=(),
+    dropouts=("embedding_dropout", "hidden_dropout", "output_dropout"),
     variants={
         "published": dict(hidden_act="relu2", gated_mlp=False, layer_scale_init_value=0.75, layer_scale_max=0.75),
         "qwen3-like": dict(qk_norm="affine", layer_scale_init_value=None, num_attention_heads=4, num_key_value_heads=2),

@@ -44,6 +44,26 @@ def test_the_cache_has_one_slot_per_layer_however_many_evaluations():
         assert [layer.keys.shape for layer in cache.layers] == [(2, 2, 7, 8)] * 3
 
 
+@pytest.mark.parametrize("layers", [(3, 2), (2, 0)])
+def test_hidden_dropout_is_in_every_layer_and_has_the_same_gradients_with_checkpointing(layers):
+    num_hidden_layers, num_prelude_layers = layers
+    fields = dict(num_hidden_layers=num_hidden_layers, num_prelude_layers=num_prelude_layers, hidden_dropout=0.3)
+    ids, gradients = random_ids(2, 7), []
+    for checkpointed in (False, True):
+        model, drawn = ATTRACTOR.model(**fields).train(), []
+        for block in [*model.model.layers[0].prelude, *model.model.layers[0].head]:
+            block.draw_masks = lambda like, draw=block.draw_masks: drawn.append(draw(like)) or drawn[-1]
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(3)
+        model(ids, labels=ids).loss.backward()
+        assert len(drawn) == num_hidden_layers + checkpointed * num_prelude_layers  # backward draws those again
+        assert all(mask.shape == (2, 7, 16) and (mask == 0).any() for masks in drawn for mask in masks)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
 @torch.no_grad()
 def test_one_application_of_f_written_out():
     """One position and one head at a time, from the equations."""
@@ -99,6 +119,9 @@ def test_gates_start_at_their_initial_value(initial, limit):
         ({"layer_scale_max": 0.25}, "layer_scale_init_value=0.5 must be positive, and at most layer_scale_max=0.25"),
         ({"layer_scale_init_value": 0.0}, "None leaves the gates out"),
         ({"qk_norm": "layer"}, "qk_norm must be one of"),
+        ({"embedding_dropout": -0.1}, r"embedding_dropout must lie in \[0, 1\)"),
+        ({"hidden_dropout": 1.0}, r"hidden_dropout must lie in \[0, 1\)"),
+        ({"output_dropout": 1.0}, r"output_dropout must lie in \[0, 1\)"),
         ({"final_logit_softcapping": 0.0}, "final_logit_softcapping must be positive"),
         ({"logit_scale": float("nan")}, "logit_scale must be positive"),
         ({"sliding_window": 1}, "sliding_window must be at least 2"),
