@@ -24,10 +24,11 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_deq import check_cacheable
 from .configuration_deq import DEQConfig
 from .generation_deq import DEQGenerationMixin
+from .inputs_deq import check_inputs, check_memory, refuse_growing_cache, refuse_misspelt_dial
 from .layer_deq import DEQLayer, Dial
 from .masking_deq import Rows, check_mask, positions_of_texts, read_rows
 from .paging_deq import PagedTexts
-from .softmax_heads import LogProbabilityHead, check_ids
+from .softmax_heads import LogProbabilityHead
 
 logger = logging.get_logger(__name__)
 
@@ -197,7 +198,7 @@ class DEQModel(DEQPreTrainedModel):
             cache = DynamicCache(config=self.config)
         if cache is not None:
             check_cacheable(self.config, dial.unroll_steps)
-            _refuse_growing(self.layers[0], cache)
+            refuse_growing_cache(self.layers[0], cache)
         return cache
 
     @deprecate_kwarg(**FORMER_CACHE_NAME)
@@ -252,8 +253,8 @@ class DEQModel(DEQPreTrainedModel):
                 out of its range, or has no effect.
             TypeError: if the name of an argument looks like a misspelt argument of the dial.
         """
-        _refuse_misspelt(kwargs)
-        _check_inputs(self.config, self.layers[0].input_size, input_ids, inputs_embeds)
+        refuse_misspelt_dial(kwargs)
+        check_inputs(self.config, self.layers[0].input_size, input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
@@ -267,7 +268,7 @@ class DEQModel(DEQPreTrainedModel):
                 position_ids = positions_of_texts(kwargs["cu_seq_lens_q"]) if position_ids is None else position_ids
             attention_mask, rows = self._read_rows(inputs_embeds, attention_mask, position_ids, cache, memory)
         if memory is not None:
-            _check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), rows, cache)
+            check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), rows, cache)
             attention_mask = None
         recomputes = self.layers[0].gradient_checkpointing and self.training
         use_cache = use_cache and not recomputes and unroll_steps is None and memory is None and rows.texts is None
@@ -393,61 +394,3 @@ class DEQForCausalLM(DEQPreTrainedModel, DEQGenerationMixin):
             return self.config.jacobian_loss_weight
         targets = labels[:, 1:] if shift_labels is None else shift_labels
         return self.config.jacobian_loss_weight * (targets != -100).sum() / num_items_in_batch
-
-
-def _refuse_misspelt(arguments: dict) -> None:
-    """Refuse unknown arguments that look like a misspelt dial.
-
-    Unknown arguments are passed on to the attention function, which would ignore a misspelt dial without an error.
-    """
-    for name in arguments:
-        if name.startswith(("solver", "unroll")):
-            raise TypeError(f"forward has no argument {name!r}; the dial is {', '.join(Dial.__dataclass_fields__)}.")
-
-
-def _refuse_growing(layer: DEQLayer, cache) -> None:
-    """Refuse a past that is reallocated in every call, if f is compiled for static shapes."""
-    if layer.compile_options is None or cache.get_seq_length() == 0 or getattr(cache, "is_compileable", False):
-        return
-    if not isinstance(cache, PagedTexts) and all(hasattr(one, "past") for one in cache.layers):  # of constant size
-        return
-    raise ValueError(
-        f"f is compiled for static shapes (compile_f), but {type(cache).__name__} grows with every token, so every "
-        'token would compile it again: generate with cache_implementation="static", pass a StaticCache, or '
-        "use_cache=False."
-    )
-
-
-def _check_inputs(config: DEQConfig, input_size: int, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-    given, name, dims = (inputs_embeds, "inputs_embeds", 3) if input_ids is None else (input_ids, "input_ids", 2)
-    if given.dim() != dims:
-        raise ValueError(f"{name} must have {dims} dimensions, batch and sequence first; got {tuple(given.shape)}.")
-    if given.shape[1] == 0:
-        raise ValueError("The input is empty: give at least one token (a beginning-of-text token will do).")
-    if inputs_embeds is not None and inputs_embeds.shape[-1] != input_size:
-        raise ValueError(f"inputs_embeds must be (batch, sequence, {input_size}), got {tuple(inputs_embeds.shape)}.")
-    if input_ids is not None:
-        check_ids("input_ids", input_ids, config.vocab_size)
-
-
-def _check_memory(memory, sizes: tuple[int, ...], batch: int, rows: Rows, cache) -> None:
-    """Refuse a memory that comes with a cache or padding, or does not belong to this model and these rows."""
-    if cache is not None:
-        raise ValueError(
-            "memory and cache both say what came before: pass one of them (generate makes a cache of its "
-            "own; use_cache=False keeps it from doing so)."
-        )
-    if not sizes:
-        raise ValueError("memory was given to a model that remembers nothing: set memory_length in its configuration.")
-    if tuple(state.shape[-1] for state in memory) != sizes or any(len(state) != batch for state in memory):
-        raise ValueError(
-            f"memory must be the output of this model for the same {batch} rows, with states of sizes {sizes}; "
-            f"got shapes {[tuple(state.shape) for state in memory]}."
-        )
-    if rows.tokens is not None:
-        raise ValueError(
-            "memory goes on where a text stopped, so there can be no padding: pass segments of one length, without "
-            "zeros in attention_mask."
-        )

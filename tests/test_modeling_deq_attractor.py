@@ -44,23 +44,26 @@ def test_the_cache_has_one_slot_per_layer_however_many_evaluations():
         assert [layer.keys.shape for layer in cache.layers] == [(2, 2, 7, 8)] * 3
 
 
-@pytest.mark.parametrize("layers", [(3, 2), (2, 0)])
-def test_hidden_dropout_is_in_every_layer_and_has_the_same_gradients_with_checkpointing(layers):
-    num_hidden_layers, num_prelude_layers = layers
-    fields = dict(num_hidden_layers=num_hidden_layers, num_prelude_layers=num_prelude_layers, hidden_dropout=0.3)
-    ids, gradients = random_ids(2, 7), []
-    for checkpointed in (False, True):
-        model, drawn = ATTRACTOR.model(**fields).train(), []
-        for block in [*model.model.layers[0].prelude, *model.model.layers[0].head]:
-            block.draw_masks = lambda like, draw=block.draw_masks: drawn.append(draw(like)) or drawn[-1]
-        if checkpointed:
-            model.activation_checkpointing_enable()
-        torch.manual_seed(3)
-        model(ids, labels=ids).loss.backward()
-        assert len(drawn) == num_hidden_layers + checkpointed * num_prelude_layers  # backward draws those again
-        assert all(mask.shape == (2, 7, 16) and (mask == 0).any() for masks in drawn for mask in masks)
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
+def gradients_and_masks(checkpointed: bool, **fields) -> tuple[list, list]:
+    """The gradients of a training step, and the dropout masks that its layers drew."""
+    model, ids, drawn = ATTRACTOR.model(**fields).train(), random_ids(2, 7), []
+    for block in [*model.model.layers[0].prelude, *model.model.layers[0].head]:
+        block.draw_masks = lambda like, draw=block.draw_masks: drawn.append(draw(like)) or drawn[-1]
+    if checkpointed:
+        model.activation_checkpointing_enable()
+    torch.manual_seed(3)
+    model(ids, labels=ids).loss.backward()
+    return [parameter.grad for parameter in model.parameters()], drawn
+
+
+@pytest.mark.parametrize("num_prelude_layers", [0, 2])
+def test_every_layer_has_dropout_and_checkpointing_repeats_its_masks(num_prelude_layers):
+    fields = dict(num_hidden_layers=3, num_prelude_layers=num_prelude_layers, hidden_dropout=0.3)
+    gradients, drawn = gradients_and_masks(False, **fields)
+    assert len(drawn) == 3 and all(mask.shape == (2, 7, 16) and (mask == 0).any() for pair in drawn for mask in pair)
+    repeated, drawn = gradients_and_masks(True, **fields)
+    assert len(drawn) == 3 + num_prelude_layers
+    for plain, recomputed in zip(gradients, repeated, strict=True):
         torch.testing.assert_close(plain, recomputed)
 
 

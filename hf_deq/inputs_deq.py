@@ -1,0 +1,68 @@
+"""What a model refuses before it solves: inputs, a memory, a cache or arguments that it cannot use."""
+
+from torch import Tensor
+
+from .configuration_deq import DEQConfig
+from .layer_deq import DEQLayer, Dial
+from .masking_deq import Rows
+from .paging_deq import PagedTexts
+from .softmax_heads import check_ids
+
+
+def refuse_misspelt_dial(arguments: dict) -> None:
+    """Refuse unknown arguments that look like a misspelt dial.
+
+    Unknown arguments are passed on to the attention function, which would ignore a misspelt dial without an error.
+    """
+    for name in arguments:
+        if name.startswith(("solver", "unroll")):
+            raise TypeError(f"forward has no argument {name!r}; the dial is {', '.join(Dial.__dataclass_fields__)}.")
+
+
+def refuse_growing_cache(layer: DEQLayer, cache) -> None:
+    """Refuse a past that is reallocated in every call, if f is compiled for static shapes."""
+    if layer.compile_options is None or cache.get_seq_length() == 0 or getattr(cache, "is_compileable", False):
+        return
+    if not isinstance(cache, PagedTexts) and all(hasattr(one, "past") for one in cache.layers):  # of constant size
+        return
+    raise ValueError(
+        f"f is compiled for static shapes (compile_f), but {type(cache).__name__} grows with every token, so every "
+        'token would compile it again: generate with cache_implementation="static", pass a StaticCache, or '
+        "use_cache=False."
+    )
+
+
+def check_inputs(config: DEQConfig, input_size: int, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """Refuse both kinds of input or none, an empty sequence, wrong shapes, and ids out of range."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+    given, name, dims = (inputs_embeds, "inputs_embeds", 3) if input_ids is None else (input_ids, "input_ids", 2)
+    if given.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, batch and sequence first; got {tuple(given.shape)}.")
+    if given.shape[1] == 0:
+        raise ValueError("The input is empty: give at least one token (a beginning-of-text token will do).")
+    if inputs_embeds is not None and inputs_embeds.shape[-1] != input_size:
+        raise ValueError(f"inputs_embeds must be (batch, sequence, {input_size}), got {tuple(inputs_embeds.shape)}.")
+    if input_ids is not None:
+        check_ids("input_ids", input_ids, config.vocab_size)
+
+
+def check_memory(memory, sizes: tuple[int, ...], batch: int, rows: Rows, cache) -> None:
+    """Refuse a memory that comes with a cache or padding, or does not belong to this model and these rows."""
+    if cache is not None:
+        raise ValueError(
+            "memory and cache both say what came before: pass one of them (generate makes a cache of its "
+            "own; use_cache=False keeps it from doing so)."
+        )
+    if not sizes:
+        raise ValueError("memory was given to a model that remembers nothing: set memory_length in its configuration.")
+    if tuple(state.shape[-1] for state in memory) != sizes or any(len(state) != batch for state in memory):
+        raise ValueError(
+            f"memory must be the output of this model for the same {batch} rows, with states of sizes {sizes}; "
+            f"got shapes {[tuple(state.shape) for state in memory]}."
+        )
+    if rows.tokens is not None:
+        raise ValueError(
+            "memory goes on where a text stopped, so there can be no padding: pass segments of one length, without "
+            "zeros in attention_mask."
+        )
