@@ -10,8 +10,10 @@ from torch import Tensor
 from .fixed_point import SequenceMap
 
 
-def jacobian_regularization(f_z: Tensor, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return the Hutchinson estimate of ||J||_F^2 / numel(z), J = df/dz, with one Gaussian vector.
+def jacobian_regularization(
+    f_z: Tensor, z: Tensor, generator: torch.Generator | None = None, tokens: Tensor | None = None
+) -> Tensor:
+    """Return the Hutchinson estimate of ||J||_F^2 / n, J = df/dz, with one Gaussian vector; n is the size of the state.
 
     Source: Bai, Koltun & Kolter 2021 (arXiv 2106.14342), equation 6. The estimate is differentiable
     with respect to everything that `f_z` depends on, so it can be added to a loss. Then the operations of f must
@@ -21,6 +23,8 @@ def jacobian_regularization(f_z: Tensor, z: Tensor, generator: torch.Generator |
         f_z: f(z), shape `(batch, sequence, features)`, computed from `z` with gradients enabled.
         z: the state, a tensor that requires gradients.
         generator: random generator for the Gaussian vector.
+        tokens: which positions are tokens, bool `(batch, sequence, 1)`; `None` if all are. Padding is no part of the
+            state, and f must be constant there.
 
     Returns:
         A scalar. Its expectation is the mean squared row norm of J.
@@ -34,7 +38,10 @@ def jacobian_regularization(f_z: Tensor, z: Tensor, generator: torch.Generator |
         )
     noise = torch.randn(f_z.shape, dtype=f_z.dtype, device=f_z.device, generator=generator)
     (product,) = torch.autograd.grad(f_z, z, noise, create_graph=True)
-    return product.square().sum() / z.numel()
+    if tokens is None:
+        return product.square().mean()
+    squares = product.square().masked_fill(~tokens, 0)
+    return squares.sum() / (tokens.sum().clamp_min(1) * z.shape[-1])
 
 
 def spectral_radius(f: SequenceMap, z: Tensor, steps: int = 50) -> Tensor:

@@ -2,7 +2,7 @@
 
 class MyLayer(DEQLayer):
     def forward(self, hidden_states, dial, rows, cache, memory, **context):
-        solution, jacobian_loss = self.solve(lambda z: ..., torch.zeros_like(hidden_states), dial, rows.texts)
+        solution, jacobian_loss = self.solve(lambda z: ..., torch.zeros_like(hidden_states), dial, rows)
         return DEQLayerOutput(solution.value, None, solution, jacobian_loss, None)
 """
 
@@ -25,7 +25,7 @@ from .equilibrium import (
 )
 from .fixed_point import SOLVERS, FixedPointSolution, FixedPointSolver, SequenceMap
 from .jacobian import jacobian_regularization
-from .packed_texts import Texts
+from .masking_deq import Rows
 from .reversible import ReversibleGradient
 from .weight_tying import keeping_weights
 
@@ -130,16 +130,14 @@ class DEQLayer(nn.Module):
             f"max_evaluations={config.solver_max_evaluations}, gradient={config.gradient}"
         )
 
-    def solve(
-        self, f: SequenceMap, z0: Tensor, dial: Dial, texts: Texts | None = None
-    ) -> tuple[FixedPointSolution, Tensor | None]:
+    def solve(self, f: SequenceMap, z0: Tensor, dial: Dial, rows: Rows) -> tuple[FixedPointSolution, Tensor | None]:
         """Return the differentiable equilibrium of f, and its Jacobian regularization (`None` if this step has none).
 
         Args:
             f: maps a state `(batch, sequence, features)` to a state of the same shape.
             z0: the state from which the solver starts.
             dial: overrides the configuration.
-            texts: the texts of packed rows; `None` if every row is one text.
+            rows: where the tokens are, and which texts are packed.
         """
         plain = f  # the regularization differentiates f twice, which compiled code cannot do
         if self.compile_options is not None and not torch.compiler.is_compiling():
@@ -148,8 +146,8 @@ class DEQLayer(nn.Module):
         # Backward recomputes f without kept weights. So the first computation must not use kept weights either.
         recomputed = getattr(estimator, "activation_checkpointing", isinstance(estimator, ReversibleGradient))
         with nullcontext() if recomputed else keeping_weights():
-            solution = equilibrium(f, z0, self.forward_solver(dial), estimator, texts)
-            return solution, self._jacobian_loss(plain, solution.value, dial)
+            solution = equilibrium(f, z0, self.forward_solver(dial), estimator, rows.texts)
+            return solution, self._jacobian_loss(plain, solution.value, dial, rows)
 
     def forward_solver(self, dial: Dial) -> FixedPointSolver:
         """Return the configured solver, with the tolerance and the budget of the dial."""
@@ -177,14 +175,14 @@ class DEQLayer(nn.Module):
     def _record_backward(self, solution: FixedPointSolution) -> None:
         self.backward_evaluations = solution.num_evaluations
 
-    def _jacobian_loss(self, f: SequenceMap, value: Tensor, dial: Dial) -> Tensor | None:
+    def _jacobian_loss(self, f: SequenceMap, value: Tensor, dial: Dial, rows: Rows) -> Tensor | None:
         config = self.config
         wanted = self.training and torch.is_grad_enabled() and config.jacobian_loss_weight > 0
         if not wanted or dial.unroll_steps is not None or torch.rand(()).item() >= config.jacobian_loss_frequency:
             return None
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels cannot be differentiated twice
             z, f_z = evaluate_with_graph(f, value)
-            return jacobian_regularization(f_z, z)
+            return jacobian_regularization(f_z, z, tokens=rows.tokens)
 
 
 def latest(past: Tensor, new: Tensor, length: int) -> Tensor:

@@ -203,7 +203,7 @@ class DEQAttractorLayer(DEQLayer):
                 image = image + added
             return image if rows.tokens is None else image.masked_fill(~rows.tokens, 0)
 
-        solution, jacobian_loss = self.solve(f, context, dial, rows.texts)
+        solution, jacobian_loss = self.solve(f, context, dial, rows)
         if view is not None:
             view.commit()  # the last call of f was at the solution
         return DEQLayerOutput(solution.value, weights, solution, jacobian_loss, None)

@@ -229,7 +229,7 @@ class DEQTransformerLayer(DEQLayer):
             z = self.closing_norm(z)
             return z if rows.tokens is None else z.masked_fill(~rows.tokens, 0)
 
-        solution, jacobian_loss = self.solve(f, torch.zeros_like(hidden_states), dial, rows.texts)
+        solution, jacobian_loss = self.solve(f, torch.zeros_like(hidden_states), dial, rows)
         if view is not None and memory is None:
             view.commit()  # the last call of f was at the solution
         # A cache holds keys, not states. After a cache, only the states of this call are known: so there is no memory.

@@ -82,7 +82,7 @@ class DEQTrellisNetLayer(DEQLayer):
         past_states, past_inputs = past
         f = self._map(self.injection(hidden_states, past_inputs, rows.texts), past_states, rows)
         start = hidden_states.new_zeros(*hidden_states.shape[:2], 2 * self.channels)
-        solution, jacobian_loss = self.solve(f, start, dial, rows.texts)
+        solution, jacobian_loss = self.solve(f, start, dial, rows)
         states, inputs = solution.value.detach(), hidden_states.detach()
         if state_layer is not None:
             cache.update(states, inputs, 0, past=past)

@@ -503,6 +503,15 @@ class ModelLaws:
         output = model(ids, labels=ids)
         torch.testing.assert_close(output.loss, plain + 2.0 * output.jacobian_loss)
 
+    def test_jacobian_loss_does_not_depend_on_padding(self, monkeypatch):
+        monkeypatch.setattr(torch, "randn", lambda shape, **options: torch.ones(shape, dtype=options["dtype"]))
+        model = self.family.model(jacobian_loss_weight=1.0).train()
+        ids = random_ids(2, 8)
+        alone = model(ids, labels=ids).jacobian_loss
+        for left, right in ((0, 5), (5, 0)):
+            padded, mask = pad(ids, (left, right)), pad(torch.ones_like(ids), (left, right))
+            torch.testing.assert_close(model(padded, attention_mask=mask, labels=padded).jacobian_loss, alone)
+
     def test_jacobian_loss_is_shared_among_micro_batches(self):
         model = self.family.model(jacobian_loss_weight=2.0, solver_tolerance=1e-4).train()
         ids, items = random_ids(4, 8), 50

@@ -149,14 +149,14 @@ def recorded_residuals(model: DEQPreTrainedModel, solver: FixedPointSolver) -> I
     """
     residuals = []
 
-    def solve(f, z0, dial, texts=None):
+    def solve(f, z0, dial, rows):
         def recorded(z):
             f_z = f(z)
             residuals.append(own_residuals(z, f_z)[..., 0])
             return f_z
 
         with torch.no_grad():
-            return equilibrium(recorded, z0, solver, texts=texts), None
+            return equilibrium(recorded, z0, solver, texts=rows.texts), None
 
     with solved_by(model, solve):
         yield residuals
@@ -175,7 +175,7 @@ def captured_map(model: DEQPreTrainedModel, input_ids: Tensor) -> tuple[Sequence
     """
     captured = []
 
-    def solve(f, z0, dial, texts=None):
+    def solve(f, z0, dial, rows):
         captured.append((f, z0))
         return equilibrium(f, z0, PicardSolver(0.0, 1)), None
 
@@ -243,8 +243,8 @@ def spectral_radii(model: DEQPreTrainedModel, input_ids: Tensor, steps: int = 50
     """
     solve, radii = model.base_model.layers[0].solve, []
 
-    def measured(f, z0, dial, texts=None):
-        solution, jacobian_loss = solve(f, z0, dial, texts)
+    def measured(f, z0, dial, rows):
+        solution, jacobian_loss = solve(f, z0, dial, rows)
         radii.append(spectral_radius(f, solution.value, steps))
         return solution, jacobian_loss
 
@@ -255,7 +255,7 @@ def spectral_radii(model: DEQPreTrainedModel, input_ids: Tensor, steps: int = 50
 
 @contextmanager
 def solved_by(model: DEQPreTrainedModel, solve: Callable) -> Iterator[None]:
-    """Within this context `solve(f, z0, dial, texts)` replaces the model's own `solve`."""
+    """Within this context `solve(f, z0, dial, rows)` replaces the model's own `solve`."""
     (layer,) = model.base_model.layers
     before = vars(layer).get("solve")
     layer.solve = solve  # an attribute of the instance hides the method of the class

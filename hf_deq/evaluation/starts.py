@@ -80,8 +80,8 @@ def unsolved(model: DEQPreTrainedModel) -> Iterator[None]:
     The report says so: no evaluation, an infinite residual, not converged.
     """
 
-    def solve(f, z0, dial, texts=None):
-        count = z0.shape[0] if texts is None else len(texts.lasts)
+    def solve(f, z0, dial, rows):
+        count = z0.shape[0] if rows.texts is None else len(rows.texts.lasts)
         residual = torch.full((count,), float("inf"), dtype=torch.float64, device=z0.device)
         evaluations = torch.zeros(count, dtype=torch.long, device=z0.device)
         return FixedPointSolution(z0, z0, residual, evaluations, evaluations.bool()), None

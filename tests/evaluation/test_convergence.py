@@ -96,8 +96,8 @@ def test_spectral_radii_are_those_of_the_dense_jacobian(family):
         jacobians = []
         solve = model.model.layers[0].solve
 
-        def dense(f, z0, dial, texts, solve=solve, jacobians=jacobians):
-            solution, _ = solve(f, z0, dial, texts)
+        def dense(f, z0, dial, rows, solve=solve, jacobians=jacobians):
+            solution, _ = solve(f, z0, dial, rows)
             jacobians.append(torch.autograd.functional.jacobian(f, solution.value).reshape(2 * (z0.numel(),)))
             return solution, None
 
@@ -138,13 +138,13 @@ def test_a_tokens_trajectory_is_that_of_its_state_and_of_its_prefix(family, solv
         np.testing.assert_allclose(residuals[:, :1].T, rows, rtol=1e-7)
     (layer,), seen = model.model.layers, []
 
-    def solve(f, z0, dial, texts):
+    def solve(f, z0, dial, rows):
         def spied(z):
             f_z = f(z)
             seen.append((f_z - z).norm(dim=-1)[0] / f_z.norm(dim=-1)[0])
             return f_z
 
-        return type(layer).solve(layer, spied, z0, dial, texts)
+        return type(layer).solve(layer, spied, z0, dial, rows)
 
     layer.solve = solve
     with torch.no_grad():

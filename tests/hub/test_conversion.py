@@ -167,7 +167,7 @@ def test_iterates_of_the_reference_solvers(solver, evaluations):
         first, small = 1, 1e-9
     traces, results = {"abs": [], "rel": []}, []
 
-    def solve(f, z0, dial, texts):
+    def solve(f, z0, dial, rows):
         def noting(z):
             image = f(z)
             residual = (image - z).norm()
@@ -176,7 +176,7 @@ def test_iterates_of_the_reference_solvers(solver, evaluations):
             return image
 
         results.append(ours(noting, z0).value)
-        return type(model.model.layers[0]).solve(model.model.layers[0], f, z0, dial, texts)
+        return type(model.model.layers[0]).solve(model.model.layers[0], f, z0, dial, rows)
 
     model.model.layers[0].solve = solve
     model(segment["data"])

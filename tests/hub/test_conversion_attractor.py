@@ -109,10 +109,10 @@ def test_iterates_of_the_reference_solvers(reference, evaluations):
     config, layer = model.config, model.model.layers[0]
     theirs = dict(scope="sequence", history=config.solver_history, damping=config.solver_damping)
 
-    def solve(f, z0, dial, texts):
+    def solve(f, z0, dial, rows):
         for solver in (AuthorsAnderson(0.0, evaluations, **theirs), PicardSolver(0.0, evaluations)):
             solver(lambda z: images.append(f(z)) or images[-1], z0)
-        return type(layer).solve(layer, f, z0, dial, texts)
+        return type(layer).solve(layer, f, z0, dial, rows)
 
     layer.solve = solve
     model(tensors["data"])
