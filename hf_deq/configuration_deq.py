@@ -96,7 +96,8 @@ class DEQConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """Make a configuration as in Transformers, also from the fields that another version saved.
 
-        Fields of an earlier version become those of today. Fields of a later one are left out, with a warning.
+        Fields of an earlier version become those of today. Fields of a later one are left out, with a warning. The
+        `auto_map` of a folder with code is left out by a class that is not of this code: a copy would not have it.
 
         Raises:
             ValueError: if a field to override (one of `kwargs`) looks misspelt.
@@ -106,6 +107,8 @@ class DEQConfig(PreTrainedConfig):
         unknown = sorted(name for name in config_dict if cls._misspelt(name))
         if unknown:
             logger.warning(f"{cls.__name__} leaves out {unknown}, which a later version seems to have saved.")
+        if cls._auto_class is None:
+            unknown.append("auto_map")
         return super().from_dict({n: value for n, value in config_dict.items() if n not in unknown}, **kwargs)
 
     @classmethod

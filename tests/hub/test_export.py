@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import ATTRACTOR, FAMILIES, TRANSFORMER, TRELLISNET, random_ids
 from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import hf_deq
 from hf_deq.hub import code_files, export, export_hub_folder
@@ -141,6 +141,14 @@ def test_the_model_at_hand_stays_as_it_is(tmp_path):
     model = TRANSFORMER.model()
     export_hub_folder(model, tmp_path)
     assert "auto_map" not in vars(model.config)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_copy_without_the_code_names_no_code(exported, tmp_path, name):
+    """The installed package loads a folder with code and saves it again: a model only."""
+    AutoModelForCausalLM.from_pretrained(exported / name).save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
 
 
 def test_models_whose_code_cannot_travel_are_refused(tmp_path, monkeypatch):
