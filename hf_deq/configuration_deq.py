@@ -121,9 +121,14 @@ class DEQConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.leave_out_cache()
 
+    @property
+    def is_cacheable(self) -> bool:
+        """Whether a prefix has a final state. It has none with unrolled steps, or in sequence scope."""
+        return self.gradient != "unrolled" and self.solver_scope != "sequence"
+
     def leave_out_cache(self) -> None:
-        """Set `use_cache` to False if a prefix has no final state: with unrolled steps, and in sequence scope."""
-        if (self.gradient == "unrolled" or self.solver_scope == "sequence") and getattr(self, "use_cache", False):
+        """Set `use_cache` to False if there is nothing to cache."""
+        if not self.is_cacheable and getattr(self, "use_cache", False):
             self.use_cache = False
 
     @classmethod

@@ -70,12 +70,15 @@ class DEQGenerationMixin(GenerationMixin):
         values = (config.get("return_dict_in_generate") for config in configs)
         return next((value for value in values if value is not None), False)
 
-    def _prepare_generation_config(self, *args, **kwargs):
-        """Pass the dial on to `forward`.
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
+        """Pass the dial on to `forward`, and leave out the cache if there is nothing to cache.
 
         A generation configuration keeps unknown fields, so it may hold the dial.
         """
-        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        asked = kwargs.get("use_cache", getattr(generation_config, "use_cache", None))
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if asked is None and not self.config.is_cacheable:  # the default that was saved may be of another gradient
+            generation_config.use_cache = False
         dial = {name: getattr(generation_config, name, None) for name in Dial.__dataclass_fields__}
         return generation_config, model_kwargs | {name: value for name, value in dial.items() if value is not None}
 

@@ -408,6 +408,15 @@ class ModelLaws:
         tokens = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
         assert tokens[0, -1] == model(tokens[:, :-1]).logits[0, -1].argmax()
 
+    @pytest.mark.parametrize("override", [{"gradient": "unrolled"}, {"solver_scope": "sequence"}])
+    def test_models_loaded_with_another_gradient_generate_without_a_cache(self, tmp_path, override):
+        self.family.model().save_pretrained(tmp_path)
+        model, ids = AutoModelForCausalLM.from_pretrained(tmp_path, **override), random_ids(1, 4)
+        greedy = dict(max_new_tokens=3, do_sample=False, eos_token_id=None)
+        assert torch.equal(model.generate(ids, **greedy), model.generate(ids, **greedy, use_cache=False))
+        with pytest.raises(ValueError, match="use_cache=False"):
+            model.generate(ids, **greedy, use_cache=True)
+
     def test_a_missed_tolerance_is_reported(self):
         with pytest.warns(ConvergenceWarning, match="Raise max_evaluations"):
             output = self.family.model()(random_ids(2, 5), solver_max_evaluations=2)
