@@ -129,12 +129,21 @@ def depth(line: dict, row: dict) -> float:
 
 def learning_curve(lines: list[dict]) -> list[tuple[float, float]]:
     """Minutes of training so far and validation perplexity, means over the seeds."""
-    minutes = statistics.mean(line["result"]["seconds"] / 60 for line in lines)
-    steps = lines[0]["result"]["step"]
-    return [
-        (minutes * points[0]["step"] / steps, statistics.mean(point["validation_perplexity"] for point in points))
-        for points in zip(*([*line["validations"], line["result"]] for line in lines), strict=True)
+    curves = [
+        [(minutes_until(point, line), point["validation_perplexity"]) for point in points_of(line)] for line in lines
     ]
+    return [tuple(map(statistics.mean, zip(*points, strict=True))) for points in zip(*curves, strict=True)]
+
+
+def points_of(line: dict) -> list[dict]:
+    """All validations of a run, up to the last one."""
+    return [*line["validations"], line["result"]]
+
+
+def minutes_until(point: dict, line: dict) -> float:
+    """Minutes of training until a validation. Runs that did not note them are taken to have steps of equal length."""
+    result = line["result"]
+    return point.get("seconds", result["seconds"] * point["step"] / result["step"]) / 60
 
 
 def depth_curve(lines: list[dict]) -> list[tuple[float, float]]:

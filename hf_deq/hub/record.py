@@ -117,7 +117,7 @@ def read_record(folder: str | Path, config: PreTrainedConfig) -> RunRecord:
     record = RunRecord(
         recipe=_portable(recipe),
         steps=steps,
-        cost=lines[-1] if lines and "seconds" in lines[-1] else {},
+        cost=lines[-1] if lines and "num_tokens" in lines[-1] else {},
         results=results["rows"],
         evaluation=_portable(results["arguments"]),
         dataset=dataset,

@@ -193,6 +193,19 @@ def test_depth_counts_the_layers_that_a_token_passes_through(reports):
     assert reports.depth({"flags": {"n_layer": 4}, "result": {}}, {"num_evaluations": 0.0}) == 4
 
 
+def test_a_learning_curve_has_the_minutes_that_a_run_noted(reports):
+    """An earlier run noted none, and its steps are taken to be of equal length."""
+    result = {"step": 20, "seconds": 240.0, "validation_perplexity": 100.0}
+    noted, earlier = (
+        {"step": 5, "seconds": 180.0, "validation_perplexity": 200.0},
+        {"step": 5, "validation_perplexity": 220.0},
+    )
+    runs = [{"validations": [point], "result": result} for point in (noted, earlier)]
+    assert reports.learning_curve(runs[:1]) == [(3.0, 200.0), (4.0, 100.0)]
+    assert reports.learning_curve(runs[1:]) == [(1.0, 220.0), (4.0, 100.0)]
+    assert reports.learning_curve(runs) == [(2.0, 210.0), (4.0, 100.0)]
+
+
 def test_surprises_are_measured_without_dropout(reports, monkeypatch):
     model, ids = TRELLISNET.model(gradient="unrolled", hidden_dropout=0.5).train(), random_ids(20, 5)
     held_out = SimpleNamespace(windows=lambda count: ids)

@@ -180,6 +180,8 @@ def test_size_tokens_and_time_are_reported(model_type, corpus, tmp_path, capsys,
     assert len(hours) == 4 and 0 < report["seconds"] < 3600
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(line["tokens_per_second"] > 1 for line in lines if "loss" in line)
+    times = [line["seconds"] for line in lines if "validation_perplexity" in line]
+    assert len(times) == 4 and times == sorted(times) and times[-1] == report["seconds"]
     saved = json.loads((tmp_path / "checkpoints" / "step-00000004" / "run.json").read_text())
     assert 0 < saved["seconds"] <= report["seconds"]
     size = AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters()
