@@ -193,6 +193,11 @@ class TrellisStateLayer(CacheLayerMixin):
         self.values = self.values[:, end - self.input_window : end].clone()
         self.cumulative_length += tokens_to_remove
 
+    def reset(self) -> None:
+        """Forget everything. The next text may have another number of rows."""
+        self.keys = self.values = None
+        self.is_initialized, self.cumulative_length = False, 0
+
     def get_seq_length(self) -> int:
         """Return the number of tokens seen so far."""
         return self.cumulative_length

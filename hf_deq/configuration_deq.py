@@ -104,10 +104,10 @@ class DEQConfig(PreTrainedConfig):
         """
         cls._refuse_misspelt(kwargs)
         config_dict = cls.upgrade(config_dict)
-        unknown = sorted(name for name in config_dict if cls._misspelt(name))
+        unknown = sorted(name for name in config_dict if cls._misspelt(name) or cls._of_another_family(name))
         if unknown:
             logger.warning(f"{cls.__name__} leaves out {unknown}, which a later version seems to have saved.")
-        if cls._auto_class is None:
+        if not cls.__module__.startswith("transformers_modules"):  # where Transformers keeps code from folders
             unknown.append("auto_map")
         return super().from_dict({n: value for n, value in config_dict.items() if n not in unknown}, **kwargs)
 
@@ -142,6 +142,8 @@ class DEQConfig(PreTrainedConfig):
                 raise ValueError(f"{cls.__name__} has no field {key!r}: {cls.former_fields[key]}.")
             if meant := cls._misspelt(key):
                 raise ValueError(f"{cls.__name__} has no field {key!r}; did you mean {meant!r}?")
+            if other := cls._of_another_family(key):
+                raise ValueError(f"{cls.__name__} has no field {key!r}, which is one of {other}: leave it out.")
 
     @classmethod
     def _misspelt(cls, key: str) -> str | None:
@@ -153,6 +155,13 @@ class DEQConfig(PreTrainedConfig):
             return max(own, key=lambda name: _shared_start(name, key))
         cutoff = SIMILAR_TOKEN if key.endswith("_token_id") else SIMILAR
         return next(iter(get_close_matches(key, own, n=1, cutoff=cutoff)), None)
+
+    @classmethod
+    def _of_another_family(cls, key: str) -> str | None:
+        """The configuration that has a field of this name, if this one has none; otherwise `None`."""
+        if key in cls.__dataclass_fields__ or key in cls.attribute_map:
+            return None
+        return next((other.__name__ for other in DEQConfig.__subclasses__() if key in other.__dataclass_fields__), None)
 
     def validate_equilibrium(self):
         """Check the ranges of the shared fields. `@strict` calls this method after construction."""
@@ -244,4 +253,4 @@ def require_one_of(name: str, value: str, allowed) -> None:
 
 
 # The fields that say how a model is solved and differentiated, and not what it is.
-EQUILIBRIUM_FIELDS = DEQConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+EQUILIBRIUM_FIELDS = {field.name for field in fields(DEQConfig)} - PreTrainedConfig.__dataclass_fields__.keys()

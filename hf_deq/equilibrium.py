@@ -97,7 +97,8 @@ class ImplicitGradient:
     def _transposed_solver(self, z: Tensor) -> FixedPointSolver:
         scope = "anticausal" if self.solver.scope == "causal" else self.solver.scope
         # The tolerance is set here, because backward runs outside of the autocast context of the forward pass.
-        # A tolerance of zero stays: it asks for the whole budget, as a Neumann sum does.
+        # A tolerance of zero stays: it asks for the whole budget, as a Neumann sum does. (The solver ends earlier only
+        # when a step changes nothing that the dtype can show.)
         tolerance = self.solver.tolerance and self.solver.attainable_tolerance(z)
         return replace(self.solver, scope=scope, tolerance=tolerance)
 

@@ -70,14 +70,22 @@ class DEQGenerationMixin(GenerationMixin):
         values = (config.get("return_dict_in_generate") for config in configs)
         return next((value for value in values if value is not None), False)
 
-    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
+    def _prepare_generation_config(self, *args, **kwargs):
         """Pass the dial on to `forward`, and leave out the cache if there is nothing to cache.
 
         A generation configuration keeps unknown fields, so it may hold the dial.
+
+        Raises:
+            ValueError: if a draft of the first layers is asked for: all evaluations have the same layers.
         """
-        asked = kwargs.get("use_cache", getattr(generation_config, "use_cache", None))
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        if asked is None and not self.config.is_cacheable:  # the default that was saved may be of another gradient
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit drafts with the first layers of a stack, and an equilibrium has no stack: pass "
+                "assistant_model=model.draft()."
+            )
+        # A configuration that was saved may have the default of another gradient, so only the call can ask for a cache.
+        if kwargs.get("use_cache") is None and not self.config.is_cacheable:
             generation_config.use_cache = False
         dial = {name: getattr(generation_config, name, None) for name in Dial.__dataclass_fields__}
         return generation_config, model_kwargs | {name: value for name, value in dial.items() if value is not None}
@@ -150,6 +158,7 @@ class DEQGenerationMixin(GenerationMixin):
                 passes on a mask of padded rows.
         """
         _refuse_dial(kwargs)
+        self._check_has_pages()
         for input_ids in inputs:
             self._check_request(input_ids)
         if kwargs.get("attention_mask") is not None and not bool(kwargs["attention_mask"].all()):
@@ -196,13 +205,7 @@ class DEQGenerationMixin(GenerationMixin):
 
     def _check_continuous_batching(self, generation_config: GenerationConfig) -> None:
         """Refuse what `init_continuous_batching` says that it refuses, except for fields of its own configuration."""
-        if not self._supports_attention_backend:
-            raise ValueError(
-                f"{type(self).__name__} cannot be batched continuously (generate_batch, cache_implementation='paged', "
-                "a server's continuous batching). Paged caches hold keys and values for every token, but this model "
-                "keeps a state of constant size. Pass the requests to generate as a left-padded batch, whose rows are "
-                "solved independently."
-            )
+        self._check_has_pages()
         check_cacheable(self.config)
         _refuse_dial(vars(generation_config))
         if (generation_config.num_beams or 1) > 1:
@@ -214,6 +217,16 @@ class DEQGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"Continuous batching needs attn_implementation='sdpa' or 'eager', got "
                 f"{self.config._attn_implementation!r}: call model.set_attn_implementation('sdpa')."
+            )
+
+    def _check_has_pages(self) -> None:
+        """Refuse a model without keys and values."""
+        if not self._supports_attention_backend:
+            raise ValueError(
+                f"{type(self).__name__} cannot be batched continuously (generate_batch, cache_implementation='paged', "
+                "a server's continuous batching). Paged caches hold keys and values for every token, but this model "
+                "keeps a state of constant size. Pass the requests to generate as a left-padded batch, whose rows are "
+                "solved independently."
             )
 
     def _check_request(self, input_ids: list[int]) -> None:

@@ -47,7 +47,7 @@ def check_inputs(config: DEQConfig, input_size: int, input_ids: Tensor | None, i
         check_ids("input_ids", input_ids, config.vocab_size)
 
 
-def check_memory(memory, sizes: tuple[int, ...], batch: int, rows: Rows, cache) -> None:
+def check_memory(config: DEQConfig, memory, sizes: tuple[int, ...], batch: int, rows: Rows, cache) -> None:
     """Refuse a memory that comes with a cache or padding, or does not belong to this model and these rows."""
     if cache is not None:
         raise ValueError(
@@ -55,7 +55,8 @@ def check_memory(memory, sizes: tuple[int, ...], batch: int, rows: Rows, cache) 
             "own; use_cache=False keeps it from doing so)."
         )
     if not sizes:
-        raise ValueError("memory was given to a model that remembers nothing: set memory_length in its configuration.")
+        remedy = "set memory_length in its configuration" if hasattr(config, "memory_length") else "use a cache"
+        raise ValueError(f"memory was given to a model that remembers nothing: {remedy}.")
     if tuple(state.shape[-1] for state in memory) != sizes or any(len(state) != batch for state in memory):
         raise ValueError(
             f"memory must be the output of this model for the same {batch} rows, with states of sizes {sizes}; "

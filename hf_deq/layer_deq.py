@@ -144,8 +144,8 @@ class DEQLayer(nn.Module):
             f = torch.compile(f, **self.compile_options)  # the code of f is the same in every call, and compiled once
         estimator = self.gradient_estimator(dial)
         # Backward recomputes f without kept weights. So the first computation must not use kept weights either.
-        recomputed = getattr(estimator, "activation_checkpointing", isinstance(estimator, ReversibleGradient))
-        with nullcontext() if recomputed else keeping_weights():
+        recomputes = getattr(estimator, "activation_checkpointing", isinstance(estimator, ReversibleGradient))
+        with nullcontext() if recomputes and torch.is_grad_enabled() else keeping_weights():
             solution = equilibrium(f, z0, self.forward_solver(dial), estimator, rows.texts)
             return solution, self._jacobian_loss(plain, solution.value, dial, rows)
 

@@ -268,7 +268,7 @@ class DEQModel(DEQPreTrainedModel):
                 position_ids = positions_of_texts(kwargs["cu_seq_lens_q"]) if position_ids is None else position_ids
             attention_mask, rows = self._read_rows(inputs_embeds, attention_mask, position_ids, cache, memory)
         if memory is not None:
-            check_memory(memory, self.layers[0].memory_sizes, len(inputs_embeds), rows, cache)
+            check_memory(self.config, memory, self.layers[0].memory_sizes, len(inputs_embeds), rows, cache)
             attention_mask = None
         recomputes = self.layers[0].gradient_checkpointing and self.training
         use_cache = use_cache and not recomputes and unroll_steps is None and memory is None and rows.texts is None

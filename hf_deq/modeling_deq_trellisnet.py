@@ -63,6 +63,9 @@ class DEQTrellisNetLayer(DEQLayer):
             weight_norm=config.weight_norm,
             gain=STATE_GAIN,
         )
+        # Read here, because an adapter may wrap the convolutions later.
+        self.reaches = self.recurrence.reach, self.injection.reach
+        self.recurrent_shape = 4 * self.channels, self.channels * config.kernel_size
 
     def forward(
         self,
@@ -98,7 +101,8 @@ class DEQTrellisNetLayer(DEQLayer):
         tokens, texts = rows
         config = self.config
         past_hidden, past_cell = past_states.chunk(2, -1)
-        weight_mask = self.recurrence.draw_weight_mask(config.weight_dropout)
+        recurrent = injection.new_empty(()).expand(self.recurrent_shape)
+        weight_mask = draw_dropout_mask(recurrent, config.weight_dropout, self.training)
         mask = draw_dropout_mask(injection[:, :1, : self.channels], config.hidden_dropout, self.training)
         past_hidden, last_cell = apply_mask(past_hidden, mask), past_cell[:, -1:]
 
@@ -119,9 +123,9 @@ class DEQTrellisNetLayer(DEQLayer):
 
     def _start_of_text(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return zero states and zero inputs, as many as the convolutions reach back."""
-        batch = like.shape[0]
-        states = like.new_zeros(batch, self.recurrence.reach, 2 * self.channels)
-        return states, like.new_zeros(batch, self.injection.reach, self.config.embedding_size)
+        batch, (state_reach, input_reach) = like.shape[0], self.reaches
+        states = like.new_zeros(batch, state_reach, 2 * self.channels)
+        return states, like.new_zeros(batch, input_reach, self.config.embedding_size)
 
 
 class DEQTrellisNetPreTrainedModel(DEQPreTrainedModel):
@@ -168,6 +172,9 @@ class DEQTrellisNetForCausalLM(DEQTrellisNetPreTrainedModel, DEQForCausalLM):
     """The language model. With an adaptive softmax or a mixture of softmaxes, `logits` are log-probabilities."""
 
     model_class = DEQTrellisNetModel
+
+    def _get_static_cache_init_shape(self, *args, **kwargs) -> None:
+        """Return `None`: the cache holds no keys of heads, and is made in the first call."""
 
     def _make_head(self, config: DEQTrellisNetConfig) -> nn.Module:
         if config.cutoffs:

@@ -174,17 +174,13 @@ class CausalConvolution(nn.Module):
             init.copy_(self.magnitude, _lengths(self._taps))
         init.zeros_(self.bias)
 
-    def draw_weight_mask(self, probability: float) -> Tensor | None:
-        """Draw a dropout mask of the weights for `forward`; `None` if dropout is off."""
-        return draw_dropout_mask(self._taps.flatten(1), probability, self.training)
-
     def forward(self, x: Tensor, past: Tensor, texts: Texts | None = None, weight_mask: Tensor | None = None) -> Tensor:
         """Convolve `(batch, sequence, in)` to `(batch, sequence, out)`.
 
         Args:
             past: what stands before x, `(batch, reach, in)`.
             texts: the texts of packed rows. No text reads from another one.
-            weight_mask: the same in all evaluations of a solve.
+            weight_mask: a dropout mask `(out, kernel * in)`, the same in all evaluations of a solve.
         """
         distances = [tap * self.dilation for tap in reversed(range(self.kernel_size))]
         taps = [_shifted(x, past, distance, texts) for distance in distances]

@@ -75,13 +75,15 @@ def main(arguments: TrainingBenchmarkArguments) -> None:
     ids, ways = windows(arguments), gradients(arguments, has_torchdeq())
     models = {way: make_model(way, arguments) for way in ways}
     dtype = getattr(torch, arguments.dtype)
-    steps = {way: partial(step, models[way], estimator, ids, dtype) for way, estimator in ways.items()}
+    steps = {
+        way: partial(step, models[way], estimator, ids, arguments.tolerance, dtype) for way, estimator in ways.items()
+    }
     times = take_turns(steps, arguments.seconds)
     exact, rows = exact_gradient(arguments, ids), []
     for way, estimator in ways.items():
         steps[way]()
         ours = None if estimator == EXPLICIT else flat_gradient(models[way])
-        kept = saved_bytes(models[way], partial(loss_of, models[way], estimator, ids, dtype))
+        kept = saved_bytes(models[way], partial(loss_of, models[way], estimator, ids, dtype, arguments.tolerance))
         row = {"gradient": way, "ms": 1e3 * times[way], "time": times[way] / times[next(iter(ways))]}
         row |= {"saved MB": kept / 1e6, "peak MB": peak_bytes(models[way], steps[way]) / 1e6}
         rows.append(row | differences(ours, exact))
@@ -129,28 +131,23 @@ def windows(arguments: TrainingBenchmarkArguments) -> Tensor:
     return text.windows(arguments.rows).to(arguments.device)
 
 
-def loss_of(model, estimator: GradientEstimator | str, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The loss, with an estimator in the place of the configured one."""
+def loss_of(model, estimator: GradientEstimator | str, ids: Tensor, dtype: torch.dtype, tolerance: float) -> Tensor:
+    """The loss, with an estimator in the place of the configured one. However it works, the tolerance is the same."""
     with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
         if estimator == EXPLICIT:
             return model(ids, labels=ids, use_cache=False).loss
         layer = model.model.layers[0]
         layer.gradient_estimator = lambda dial: estimator
         try:
-            return model(ids, labels=ids, use_cache=False, solver_tolerance=solver_tolerance(estimator)).loss
+            return model(ids, labels=ids, use_cache=False, solver_tolerance=tolerance).loss
         finally:
             del layer.gradient_estimator
 
 
-def solver_tolerance(estimator) -> float:
-    """The tolerance of the forward solve: that of the benchmark, however the gradient is found."""
-    return getattr(getattr(estimator, "solver", None), "tolerance", 0.0) or TrainingBenchmarkArguments.tolerance
-
-
-def step(model, estimator, ids: Tensor, dtype: torch.dtype = torch.float32) -> None:
+def step(model, estimator, ids: Tensor, tolerance: float, dtype: torch.dtype = torch.float32) -> None:
     """One step without an optimizer."""
     model.zero_grad()
-    loss_of(model, estimator, ids, dtype).backward()
+    loss_of(model, estimator, ids, dtype, tolerance).backward()
 
 
 def exact_gradient(arguments: TrainingBenchmarkArguments, ids: Tensor) -> Tensor:
@@ -166,7 +163,7 @@ def exact_gradient(arguments: TrainingBenchmarkArguments, ids: Tensor) -> Tensor
 
 
 def flat_gradient(model) -> Tensor:
-    return torch.cat([parameter.grad.flatten().double().cpu() for parameter in model.parameters()])
+    return torch.cat([parameter.grad.flatten().cpu().double() for parameter in model.parameters()])
 
 
 def differences(ours: Tensor | None, exact: Tensor) -> dict:
@@ -219,7 +216,7 @@ def rounding_errors(arguments: TrainingBenchmarkArguments) -> list[dict]:
                 found = []
                 for estimator in (BackpropagatedSteps(steps, beta), ReversibleGradient(steps, beta)):
                     model = make_model("", arguments).to(getattr(torch, dtype))
-                    step(model, estimator, ids)
+                    step(model, estimator, ids, arguments.tolerance)
                     found.append(flat_gradient(model))
                 row[f"error, {dtype}"] = differences(found[1], found[0])["error"]
             rows.append(row)

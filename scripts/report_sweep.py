@@ -56,7 +56,7 @@ def main(folder: str, arguments: ReportSweepArguments) -> None:
     warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
     torch.set_num_threads(1)  # as the runs had
     sweep, place = Sweep(Path(folder) / "sweep.yaml"), Path(folder) / "measurements.json"
-    finals = sweep.finals()
+    finals = {model: lines for model, lines in sweep.finals().items() if any(map(is_scored, lines))}
     if arguments.runs_dir is not None:
         place.write_text(json.dumps(measure(finals, Path(arguments.runs_dir), arguments), indent=1))
     measurements = json.loads(place.read_text()) if place.is_file() else {}
@@ -77,29 +77,36 @@ def tuning_rows(sweep: Sweep) -> list[dict]:
             setting = [one for one in tried.values() if one.items() <= line["flags"].items()]
             words = "; ".join(f"{name} {value}" for one in setting for name, value in one.items())
             perplexity = line["result"]["validation_perplexity"]
-            rows.append({"model": model, "round": line["round"], "setting": words, "validation": round(perplexity, 1)})
+            score = "diverged" if perplexity is None else round(perplexity, 1)
+            rows.append({"model": model, "round": line["round"], "setting": words, "validation": score})
     return rows
 
 
 def final_rows(finals: dict[str, list[dict]], measurements: dict) -> list[dict]:
-    """A row for each model: mean and standard deviation over the seeds."""
+    """A row for each model: mean and standard deviation over the seeds that did not diverge."""
     rows = []
     for model, lines in finals.items():
-        results = [line["result"] for line in lines]
+        scored = list(filter(is_scored, lines))
+        results = [line["result"] for line in scored]
         evaluations = [result.get("validation_num_evaluations") for result in results]
         row = {
             "model": model,
             "parameters": results[0]["num_parameters"],
             "tokens (M)": round(results[0]["num_tokens"] / 1e6, 2),
             "minutes": round(statistics.mean(result["seconds"] / 60 for result in results), 1),
-            "seeds": len(lines),
+            "seeds": len(lines) if scored == lines else f"{len(scored)} of {len(lines)}",
             "validation": spread([result["validation_perplexity"] for result in results]),
-            "test": spread([test_row(line)["perplexity"] for line in lines]),
+            "test": spread([test_row(line)["perplexity"] for line in scored]),
             "evaluations": None if None in evaluations else round(statistics.mean(evaluations), 1),
         }
         measured = measurements.get(model, {})
         rows.append(row | {name: measured.get(name) for name in MEASURED})
     return rows
+
+
+def is_scored(line: dict) -> bool:
+    """Whether a final run has scores. A run that diverged has none."""
+    return line["result"]["validation_perplexity"] is not None and "evaluation" in line
 
 
 def spread(values: list[float]) -> str:
@@ -166,6 +173,7 @@ def draw(finals: dict[str, list[dict]]) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     colors = {True: cycle(COLORS), False: cycle(COLORS)}  # of equilibria and of explicit models
     for model, lines in finals.items():
+        lines = list(filter(is_scored, lines))
         solved = is_solved(lines[0])
         look = {"color": next(colors[solved]), "marker": "o", "linestyle": "-" if solved else "--"}
         look["markerfacecolor"] = look["color"] if solved else "white"
@@ -186,6 +194,7 @@ def draw(finals: dict[str, list[dict]]) -> Figure:
 
 def measure(finals: dict[str, list[dict]], runs_dir: Path, arguments: ReportSweepArguments) -> dict:
     """Speed, memory and surprises of the first final model of each kind."""
+    finals = {model: list(filter(is_scored, lines)) for model, lines in finals.items()}
     models = {
         model: AutoModelForCausalLM.from_pretrained(runs_dir / lines[0]["key"]) for model, lines in finals.items()
     }

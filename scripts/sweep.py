@@ -5,7 +5,7 @@
 
 The file of results lies beside the sweep: results.jsonl, a line for each finished run. A run whose line is there is not
 run again, so a sweep can be stopped at any moment (Ctrl-C, or a kill) and started again. A run that was stopped in the
-middle goes on from its last checkpoint.
+middle goes on from its last checkpoint, and a training that came to its end is only evaluated.
 
 A sweep is a YAML file:
 
@@ -23,7 +23,8 @@ A sweep is a YAML file:
           - [{resid_pdrop: 0.0}]
 
 A run has these flags and no others: no recipe adds to them. The models take their turns independently. All runs of a
-model's round end before its next round starts.
+model's round end before its next round starts. A training that diverges is a result, too: its score is null, and it is
+never the best.
 """
 
 import json
@@ -42,7 +43,9 @@ from pathlib import Path
 import yaml
 
 from hf_deq.commands import run as run_command
+from hf_deq.data import parse_recipe
 from hf_deq.evaluation import format_table
+from hf_deq.training import Diverged
 from hf_deq.training.log import parse_metrics, replace_lines
 
 SCRIPTS = Path(__file__).parent
@@ -92,18 +95,31 @@ class Sweep:
     """
 
     def __init__(self, file: Path):
-        self.plan = yaml.safe_load(file.read_text())
+        self.plan = parse_recipe(file)
         if self.plan.keys() - {"evaluate"} != NAMES:
             raise ValueError(
                 f"{file} must have the names {sorted(NAMES)}, and may have evaluate: it has {[*self.plan]}."
             )
+        for model, mine in self.plan["models"].items():
+            if not {"common", "rounds"} <= mine.keys() <= {"common", "rounds", "tuning", "final"}:
+                raise ValueError(
+                    f"{file}: the model {model!r} must have common and rounds, and may have tuning and final: it has "
+                    f"{[*mine]}."
+                )
         self.results_file = file.with_name("results.jsonl")
         lines = self.results_file.read_text() if self.results_file.is_file() else ""
         self.results = {line["key"]: line for line in map(json.loads, lines.splitlines())}
 
     def score(self, run: Run) -> float:
-        """The score of a finished run; infinite if it is not a number, so that it is never the best."""
-        score = self.results[run.key]["result"][self.plan["score"]]
+        """The score of a finished run; infinite if it is not a number, so that it is never the best.
+
+        Raises:
+            ValueError: if the run has no such score.
+        """
+        result, name = self.results[run.key]["result"], self.plan["score"]
+        if name not in result:
+            raise ValueError(f"score: {name!r} is not in the results of {run.key}, which have {[*result]}.")
+        score = result[name]
         return math.inf if score is None or math.isnan(score) else score
 
     def ready(self) -> list[Run]:
@@ -158,7 +174,9 @@ class Sweep:
             }
             words = " ".join(f"{name}={value}" for name, value in special.items())
             row = {name: line[name] for name in ("model", "round")}
-            row |= {self.plan["score"]: line["result"][self.plan["score"]], "minutes": line["result"]["seconds"] / 60}
+            result = line["result"]
+            row[self.plan["score"]] = result[self.plan["score"]]
+            row["minutes"] = result["seconds"] / 60 if "seconds" in result else None
             rows.append(row | {"setting": words})
         return rows
 
@@ -170,48 +188,60 @@ class Worker:
         runs_dir: folder for the folders of the runs.
         machine: flags that no result has, because they belong to this machine.
         evaluation: flags of the evaluation after a final run; `None` for no evaluation.
+        score: the name of the score in the results.
 
     Raises:
         ValueError: if a flag of the machine has no value.
     """
 
-    def __init__(self, runs_dir: Path, machine: list[str], evaluation: dict | None):
-        self.runs_dir, self.evaluation = runs_dir, evaluation
+    def __init__(self, runs_dir: Path, machine: list[str], evaluation: dict | None, score: str):
+        self.runs_dir, self.evaluation, self.score = runs_dir, evaluation, score
         if wrong := [pair for pair in machine if "=" not in pair]:
             raise ValueError(f"--set takes NAME=VALUE, such as corpus=path/to/ptb; got {wrong[0]!r}.")
         self.machine = flags_of(dict(pair.split("=", 1) for pair in machine))
         self.processes: set[subprocess.Popen] = set()
         self.stopping = threading.Event()
 
-    def train(self, run: Run) -> dict | None:
-        """Train, or go on from the last checkpoint; the results of the run, or `None` if it was stopped.
+    def run(self, run: Run) -> dict | None:
+        """Train, or go on from the last checkpoint, and evaluate; the results, or `None` if the run was stopped.
+
+        The score of a training that diverged is `None`.
 
         Raises:
-            OSError: if it fails. The message names the file with its output.
+            OSError: if a script fails. The message names the file with its output.
         """
         folder = self.runs_dir / run.key
         folder.mkdir(parents=True, exist_ok=True)
-        has_checkpoint = any((folder / "checkpoints").glob("step-*"))
-        recipe = folder / "flags.yaml"  # as flags, they would be added to the default recipe
-        recipe.write_text(yaml.safe_dump(run.flags))
-        flags = [*self.machine, "--output_dir", str(folder), "--num_threads", "1"]
-        flags.append("--resume" if has_checkpoint else "--overwrite")
-        if not self.call(["train.py", str(recipe), *flags], folder):
+        if not is_finished(metrics_of(folder)) and self.train(run, folder) is None:
             return None
-        metrics = parse_metrics((folder / "metrics.jsonl").read_text())
-        validations = [line for line in metrics[:-1] if any(name.startswith("validation_") for name in line)]
-        line = {"result": metrics[-1], "validations": validations}
+        metrics = metrics_of(folder)
+        if not is_finished(metrics):  # it diverged
+            return {"result": {"step": metrics[-1]["step"], self.score: None}, "validations": validations_of(metrics)}
+        line = {"result": metrics[-1], "validations": validations_of(metrics[:-1])}
         if run.round == "final" and self.evaluation is not None:
             file = folder / "evaluation.json"
-            if not self.call(["evaluate.py", str(folder), *flags_of(self.evaluation), "--output", str(file)], folder):
+            command = ["evaluate.py", str(folder), *flags_of(self.evaluation), "--output", str(file)]
+            if self.call(command, folder) is None:
                 return None
             line["evaluation"] = json.loads(file.read_text())
         return line
 
-    def call(self, command: list[str], folder: Path) -> bool:
-        """Run a script to its end; whether it got there."""
+    def train(self, run: Run, folder: Path) -> int | None:
+        """Train to the end, from the last checkpoint if there is one; the exit status, or `None` if it was stopped."""
+        recipe = folder / "flags.yaml"  # as flags, they would be added to the default recipe
+        recipe.write_text(yaml.safe_dump(run.flags))
+        flags = [*self.machine, "--output_dir", str(folder), "--num_threads", "1"]
+        flags.append("--resume" if any((folder / "checkpoints").glob("step-*")) else "--overwrite")
+        return self.call(["train.py", str(recipe), *flags], folder, allowed=(0, Diverged.exit_status))
+
+    def call(self, command: list[str], folder: Path, allowed: tuple[int, ...] = (0,)) -> int | None:
+        """Run a script; its exit status if this is an allowed one, or `None` if it was stopped.
+
+        Raises:
+            OSError: if the status is another one.
+        """
         if self.stopping.is_set():
-            return False
+            return None
         log = folder / f"{command[0].removesuffix('.py')}.log"
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(log, "w") as output:
@@ -220,17 +250,33 @@ class Worker:
             self.processes.add(process)
             code = process.wait()
             self.processes.discard(process)
+        if code in allowed:
+            return code
         if self.stopping.is_set():
-            return False
-        if code != 0:
-            raise OSError(f"a run failed with status {code}: read {log}.")
-        return True
+            return None
+        raise OSError(f"a run failed with status {code}: read {log}.")
 
     def stop(self, *signal_and_frame) -> None:
         """Ask the running trainings to save a checkpoint and end."""
         self.stopping.set()
         for process in list(self.processes):
             process.send_signal(signal.SIGTERM)
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """What a run has logged so far."""
+    file = folder / "metrics.jsonl"
+    return parse_metrics(file.read_text()) if file.is_file() else []
+
+
+def is_finished(metrics: list[dict]) -> bool:
+    """Whether a training came to its end: only its last line has the number of tokens."""
+    return bool(metrics) and "num_tokens" in metrics[-1]
+
+
+def validations_of(metrics: list[dict]) -> list[dict]:
+    """The lines of validations."""
+    return [line for line in metrics if any(name.startswith("validation_") for name in line)]
 
 
 def flags_of(values: dict) -> list[str]:
@@ -243,7 +289,8 @@ def main(file: str, arguments: SweepArguments) -> None:
     """Run what is not finished, and print the results."""
     sweep = Sweep(Path(file))
     if not arguments.show:
-        run_all(sweep, Worker(Path(arguments.runs_dir), arguments.set, sweep.plan.get("evaluate")), arguments.workers)
+        evaluation, score = sweep.plan.get("evaluate"), sweep.plan["score"]
+        run_all(sweep, Worker(Path(arguments.runs_dir), arguments.set, evaluation, score), arguments.workers)
     print(format_table(sweep.table()) if sweep.results else "no run is finished")
     left = sweep.ready()
     print(f"\n{len(left)} runs can start next, {[run.key for run in left]}" if left else "\nevery run is finished")
@@ -281,7 +328,7 @@ def start(sweep: Sweep, worker: Worker, pool: ThreadPoolExecutor, running: dict[
     busy = {run.key for run in running.values()}
     for run in [run for run in sweep.ready() if run.key not in busy][: workers - len(running)]:
         print(f"{run.key} ({run.model}, {run.round})", flush=True)
-        running[pool.submit(worker.train, run)] = run
+        running[pool.submit(worker.run, run)] = run
 
 
 if __name__ == "__main__":

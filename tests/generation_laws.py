@@ -293,6 +293,19 @@ class GenerationLaws:
             with pytest.raises(ValueError, match="cache"):
                 self.family.model(**fields, solver_tolerance=1e-2).draft()
 
+    def test_drafts_of_the_first_layers_are_refused(self):
+        model, ids = self.family.model(), random_ids(1, 5)
+        for how in ({"assistant_early_exit": 1}, {"generation_config": GenerationConfig(assistant_early_exit=1)}):
+            with pytest.raises(ValueError, match=r"an equilibrium has no stack: pass assistant_model=model.draft\(\)"):
+                model.generate(ids, **how, max_new_tokens=2)
+        assert model.generate(ids, max_new_tokens=2).shape[1] > 5
+
+    def test_a_static_cache_may_be_filled_in_chunks(self):
+        model, ids = self.family.model(), random_ids(1, 7)
+        greedy = dict(max_new_tokens=4, do_sample=False, eos_token_id=None)
+        chunked = model.generate(ids, **greedy, cache_implementation="static", prefill_chunk_size=3)
+        assert torch.equal(chunked, model.generate(ids, **greedy))
+
     def test_the_dial_is_for_the_model_and_may_stand_in_a_generation_config(self):
         model, ids = self.family.model(), random_ids(1, 5)
         loose = GenerationConfig(**REPORTED, solver_max_evaluations=2, pad_token_id=0)

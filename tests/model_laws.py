@@ -413,7 +413,9 @@ class ModelLaws:
         self.family.model().save_pretrained(tmp_path)
         model, ids = AutoModelForCausalLM.from_pretrained(tmp_path, **override), random_ids(1, 4)
         greedy = dict(max_new_tokens=3, do_sample=False, eos_token_id=None)
-        assert torch.equal(model.generate(ids, **greedy), model.generate(ids, **greedy, use_cache=False))
+        expected = model.generate(ids, **greedy, use_cache=False)
+        assert torch.equal(model.generate(ids, **greedy), expected)
+        assert torch.equal(model.generate(ids, model.generation_config, **greedy), expected)
         with pytest.raises(ValueError, match="use_cache=False"):
             model.generate(ids, **greedy, use_cache=True)
 

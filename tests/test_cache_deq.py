@@ -121,7 +121,15 @@ def test_rows_can_be_selected_repeated_and_reordered():
     layer.batch_select_indices(torch.tensor([0, 3]))
     assert layer.past[0][:, -1, 0].tolist() == [50, 5] and layer.past[1].shape[0] == 2
     layer.reset()
-    assert layer.get_seq_length() == 0 and not layer.past[0].any()
+    assert layer.get_seq_length() == 0 and layer.past is None
+
+
+def test_a_cache_that_was_reset_takes_another_number_of_rows():
+    model, ids = TRELLISNET.model(), random_ids(3, 5)
+    cache = DynamicCache(config=model.config)
+    model(ids[:2], cache=cache, use_cache=True)
+    cache.reset()
+    torch.testing.assert_close(model(ids, cache=cache, use_cache=True).logits, model(ids).logits)
 
 
 GIVEN = [("without config", {}), *((kind, fields) for kind in ("dynamic", "static") for fields in WINDOWS)]

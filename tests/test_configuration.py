@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import TRANSFORMER, TRELLISNET, every_family
+from families import ATTRACTOR, TRANSFORMER, TRELLISNET, every_family
 from transformers import AutoConfig
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
@@ -54,6 +54,23 @@ def test_what_is_no_finite_number_is_refused(family, value):
 def test_sizes_are_positive(family, name, value):
     with pytest.raises(Exception, match=f"{name} must be at least 1, got {value}"):
         family.config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "family, name, given, other",
+    [
+        (ATTRACTOR, "attention_dropout", 0.1, "DEQTransformerConfig"),
+        (ATTRACTOR, "memory_length", 4, "DEQTransformerConfig"),
+        (TRANSFORMER, "num_key_value_heads", 2, "DEQAttractorConfig"),
+        (TRELLISNET, "variational_dropout", True, "DEQTransformerConfig"),
+    ],
+)
+def test_fields_of_another_family_are_refused(family, name, given, other, caplog):
+    """They would have no effect. In a file of another version they are left out, with a warning."""
+    with pytest.raises(ValueError, match=f"has no field '{name}', which is one of {other}: leave it out"):
+        family.config(**{name: given})
+    saved = family.config().to_dict() | {name: given}
+    assert not hasattr(type(family.config()).from_dict(saved), name) and name in caplog.text
 
 
 @pytest.mark.parametrize("value", [0, -4])

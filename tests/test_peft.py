@@ -30,8 +30,13 @@ ADAPTERS = {
         {"weight_norm": True},
         {"target_parameters": [f"{name}.direction" for name in PROJECTIONS]},
     ),
-    # Nor are convolutions: they are trained whole, next to an adapter of the vocabulary's maps.
+    # Nor are convolutions: their directions are adapted, or they are trained whole.
     "vocabulary": (TRELLISNET, UNTIED, {"target_modules": ["lm_head", "embed_tokens"]}),
+    "directions of convolutions": (
+        TRELLISNET,
+        UNTIED,
+        {"target_parameters": ["injection.direction", "recurrence.direction"]},
+    ),
     "convolution": (
         TRELLISNET,
         UNTIED,

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from families import TRANSFORMER
+from families import TRANSFORMER, TRELLISNET, random_ids
 
 from hf_deq import weight_tying
 from hf_deq.weight_tying import (
@@ -36,7 +36,9 @@ def test_weights_are_dropped_in_training_only():
     past, unit = torch.zeros(30, 1, 30), torch.eye(30)[:, None]  # the answer to a unit vector is a column of the weight
 
     def weights(dropout):
-        return convolution(unit, past, weight_mask=convolution.draw_weight_mask(dropout))[:, 0]
+        return convolution(
+            unit, past, weight_mask=draw_dropout_mask(convolution._taps.flatten(1), dropout, convolution.training)
+        )[:, 0]
 
     convolution.eval()
     whole = weights(0.4)
@@ -107,3 +109,12 @@ def test_a_model_is_differentiated_in_several_threads():
         for _ in range(5):
             for ours, alone in zip(threads.map(gradients, range(4)), expected, strict=True):
                 assert all(torch.equal(one, other) for one, other in zip(ours, alone, strict=True))
+
+
+def test_a_reversible_model_normalises_its_weights_once_if_nothing_is_differentiated(monkeypatch):
+    model, computed = TRELLISNET.model(gradient="reversible"), []
+    plain = weight_tying.normalised_weight
+    monkeypatch.setattr(weight_tying, "normalised_weight", lambda *args: computed.append(1) or plain(*args))
+    with torch.no_grad():
+        assert model(random_ids(2, 5), use_cache=False).num_evaluations.max() > 3
+    assert len(computed) == 2  # of the injection and of f

@@ -66,11 +66,15 @@ def first_argument(argv: Sequence[str]) -> str | None:
 
 
 def with_errors_in_a_line(work: Callable[[], None]) -> None:
-    """Do the work. Bad input ends it with status 1 and a message on stderr, not with a traceback."""
+    """Do the work. Bad input ends it with a message on stderr, not with a traceback.
+
+    The exit status is 1, unless the error has an `exit_status` of its own.
+    """
     try:
         work()
     except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_status", 1))
 
 
 def run(work: Callable, description: str, *arguments: type, **positional: str) -> None:

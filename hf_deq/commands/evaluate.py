@@ -4,11 +4,11 @@
     hf-deq evaluate deq-model --corpus my_text.txt --tolerances 1e-2 1e-3 --budgets 1 2 4
     hf-deq evaluate deq-model --split test --drop_remainder --batch_size 10 --memory_length 300
 
-The first row bypasses the solver. It is one application of f to the zero state, or, if the input proposes a state (as
-in Attractor models), this state. The rows by budget stop after a number of evaluations, the rows by tolerance at a
-residual. What the model was trained on, how the text was read, and whether memory was carried, is read from its
-recipe.yaml. A model that is not solved, such as an explicit baseline, has a single row. The file of
---output also has the arguments that decide the numbers.
+The rows by budget stop after a number of evaluations, the rows by tolerance at a residual. One evaluation is f applied
+to the state where a solve starts, so the solver has no part in it. If the input proposes this state (as in Attractor
+models), a row before the others is the state itself. What the model was trained on, how the text was read, and whether
+memory was carried, is read from its recipe.yaml. A model that is not solved, such as an explicit baseline, has a single
+row. The file of --output also has the arguments that decide the numbers.
 """
 
 import json
@@ -59,7 +59,12 @@ def parse_for_folder(description: str, arguments: type) -> tuple:
     folder = first_argument(sys.argv[1:])
     task = LanguageModeling if folder is None else task_of(read_recipe(folder))
     help_text = "Model folder or Hub repository; the first argument."
-    return parse(description, arguments, task.evaluation_arguments, model=help_text)
+    parsed = parse(description, arguments, task.evaluation_arguments, model=help_text)
+    if folder is None and task_of(read_recipe(parsed[0])) is not task:
+        raise ValueError(
+            f"name the model folder first, because its task decides which flags there are: {parsed[0]} --..."
+        )
+    return parsed
 
 
 def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
@@ -76,6 +81,7 @@ def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
         radius = f"{evaluation.spectral_radius:.2f} (an estimate, the mean of {RADIUS_WINDOWS} windows)"
         print(f"\nspectral radius of the Jacobian of f at the equilibrium: {radius}")
         print(f"from the start to the equilibrium, ||z* - z0|| / ||z*||: {evaluation.distance_from_start:.2f}")
+    if evaluation.path_independence is not None:
         print(f"path independence (1: the same equilibrium from other starts): {evaluation.path_independence:.4f}")
     if arguments.output:
         always = ROWS if evaluation.is_solved else ()

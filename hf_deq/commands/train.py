@@ -84,10 +84,34 @@ def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
     unknown = sorted(set(recipe) - names)
     if unknown:
         raise ValueError(f"{name or 'the default recipe'}: unknown names {unknown}; see --help for those that exist.")
-    parser.set_defaults(**(recipe | vars(chosen)))
+    check_values(recipe, parser, name or "the default recipe")
+    parser.set_defaults(**(as_flags(recipe) | vars(chosen)))
     task, run, model, _ = parser.parse_args_into_dataclasses(flags)
     model_fields = {name: value for name, value in vars(model).items() if value is not None}
     return task, run, model_fields, chosen.model_type
+
+
+def check_values(recipe: dict, parser: argparse.ArgumentParser, source: str) -> None:
+    """Refuse a value in place of a list, a list in place of a value, and a name without a value.
+
+    Raises:
+        ValueError: if there is one. The message names it.
+    """
+    for action in parser._actions:
+        value = recipe.get(action.dest, action.default)
+        if value is None and action.default is not None:
+            raise ValueError(f"{source}: {action.dest} has no value. Write one, or leave the name out.")
+        takes_list = action.nargs in ("+", "*")
+        if action.dest in recipe and value is not None and isinstance(value, list) != takes_list:
+            raise ValueError(
+                f"{source}: {action.dest} must be {'a list' if takes_list else 'one value'}, got {value!r}."
+            )
+
+
+def as_flags(recipe: dict) -> dict:
+    """A recipe with numbers as they are written in a command line: argparse checks only text."""
+    numbers = {name: repr(value) for name, value in recipe.items() if type(value) in (int, float)}
+    return recipe | numbers
 
 
 def initial_folder(arguments: list[str], recipe: dict) -> str | None:

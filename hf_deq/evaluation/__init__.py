@@ -1,9 +1,10 @@
 """How good a model is, and what its equilibrium contributes."""
 
 from .held_out import HeldOut, HeldOutText
-from .model_folders import load_model
+from .model_folders import check_length, load_model
 from .protocol import Protocol, solver_settings
 from .reports import (
+    FIGURES,
     METRICS,
     Evaluation,
     by_budget,
@@ -17,6 +18,7 @@ from .reports import (
 from .scoring import PerplexityReport, evaluate_perplexity, evaluating, in_step, share_of, solve_sums, summed
 
 __all__ = [
+    "FIGURES",
     "METRICS",
     "Evaluation",
     "HeldOut",
@@ -25,6 +27,7 @@ __all__ = [
     "Protocol",
     "by_budget",
     "by_tolerance",
+    "check_length",
     "dial_settings",
     "evaluate_dial",
     "evaluate_perplexity",

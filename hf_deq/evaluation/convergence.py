@@ -25,7 +25,7 @@ from ..fixed_point import SOLVERS, ConvergenceWarning, FixedPointSolver, PicardS
 from ..jacobian import spectral_radius
 from ..layer_deq import make_solver
 from ..modeling_deq import DEQForCausalLM, DEQPreTrainedModel
-from ..position_algebra import own_residuals
+from ..position_algebra import own_residuals, widest_dtype
 from .scoring import evaluating
 
 
@@ -215,16 +215,17 @@ def divergences(model: DEQForCausalLM, input_ids: Tensor, tolerances: Sequence[f
     Raises:
         ValueError: if the equilibrium of a row is not found within 1,000 evaluations.
     """
-    input_ids = input_ids.to(model.device)
-    with evaluating(model), unconverged_on_purpose():
+    has_doubles = widest_dtype(model.device) == torch.float64
+    exactly = deepcopy(model).to(model.device if has_doubles else "cpu", torch.float64)
+    with evaluating(model), evaluating(exactly), unconverged_on_purpose():
         dial = dict(solver_tolerance=1e-7, solver_max_evaluations=1_000)
-        exact = deepcopy(model).double()(input_ids, use_cache=False, **dial)
+        exact = exactly(input_ids.to(exactly.device), use_cache=False, **dial)
         if not exact.converged.all():
             raise ValueError(f"the equilibrium is not found in rows {(~exact.converged).nonzero().flatten().tolist()}.")
         truth, measured = exact.logits.log_softmax(-1), {}
         for tolerance in tolerances:
-            loose = model(input_ids, use_cache=False, solver_tolerance=tolerance)
-            ours = loose.logits.double().log_softmax(-1)
+            loose = model(input_ids.to(model.device), use_cache=False, solver_tolerance=tolerance)
+            ours = loose.logits.to(exactly.device).double().log_softmax(-1)
             nats = F.kl_div(ours, truth, reduction="none", log_target=True).sum(-1)
             measured[tolerance] = Divergence(nats, loose.num_evaluations, loose.converged)
     return measured
@@ -250,7 +251,7 @@ def spectral_radii(model: DEQPreTrainedModel, input_ids: Tensor, steps: int = 50
 
     with evaluating(model), torch.no_grad(), same_random_numbers(model), solved_by(model, measured):
         model.base_model(input_ids.to(model.device), use_cache=False)
-    return radii[0].double().cpu().numpy()
+    return radii[0].cpu().double().numpy()
 
 
 @contextmanager
@@ -277,7 +278,7 @@ def _stacked(residuals: list[Tensor], budget: int, dim: int) -> np.ndarray:
     """Return as many residuals as the budget, stacked in the dimension `dim`."""
     # After its budget, a solver may evaluate f once more at its best iterate. After an early end, nothing moves.
     kept = residuals[:budget] + residuals[-1:] * (budget - len(residuals))
-    return torch.stack(kept, dim).double().cpu().numpy()
+    return torch.stack(kept, dim).cpu().double().numpy()
 
 
 @contextmanager

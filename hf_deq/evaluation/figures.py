@@ -74,12 +74,11 @@ def draw_residuals(trained: Trained, others: Sequence[Trained], budget: int) -> 
     """Draw how every solver approaches the equilibrium of a model, and how other models do by their own solver."""
     curves = {_name_of(solver, trained): (trained, solver) for solver in SOLVERS}
     for other in others:
-        solver = "picard" if other.model.config.gradient == "unrolled" else other.model.config.solver
-        depth = other.model.config.solver_max_evaluations
-        how = (
-            f"trained with {depth} unrolled steps" if solver == "picard" else f"{other.model.config.gradient} gradient"
-        )
-        curves[f"{other.name}: {_name_of(solver, other)},\n{how}"] = (other, solver)
+        config = other.model.config
+        unrolled = config.gradient == "unrolled"
+        solver = "picard" if unrolled else config.solver
+        how = f"{config.solver_max_evaluations} unrolled steps" if unrolled else f"{config.gradient} gradient"
+        curves[f"{other.name}: {_name_of(solver, other)},\ntrained with {how}"] = (other, solver)
     figure, data = Figure(figsize=(9, 4.5), layout="constrained"), {}
     axes, steps = figure.subplots(), range(1, budget + 1)
     for (label, (source, solver)), color in zip(curves.items(), cycle(COLORS), strict=False):
@@ -117,7 +116,7 @@ def draw_dial(
     left.set(xlabel="tolerance of the relative residual", ylabel=METRICS[headline], xscale="log")
     left.set(title=title)
     left.invert_xaxis()
-    right.set(xlabel="evaluations of f", title="Stopped after a budget\n(1: no solver, f(0))")
+    right.set(xlabel="evaluations of f", title="Stopped after a budget\n(1: one application of f, no solver)")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(textwrap.fill(f"{trained.name} on {measured}", 130), fontsize=9)
     _finish(figure, *panels, legend=False)
@@ -196,7 +195,7 @@ def draw_lens(name: str, model: DEQForCausalLM, tokenizer, text: str, budget: in
     changes = (predicted != predicted[-1]).any(1).nonzero()
     height = min(budget, (int(changes.max()) if len(changes) else 0) + 3)
     read, cells = words(ids), [words(row) for row in predicted[:height].tolist()]
-    probabilities = probabilities[:height].double().cpu().numpy()
+    probabilities = probabilities[:height].cpu().double().numpy()
     lines = -(-len(ids) // LENS_TOKENS_PER_LINE)
     width = -(-len(ids) // lines)
     size = (max(5, 0.75 * width + 1.6), lines * (0.22 * height + 1.0) + 0.8)

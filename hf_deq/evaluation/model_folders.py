@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_deq import DEQConfig
 from ..data import check_at_least
@@ -41,6 +41,23 @@ def load_model(folder: str | Path, device: str = "cpu", memory_length: int | Non
         return model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:  # torch raises either, depending on the device
         raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0]}).") from error
+
+
+def check_length(config: PreTrainedConfig, name: str, length: int) -> None:
+    """Refuse sequences that are longer than an explicit model can read.
+
+    Args:
+        config: of the model. Models of this package read any length.
+        name: of the sequences, for the message.
+        length: their tokens.
+
+    Raises:
+        ValueError: if they are.
+    """
+    field = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    positions = None if isinstance(config, DEQConfig) else getattr(config, field, None)
+    if positions is not None and length > positions:
+        raise ValueError(f"{field}={positions} must cover {name} ({length}): raise {field} to {length} or more.")
 
 
 def _class_of(config) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:

@@ -14,6 +14,7 @@ from ..configuration_deq import DEQConfig
 from ..generation_deq import REPORTED
 from .convergence import spectral_radii
 from .held_out import HeldOut
+from .model_folders import check_length
 from .starts import distances_from_start, path_independence, starts_at_zero, unsolved
 
 # What evaluations measure, and what a card or a figure calls it.
@@ -27,6 +28,15 @@ METRICS = {
     "accuracy_2x": "accuracy at twice the length",
     "accuracy_4x": "accuracy at 4 times the length",
     "accuracy_8x": "accuracy at 8 times the length",
+}
+# What `hf-deq plot` draws, and what a card says under it.
+FIGURES = {
+    "dial": "Quality against tolerance and budget",
+    "residuals": "Relative residual against evaluations of f",
+    "training": "Evaluations of f over training",
+    "memory": "Bytes that a training step keeps for backward",
+    "text": "Evaluations of f per token",
+    "lens": "What each number of evaluations predicts",
 }
 RADIUS_WINDOWS = 8
 START = {"solver_max_evaluations": 0, "solver_tolerance": 0.0}  # the row that does not solve
@@ -95,15 +105,18 @@ class Evaluation:
     def table(self) -> list[dict]:
         """The rows with the columns that are shown, for `format_table`."""
         columns = [*self.metrics, *(REPORTED if self.is_solved else ())]
-        of_the_start = any(row.get("solver_max_evaluations") == 0 for row in self.rows)
-        return [{"dial": _label(row, of_the_start)} | {name: row[name] for name in columns} for row in self.rows]
+        return [{"dial": _label(row)} | {name: row[name] for name in columns} for row in self.rows]
 
 
 def evaluate_dial(model: PreTrainedModel, held_out: HeldOut, settings: list[dict]) -> Evaluation:
     """Score a model at every setting of the dial (`solver_tolerance`, `solver_max_evaluations`).
 
     If the solve starts at a state that the input proposes, a first row scores this state.
+
+    Raises:
+        ValueError: if an explicit model cannot read windows of this length.
     """
+    check_length(model.config, "the windows (length)", held_out.windows(1).shape[1])
     rows = score_settings(model, held_out, settings)
     of_equilibrium = {}
     if getattr(model.config, "gradient", "unrolled") != "unrolled":
@@ -111,7 +124,7 @@ def evaluate_dial(model: PreTrainedModel, held_out: HeldOut, settings: list[dict
         of_equilibrium = {
             "spectral_radius": spectral_radii(model, windows).mean().item(),
             "distance_from_start": distances_from_start(model, windows).mean().item(),
-            "path_independence": path_independence(model, windows),
+            "path_independence": path_independence(model, windows) if len(windows) > 1 else None,
         }
         if not starts_at_zero(model, windows):
             with unsolved(model):
@@ -142,18 +155,16 @@ def finite(data):
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _label(row: dict, of_the_start: bool) -> str:
-    """The first column of a row; `of_the_start`: whether the table has a row of the state where a solve starts."""
+def _label(row: dict) -> str:
+    """The first column of a row."""
     if "solver_max_evaluations" not in row:
         return "no solver"
     if is_by_tolerance(row):
-        return f"tolerance {row['solver_tolerance']:.0e}"
+        return f"tolerance {row['solver_tolerance']:g}"
     budget = row["solver_max_evaluations"]
     if budget == 0:
-        return "no solver, z0"
-    if budget == 1:
-        return "1 evaluation" if of_the_start else "no solver, f(0)"
-    return f"{budget} evaluations"
+        return "no evaluation, z0"
+    return "1 evaluation" if budget == 1 else f"{budget} evaluations"
 
 
 def _format(value) -> str:

@@ -120,7 +120,7 @@ def summed(totals: Tensor, accelerator=None) -> Tensor:
     """Sum totals over the processes of an accelerator, if there is one; float64 on the CPU."""
     if accelerator is None:
         return totals
-    return accelerator.reduce(totals.to(accelerator.device, widest_dtype(accelerator.device))).double().cpu()
+    return accelerator.reduce(totals.to(accelerator.device, widest_dtype(accelerator.device))).cpu().double()
 
 
 def solve_sums(outputs) -> list[float]:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..fixed_point import FixedPointSolution
 from ..layer_deq import Dial
 from ..modeling_deq import DEQForCausalLM, DEQPreTrainedModel
+from ..position_algebra import widest_dtype
 from .convergence import captured_map, solved_by, unconverged_on_purpose
 from .scoring import evaluating
 
@@ -40,7 +41,7 @@ def distances_from_start(model: DEQPreTrainedModel, input_ids: Tensor) -> np.nda
     f, start = captured_map(model, input_ids)
     solution = model.base_model.layers[0].forward_solver(Dial())(f, start)
     distance = (solution.image - start).flatten(1).norm(dim=1) / solution.image.flatten(1).norm(dim=1)
-    return distance.double().cpu().numpy()
+    return distance.cpu().double().numpy()
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def path_independence(model: DEQPreTrainedModel, input_ids: Tensor) -> float:
     with unconverged_on_purpose():
         usual = solver(f, start).image
         other = solver(f, usual.roll(1, 0)).image
-    return F.cosine_similarity(usual.flatten(1), other.flatten(1)).double().mean().item()
+    return F.cosine_similarity(usual.flatten(1), other.flatten(1)).cpu().double().mean().item()
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def unsolved(model: DEQPreTrainedModel) -> Iterator[None]:
 
     def solve(f, z0, dial, rows):
         count = z0.shape[0] if rows.texts is None else len(rows.texts.lasts)
-        residual = torch.full((count,), float("inf"), dtype=torch.float64, device=z0.device)
+        residual = torch.full((count,), float("inf"), dtype=widest_dtype(z0.device), device=z0.device)
         evaluations = torch.zeros(count, dtype=torch.long, device=z0.device)
         return FixedPointSolution(z0, z0, residual, evaluations, evaluations.bool()), None
 

@@ -13,9 +13,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from ..data import BUILT_IN_CORPORA, is_local, known_corpus
-from ..evaluation import METRICS, is_by_tolerance, solver_settings
+from ..evaluation import FIGURES, METRICS, is_by_tolerance, solver_settings
 from ..tasks import TASKS
-from .record import FIGURES, OF_THE_EQUILIBRIUM, RunRecord
+from .record import OF_THE_EQUILIBRIUM, RunRecord
 
 TEMPLATE = Path(__file__).with_name("template.md")
 # How the class ends that an Auto class loads, and how the Hub calls its task.
@@ -143,10 +143,12 @@ def _cost(record: RunRecord) -> str | None:
 
 def _dial_table(results: list[dict]) -> str:
     """Quality against compute, one row for each setting."""
-    columns = {name: title for name, title in (METRICS | SOLVE).items() if results[0].get(name) is not None}
+    # A file of results has null in place of a number that is not finite.
+    given = {name for row in results for name, value in row.items() if value is not None}
+    columns = {name: title for name, title in (METRICS | SOLVE).items() if name in given}
     if "solver_tolerance" not in results[0]:
         columns = {name: title for name, title in columns.items() if name not in SOLVE}
-    rows = [{"dial": _setting(row)} | {title: row[name] for name, title in columns.items()} for row in results]
+    rows = [{"dial": _setting(row)} | {title: row.get(name) for name, title in columns.items()} for row in results]
     return markdown_table(rows)
 
 

@@ -13,23 +13,13 @@ import yaml
 from transformers import PreTrainedConfig
 
 from ..data import DEFAULT_CORPUS, is_local, parse_recipe
-from ..evaluation import METRICS, finite, is_by_tolerance
+from ..evaluation import FIGURES, METRICS, finite, is_by_tolerance
 from ..tasks import LanguageModeling
 from ..training import parse_metrics
 
 # Names in recipe.yaml that belong to the machine of the run, and names whose values may be a place on that machine.
 MACHINE_FIELDS = ("output_dir", "overwrite", "resume", "report_to")
 PLACE_FIELDS = ("corpus", "validation_file", "tokenizer", "init_from", "others", "metrics")
-FIGURES = {
-    "dial": "Quality against tolerance and budget",
-    "residuals": "Relative residual against evaluations of f",
-    "training": "Evaluations of f over training",
-    "memory": "Bytes that a training step keeps for backward",
-    "text": "Evaluations of f per token",
-    "lens": "What each number of evaluations predicts",
-}
-
-
 # What an evaluation says of the equilibrium; results of earlier versions have the first alone.
 OF_THE_EQUILIBRIUM = ("spectral_radius", "distance_from_start", "path_independence")
 

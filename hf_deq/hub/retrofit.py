@@ -27,6 +27,7 @@ OPTIONAL_PARTS = ("self_attn.q_norm", "self_attn.k_norm")
 LARGEST_DIFFERENCE = 1e-3  # between a part and its copy, relative to what the part computes
 # The other fields of the configuration follow from the original.
 FREE_FIELDS = EQUILIBRIUM_FIELDS | {"layer_scale_init_value", "layer_scale_max"}
+FREE_FIELDS |= {"embedding_dropout", "hidden_dropout", "output_dropout"}
 
 
 def retrofit(
@@ -42,7 +43,7 @@ def retrofit(
         model: a language model with the layers of Llama (Llama, Mistral, Qwen2, Qwen3).
         num_prelude_layers: number of layers that become the prelude.
         num_head_layers: number of layers that become the head, at least 1.
-        config_fields: fields of the equilibrium, such as `solver`, which replace the defaults.
+        config_fields: fields of the equilibrium and of dropout, such as `solver`, which replace the defaults.
             `layer_scale_init_value` gives the head gates; by default it has none.
 
     Returns:
@@ -120,7 +121,7 @@ def _config(model, layer, num_prelude_layers: int, num_head_layers: int, fields:
     slides = layer_types[0] == "sliding_attention" if layer_types else True
     window = getattr(theirs, "sliding_window", None) if slides else None
     partial = theirs.rope_parameters.get("partial_rotary_factor", 1.0)
-    if partial != 1:
+    if partial not in (None, 1):
         raise ValueError(f"{type(model).__name__} cannot be retrofitted: partial_rotary_factor is {partial}, not 1.")
     converted = dict(
         vocab_size=theirs.vocab_size,

@@ -44,7 +44,9 @@ class HeldOutExamples(HeldOut):
         """Means over the sequences: what is measured, and what the solves took."""
         rank, processes = share_of(accelerator)
         mine = Subset(self.examples, range(rank, len(self.examples), processes))
-        batches = tqdm(DataLoader(mine, self.batch_size), desc="evaluate", leave=False, disable=rank > 0)
+        # A generator of its own: a loader draws one number when it starts, which would change the training after it.
+        loader = DataLoader(mine, self.batch_size, generator=torch.Generator())
+        batches = tqdm(loader, desc="evaluate", leave=False, disable=rank > 0)
         scores = (self._sums(model, batch, dial) for batch in batches)
         names = (*self.measured, *REPORTED)
         with evaluating(model):
@@ -60,4 +62,4 @@ class HeldOutExamples(HeldOut):
         return torch.tensor([*of_sequences.sum(1).tolist(), *solve_sums(outputs)], dtype=torch.float64)
 
     def windows(self, count):
-        return torch.stack([self.examples[index]["input_ids"] for index in range(count)])
+        return torch.stack([self.examples[index]["input_ids"] for index in range(min(count, len(self.examples)))])

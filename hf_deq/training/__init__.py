@@ -6,9 +6,11 @@ from .log import evaluations_over_training, parse_metrics
 from .loop import Interrupted, train
 from .models import SOLVER_ARGUMENTS, parameter_groups
 from .optimizers import make_optimizer, make_schedule
+from .step_guard import Diverged
 
 __all__ = [
     "SOLVER_ARGUMENTS",
+    "Diverged",
     "EquilibriumCallback",
     "Interrupted",
     "RunArguments",

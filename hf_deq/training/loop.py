@@ -14,6 +14,8 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,10 +28,12 @@ from accelerate.utils import (
     ProjectConfiguration,
     set_seed,
 )
+from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..evaluation import FIGURES
 from ..tasks import Task, make_task, task_for
 from .arguments import RunArguments
 from .checkpoints import Checkpoints, holds_a_run
@@ -75,6 +79,11 @@ def train(
     folder = _writable_folder(run.output_dir)
     _check_folder(folder, run)
     accelerator = _make_accelerator(run, folder)
+    with _folder_of_its_own(folder) if accelerator.is_main_process else nullcontext():
+        return _train(task_arguments, run, model_fields, model_type, folder, accelerator)
+
+
+def _train(task_arguments, run: RunArguments, model_fields: dict, model_type: str, folder: Path, accelerator) -> dict:
     check_engine(accelerator)
     if accelerator.device.type == "cpu":
         torch.set_num_threads(run.num_threads or _cores_per_process())
@@ -154,6 +163,7 @@ class _Trainer:
             self._load_checkpoint()
         elif self.accelerator.is_main_process:
             self.checkpoints.remove_all()
+            _remove_results(self.folder)
         self.metrics.keep_until(self.step)
         with _signals_as_requests(self):
             self._take_steps()
@@ -343,7 +353,9 @@ def _make_accelerator(run: RunArguments, folder: Path) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(folder)),
     )
     if run.report_to:
-        accelerator.init_trackers("hf_deq", config={k: v for k, v in asdict(run).items() if v is not None})
+        given = {name: value for name, value in asdict(run).items() if value is not None}
+        plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in given.items()}
+        accelerator.init_trackers("hf_deq", config=plain)
     return accelerator
 
 
@@ -363,6 +375,28 @@ def _writable_folder(output_dir: str) -> Path:
     except OSError as error:
         raise OSError(f"output_dir {output_dir!r} cannot be written to ({error.strerror}); choose another.") from error
     return folder
+
+
+@contextmanager
+def _folder_of_its_own(folder: Path) -> Iterator[None]:
+    """Within this context no other training can write to the folder. The system frees it if the process is killed."""
+    lock = FileLock(folder / ".training")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"another training runs in {str(folder)!r}: wait for its end, or choose another output_dir."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_results(folder: Path) -> None:
+    """Remove what evaluations and figures say of an earlier model in the folder."""
+    for name in ("results.json", *(f"{figure}.{kind}" for figure in FIGURES for kind in ("png", "json"))):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _check_folder(folder: Path, run: RunArguments) -> None:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..configuration_deq import EQUILIBRIUM_FIELDS, DEQConfig
 from ..data import read_recipe
+from ..evaluation import check_length
 from ..generation_deq import REPORTED
 from ..tasks import Task, task_of
 from .arguments import RunArguments
@@ -111,14 +112,8 @@ class ExplicitModel:
                 raise ValueError(f"{name} is for models that solve for an equilibrium: {model_type} does not; omit it.")
         if task.carries_memory:
             raise ValueError(f"carry_memory needs a model that remembers: {model_type} does not; set it to false.")
-        self._check_length("the training sequences (sequence_length)", len(task.examples[0]["input_ids"]))
-        self._check_length("the sample's prompt and sample_tokens", task.sample_length)
-
-    def _check_length(self, name: str, length: int) -> None:
-        field = self.config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-        positions = getattr(self.config, field, None)
-        if positions is not None and length > positions:
-            raise ValueError(f"{field}={positions} must cover {name} ({length}): raise {field} to {length} or more.")
+        check_length(self.config, "the training sequences (sequence_length)", len(task.examples[0]["input_ids"]))
+        check_length(self.config, "the sample's prompt and sample_tokens", task.sample_length)
 
     def forward_arguments(self, step: int, memory: None) -> dict:
         """No arguments besides tokens and labels."""
@@ -159,8 +154,9 @@ def pretrained(folder: str, model_type: str, fields: dict) -> PreTrainedModel:
     Args:
         folder: a model folder, or a name on the Hub.
         model_type: the type that the model must have.
-        fields: fields of its configuration that the run asks for. Those of the equilibrium replace the model's own. All
-            others must be as they are in the folder, except a smaller vocabulary, and ids that the folder does not set.
+        fields: fields of its configuration that the run asks for. Those of the equilibrium and of dropout replace the
+            model's own. All others must be as they are in the folder, except a smaller vocabulary, and ids that the
+            folder does not set.
 
     Raises:
         ValueError: if the model has another type, or a field contradicts it.
@@ -170,7 +166,7 @@ def pretrained(folder: str, model_type: str, fields: dict) -> PreTrainedModel:
         raise ValueError(
             f"init_from={folder!r} holds a {config.model_type}, but model_type is {model_type}: leave model_type out."
         )
-    changed = {name: value for name, value in fields.items() if name in EQUILIBRIUM_FIELDS}
+    changed = {name: value for name, value in fields.items() if name in EQUILIBRIUM_FIELDS or name.endswith("_dropout")}
     for name, value in fields.items():
         theirs = config.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(config, name, None)
         if name in changed or value is None or theirs == value:

@@ -21,6 +21,12 @@ MOST_IN_A_ROW_WITH_SCALER = 30
 GROWN_LOSS = 10.0  # times the best loss: a warning
 
 
+class Diverged(ValueError):
+    """Training ended, because its steps were no longer finite."""
+
+    exit_status = 3  # of the command: a sweep counts such a run as a result
+
+
 class StepGuard:
     """Takes the steps of an optimizer whose gradients are finite.
 
@@ -73,12 +79,12 @@ class StepGuard:
             checkpoints: of the run; the message names the last one.
 
         Raises:
-            ValueError: if there were too many in a row.
+            Diverged: if there were too many in a row.
         """
         in_a_row = int(self.in_a_row)
         if in_a_row > (MOST_IN_A_ROW_WITH_SCALER if self.scales else MOST_IN_A_ROW):
             last = checkpoints and checkpoints.last
-            raise ValueError(
+            raise Diverged(
                 f"The gradient was not finite in the last {in_a_row} steps, up to step {step}. They were skipped, so "
                 "the weights are still finite. Lower learning_rate or max_grad_norm, or raise warmup_steps; the last "
                 f"checkpoint is {last or 'not there (see save_steps)'}."

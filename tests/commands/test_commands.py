@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from hf_deq import commands
-from hf_deq.commands import serve
+from hf_deq.commands import evaluate, serve
 from hf_deq.commands.train import parse
 from hf_deq.data import documents
 from hf_deq.modeling_deq import DEQForCausalLM
@@ -96,7 +96,7 @@ def test_evaluate_turns_the_dial(trained, tmp_path):
         tmp_path / "dial.json",
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
-    assert "no solver, f(0)" in finished.stdout and "tolerance 1e-04" in finished.stdout
+    assert "1 evaluation " in finished.stdout and "tolerance 0.0001" in finished.stdout
     results = json.loads((tmp_path / "dial.json").read_text())
     rows = results["rows"]
     assert results["arguments"] == {"length": 16, "tolerances": [1e-2, 1e-4], "budgets": [1, 2]}
@@ -104,6 +104,14 @@ def test_evaluate_turns_the_dial(trained, tmp_path):
     assert [row["num_evaluations"] for row in rows[:2]] == [1, 2]
     assert rows[3]["residual"] < rows[2]["residual"] < rows[0]["residual"]
     assert rows[0]["perplexity"] > rows[3]["perplexity"]
+
+
+def test_evaluate_wants_the_folder_first_if_its_task_has_other_flags(tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text("task: state_tracking\n")
+    monkeypatch.setattr(sys, "argv", ["hf-deq evaluate", "--budgets", "1", "--device", "cpu", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "name the model folder first" in capsys.readouterr().err
 
 
 def test_long_work_says_how_far_it_is(monkeypatch, capsys):
@@ -153,6 +161,30 @@ def test_recipes_with_unknown_names_are_refused(tmp_path):
     assert finished.returncode != 0 and "unknown names ['learning_rat']" in finished.stderr
     finished = script("train.py", tmp_path / "missing.yaml")
     assert "error: there is no recipe" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("max_steps: 1.0e+3", "invalid int value: '1000.0'"),
+        ("lr_milestones: 2", "lr_milestones must be a list, got 2"),
+        ("learning_rate: [1, 2]", r"learning_rate must be one value, got \[1, 2\]"),
+        ("learning_rate:", "learning_rate has no value. Write one, or leave the name out"),
+    ],
+)
+def test_values_of_a_recipe_are_checked_as_those_of_flags(tmp_path, capsys, line, message):
+    (recipe := tmp_path / "recipe.yaml").write_text(f"task: copy_memory\n{line}\n")
+    with pytest.raises((ValueError, SystemExit)) as refused:
+        parse([str(recipe)])
+    assert re.search(message, str(refused.value) + capsys.readouterr().err)
+
+
+def test_whole_numbers_of_a_recipe_may_be_real_ones(tmp_path):
+    (recipe := tmp_path / "recipe.yaml").write_text(
+        "task: copy_memory\nlearning_rate: 1\nlr_scheduler_type: multistep\nlr_milestones: [2, 3]\n"
+    )
+    _, run, _, _ = parse([str(recipe)])
+    assert (run.learning_rate, run.lr_milestones) == (1.0, [2, 3]) and isinstance(run.learning_rate, float)
 
 
 def test_generate_and_evaluate_refuse_what_is_not_a_model(trained, tmp_path):
@@ -373,7 +405,7 @@ def test_copy_memory_goes_through_the_same_scripts(tmp_path):
     assert "of the symbols recalled" in finished.stdout and "recalled  [" in finished.stdout, finished.stderr[-2000:]
     finished = script("evaluate.py", tmp_path, "--tolerances", 1e-3, "--budgets", 1)
     assert "copy memory, variant 'tcn', delay 2" in finished.stdout, finished.stderr[-2000:]
-    assert "recalled" in finished.stdout and "tolerance 1e-03" in finished.stdout
+    assert "recalled" in finished.stdout and "tolerance 0.001" in finished.stdout
 
 
 def test_ctrl_c_saves_and_leaves(corpus, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +10,9 @@ import pytest
 import yaml
 from command_line import ROOT, script
 from families import TRELLISNET, random_ids
+
+from hf_deq.training import Diverged
+from hf_deq.training.log import replace_lines
 
 
 def load(name):
@@ -57,7 +61,7 @@ class Recorder:
     def stop(self, *signal_and_frame):
         raise AssertionError("nobody sent a signal")
 
-    def train(self, run):
+    def run(self, run):
         self.asked.append(run)
         return {"result": {"validation_loss": loss(run.flags), "seconds": 60.0}, "validations": []}
 
@@ -106,8 +110,8 @@ def test_a_run_that_diverged_is_never_the_best(plan, rates, score):
     plan.write_text(yaml.safe_dump(PLAN | {"models": {"one": one}}))
 
     class Diverging(Recorder):
-        def train(self, run):
-            line = super().train(run)
+        def run(self, run):
+            line = super().run(run)
             line["result"]["validation_loss"] = score if run.flags["learning_rate"] == 9e-3 else 5.0
             return line
 
@@ -178,6 +182,15 @@ def test_tables_and_a_figure_are_made_of_the_results(tmp_path):
     assert "| solved | 1 | learning_rate 0.001 | 100 |" in page and "old" not in page
     assert "| solved | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 71.0 ± 1.4 | 6.2 | 5 | 1.5 | - | 0.25 |" in page
     assert "| explicit | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 91.0 ± 1.4 | - | 5 | 1.5 | - | 0.25 |" in page
+    for line in [*sweep.results.values()]:  # one short run and one final run diverge
+        if line["model"] == "solved" and line["flags"].get("seed", 1) == 1:
+            line.pop("evaluation")
+            line["result"] = {"step": 9, "validation_perplexity": None}
+    replace_lines(sweep.results_file, sweep.results.values())
+    finished = script("report_sweep.py", tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "| solved | 1 | learning_rate 0.001 | diverged |" in page, finished.stderr[-2000:]
+    assert "| 1 of 2 | 100.0 | 70.0 |" in page
 
 
 @pytest.fixture
@@ -261,6 +274,58 @@ def test_runs_are_trained_evaluated_and_written_down(tmp_path):
     assert trained["shallow_steps"] == 0  # the default recipe has 600: a run has its own flags and no others
     assert [line["step"] for line in final["validations"]] == [1]
     assert len(final["evaluation"]["rows"]) == 2 and final["evaluation"]["rows"][0]["loss"] > 0
+
+
+def worker_of(folder, calls, status=0):
+    """A worker whose scripts do not run: a training leaves a line of metrics, an evaluation its file."""
+
+    class Scripts(sweeps.Worker):
+        def call(self, command, folder, allowed=(0,)):
+            calls.append(command[0])
+            if calls.count("evaluate.py") == 1:
+                raise OSError("the evaluation failed")
+            if command[0] == "evaluate.py":
+                return 0
+            finished = {"num_tokens": 9} if status == 0 else {}
+            lines = [{"step": 1, "validation_loss": 2.0}, {"step": 2, "validation_loss": 1.0} | finished]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            return status
+
+    return Scripts(folder, [], {"split": "test"}, "validation_loss")
+
+
+def test_a_finished_training_is_not_repeated_for_its_evaluation(tmp_path):
+    worker = worker_of(tmp_path, calls := [])
+    final = sweeps.Run("small", "final", {"seed": 1})
+    with pytest.raises(OSError, match="the evaluation failed"):
+        worker.run(final)
+    (tmp_path / final.key / "evaluation.json").write_text("{}")
+    line = worker.run(final)
+    assert calls == ["train.py", "evaluate.py", "evaluate.py"]
+    assert line["result"]["validation_loss"] == 1.0 and line["validations"] == [{"step": 1, "validation_loss": 2.0}]
+
+
+def test_a_training_that_diverged_is_a_result_and_never_the_best(plan):
+    worker = worker_of(plan.parent / "runs", [], status=Diverged.exit_status)
+    line = worker.run(sweeps.Run("small", 1, {"learning_rate": 9.0}))
+    assert line["result"] == {"step": 2, "validation_loss": None} and len(line["validations"]) == 2
+    sweep = sweeps.Sweep(plan)
+    first = sweep.ready()[0]
+    sweep.add(first, line)
+    assert sweep.score(first) == math.inf and sweep.table()[0]["minutes"] is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"score": "validation_los"}, "score: 'validation_los' is not in the results of"),
+        ({"models": {"two": {"rounds": []}}}, "the model 'two' must have common and rounds"),
+    ],
+)
+def test_plans_that_cannot_be_read_are_refused(plan, change, message):
+    plan.write_text(yaml.safe_dump(PLAN | change))
+    with pytest.raises(ValueError, match=message):
+        run(plan, Recorder())
 
 
 def test_a_run_that_fails_says_where_to_read(tmp_path):

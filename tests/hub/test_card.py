@@ -191,6 +191,17 @@ def test_results_of_other_tasks_and_without_a_solver():
     assert (card.data.eval_results[0].dataset_type, card.data.eval_results[0].dataset_split) == ("a/b", "test")
 
 
+def test_a_row_without_a_number_takes_no_column_away():
+    """Files of results have null in place of what is not finite, such as the residual of a state that is not solved."""
+    usual = {"loss": 1.0, "num_evaluations": 1.0, "residual": 1e-3, "converged": 1.0}
+    rows = [
+        {"solver_tolerance": 0.0, "solver_max_evaluations": budget} | usual | residual
+        for budget, residual in ((0, {"residual": None}), (2, {}))
+    ]
+    card = make_card(TRANSFORMER.model(), "user/model", RunRecord(recipe={"task": "copy_memory"}, results=rows))
+    assert "| residual |" in card.text and "| 1 | - | 1 |" in card.text and "| 1 | 0.001 | 1 |" in card.text
+
+
 def test_results_that_are_not_of_this_run_are_refused(copied):
     file, config = copied / "results.json", hub.read_config(copied)
     results = json.loads(file.read_text())

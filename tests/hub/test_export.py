@@ -66,6 +66,9 @@ for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir
         again = Path(sys.argv[2]) / f"{folder.name}-{auto_class}"
         model.save_pretrained(again)
         same(auto_class, again, expected)
+        by_its_class = Path(sys.argv[2]) / f"{again.name}-by-its-class"
+        type(model).from_pretrained(again).save_pretrained(by_its_class)
+        same(auto_class, by_its_class, expected)
         print(folder.name, auto_class)
 assert "hf_deq" not in sys.modules
 """

@@ -15,11 +15,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from hf_deq import DEQTransformerForCausalLM
 from hf_deq.tasks import CopyMemoryArguments
-from hf_deq.training import RunArguments, checkpoints, log, train
+from hf_deq.training import Diverged, RunArguments, checkpoints, log, train
 from hf_deq.training.checkpoints import Checkpoints, find_fault, write_manifest
 
 MODEL = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, hidden_dropout=0.1, solver_tolerance=1e-2)
@@ -166,12 +167,30 @@ def test_steps_that_are_not_finite_leave_a_good_checkpoint(tmp_path, whole, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(DEQTransformerForCausalLM, "loss_function", failing)
-        with pytest.raises(ValueError, match=r"not finite in the last 8 steps, up to step 12.*step-00000009"):
+        with pytest.raises(Diverged, match=r"not finite in the last 8 steps, up to step 12.*step-00000009"):
             run(tmp_path, logging_steps=100)
     assert all(find_fault(path) is None for path in (tmp_path / "checkpoints").iterdir())
     weights = load_file(tmp_path / "checkpoints" / "step-00000009" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     run(tmp_path, resume=True)
+
+
+def test_two_trainings_cannot_share_a_folder(tmp_path):
+    with (
+        FileLock(tmp_path / ".training"),
+        pytest.raises(ValueError, match="another training runs in .*wait for its end"),
+    ):
+        run(tmp_path)
+    run(tmp_path)
+
+
+def test_what_was_measured_of_an_earlier_model_goes_when_its_folder_is_overwritten(tmp_path):
+    stale = [tmp_path / name for name in ("results.json", "dial.png", "dial.json", "training.png")]
+    for resume, remain in ((False, False), (True, True)):
+        for file in (*stale, tmp_path / "notes.json"):
+            file.write_text("{}")
+        run(tmp_path, overwrite=not resume, resume=resume)
+        assert [file.exists() for file in stale] == [remain] * 4 and (tmp_path / "notes.json").exists()
 
 
 def test_a_single_bad_step_is_skipped_counted_and_forgotten(tmp_path, monkeypatch):

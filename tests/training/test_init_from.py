@@ -56,6 +56,14 @@ def retrofitted(llama, tmp_path_factory) -> Path:
     return folder
 
 
+def test_dropout_is_a_matter_of_the_training(text, llama, retrofitted, tmp_path):
+    dropout = {"hidden_dropout": 0.1, "output_dropout": 0.2}
+    train_anew(data(text), run(tmp_path, init_from=str(retrofitted)), dropout, "deq_attractor")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path).config
+    assert (config.hidden_dropout, config.output_dropout) == (0.1, 0.2)
+    assert retrofit(AutoModelForCausalLM.from_pretrained(llama), 1, 1, **dropout).config.hidden_dropout == 0.1
+
+
 def test_training_goes_on_from_the_weights_of_the_folder(text, retrofitted, tmp_path):
     before = AutoModelForCausalLM.from_pretrained(retrofitted)
     still = dict(learning_rate=0.0, weight_decay=0.0, init_from=str(retrofitted))

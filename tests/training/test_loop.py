@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_deq import DEQTransformerForCausalLM, DEQTrellisNetForCausalLM
 from hf_deq.evaluation import HeldOutText
-from hf_deq.tasks import CopyMemoryArguments, LanguageModelingArguments
+from hf_deq.tasks import CopyMemoryArguments, LanguageModelingArguments, StateTrackingArguments
 from hf_deq.training import Interrupted, RunArguments, log, train
 from hf_deq.training.log import parse_metrics
 from hf_deq.training.models import parameter_groups
@@ -260,6 +260,17 @@ def test_interrupt_saves_and_resume_continues_exactly(
     assert resumed["validation_perplexity"] == whole["validation_perplexity"]
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / part).state_dict() for part in ("whole", "parts")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_validations_change_nothing_in_a_run(tmp_path):
+    """With dropout, on examples that a loader brings: it must not draw from the state that the masks are drawn from."""
+    model = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, hidden_dropout=0.3)
+    how = dict(max_steps=4, logging_steps=1, batch_size=4, warmup_steps=0, num_threads=1)
+    for steps in (0, 1):
+        AcceleratorState._reset_state(True)
+        arguments = RunArguments(output_dir=str(tmp_path / str(steps)), eval_steps=steps, **how)
+        train(StateTrackingArguments(word_length=4), arguments, model)
+    assert losses(tmp_path / "0") == losses(tmp_path / "1")
 
 
 @pytest.mark.parametrize("logging_steps", [1, 5])
