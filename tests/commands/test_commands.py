@@ -16,15 +16,17 @@ import transformers
 import yaml
 from command_line import ROOT, TINY, TINY_TRELLISNET, script
 from datasets import Dataset
+from families import random_ids
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_deq import commands
 from hf_deq.commands import evaluate, serve
 from hf_deq.commands.train import parse
-from hf_deq.data import documents
+from hf_deq.data import TokenStream, documents
+from hf_deq.evaluation import HeldOutText, Protocol, evaluate_dial
 from hf_deq.modeling_deq import DEQForCausalLM
 from hf_deq.tasks import TASKS
 
@@ -231,6 +233,13 @@ def test_evaluate_uses_or_refuses_every_flag(trained):
     ):
         finished = script("evaluate.py", folder, *flags)
         assert finished.returncode != 0 and message in finished.stderr and "Traceback" not in finished.stderr
+
+
+def test_windows_that_an_explicit_model_cannot_read_are_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=8, n_head=2, n_layer=1, n_positions=8))
+    held_out = HeldOutText("random", "test", TokenStream(random_ids(1, 80)[0], 20, 200), 1, Protocol(length=16))
+    with pytest.raises(ValueError, match=r"n_positions=8 must cover the windows \(length\) \(16\)"):
+        evaluate_dial(model, held_out, [{}])
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hf_deq import DEQTransformerForCausalLM, DEQTrellisNetForCausalLM
 from hf_deq.evaluation import HeldOutText
 from hf_deq.tasks import CopyMemoryArguments, LanguageModelingArguments, StateTrackingArguments
-from hf_deq.training import Interrupted, RunArguments, log, train
+from hf_deq.training import Interrupted, RunArguments, log, loop, train
 from hf_deq.training.log import parse_metrics
 from hf_deq.training.models import parameter_groups
 from hf_deq.training.optimizers import make_optimizer, make_schedule
@@ -260,6 +260,20 @@ def test_interrupt_saves_and_resume_continues_exactly(
     assert resumed["validation_perplexity"] == whole["validation_perplexity"]
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / part).state_dict() for part in ("whole", "parts")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_trackers_get_plain_values(tmp_path, monkeypatch):
+    """TensorBoard refuses lists."""
+    given = {}
+    monkeypatch.setattr(
+        loop, "Accelerator", lambda **how: SimpleNamespace(init_trackers=lambda name, config: given.update(config))
+    )
+    arguments = RunArguments(
+        str(tmp_path), lr_scheduler_type="multistep", lr_milestones=[1, 2], report_to="tensorboard"
+    )
+    loop._make_accelerator(arguments, tmp_path)
+    assert given["lr_milestones"] == "[1, 2]" and given["batch_size"] == arguments.batch_size
+    assert all(isinstance(value, int | float | str) for value in given.values())
 
 
 def test_validations_change_nothing_in_a_run(tmp_path):
