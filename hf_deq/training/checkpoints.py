@@ -194,12 +194,6 @@ def find_fault(path: Path) -> str | None:
     return None
 
 
-def holds_a_run(folder: Path) -> bool:
-    """Whether a run has left something in a folder."""
-    names = ("metrics.jsonl", "recipe.yaml", "config.json", "checkpoints")
-    return any((folder / name).exists() for name in names)
-
-
 def _make_room(path: Path) -> None:
     """Take away a checkpoint of the same step, from a run that went on from an earlier step because it was damaged.
 

@@ -14,8 +14,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,16 +27,15 @@ from accelerate.utils import (
     ProjectConfiguration,
     set_seed,
 )
-from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..evaluation import FIGURES
 from ..tasks import Task, make_task, task_for
 from .arguments import RunArguments
-from .checkpoints import Checkpoints, holds_a_run
+from .checkpoints import Checkpoints
 from .engine import check_engine, save_whole
+from .folder import alone_in, check_free, remove_results, writable_folder
 from .log import BAR, Clock, Meter, MetricsFile, Summary
 from .memory import CarriedMemory
 from .models import EquilibriumModel, ExplicitModel, check_trained_on, model_kind, pretrained
@@ -72,14 +70,15 @@ def train(
         that training took, without validations and checkpoints.
 
     Raises:
-        ValueError: if arguments do not fit each other, or a checkpoint has other arguments.
+        ValueError: if arguments do not fit each other, a checkpoint has other arguments, the folder holds another run,
+            or another training writes to it.
         OSError: if `output_dir` cannot be written to. This is checked before anything else is done.
         Interrupted: after a checkpoint was saved on SIGINT or SIGTERM.
     """
-    folder = _writable_folder(run.output_dir)
-    _check_folder(folder, run)
+    folder = writable_folder(run.output_dir)
+    check_free(folder, run)
     accelerator = _make_accelerator(run, folder)
-    with _folder_of_its_own(folder) if accelerator.is_main_process else nullcontext():
+    with alone_in(folder) if accelerator.is_main_process else nullcontext():
         return _train(task_arguments, run, model_fields, model_type, folder, accelerator)
 
 
@@ -163,7 +162,7 @@ class _Trainer:
             self._load_checkpoint()
         elif self.accelerator.is_main_process:
             self.checkpoints.remove_all()
-            _remove_results(self.folder)
+            remove_results(self.folder)
         self.metrics.keep_until(self.step)
         with _signals_as_requests(self):
             self._take_steps()
@@ -363,48 +362,6 @@ def _cores_per_process() -> int:
     """Cores for each process. Without a GPU, launchers set one thread per process, which wastes the other cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def _writable_folder(output_dir: str) -> Path:
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-probe"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(f"output_dir {output_dir!r} cannot be written to ({error.strerror}); choose another.") from error
-    return folder
-
-
-@contextmanager
-def _folder_of_its_own(folder: Path) -> Iterator[None]:
-    """Within this context no other training can write to the folder. The system frees it if the process is killed."""
-    lock = FileLock(folder / ".training")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"another training runs in {str(folder)!r}: wait for its end, or choose another output_dir."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _remove_results(folder: Path) -> None:
-    """Remove what evaluations and figures say of an earlier model in the folder."""
-    for name in ("results.json", *(f"{figure}.{kind}" for figure in FIGURES for kind in ("png", "json"))):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _check_folder(folder: Path, run: RunArguments) -> None:
-    if not (run.resume or run.overwrite) and holds_a_run(folder):
-        raise ValueError(
-            f"output_dir {str(folder)!r} holds another run: continue it with --resume, begin anew with --overwrite, or "
-            "choose another output_dir."
-        )
 
 
 def _check_divisible(run: RunArguments, num_processes: int) -> None:

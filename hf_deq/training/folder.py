@@ -1,0 +1,72 @@
+"""The folder of a run: it can be written to, holds one run, and belongs to one training at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..evaluation import FIGURES
+from .arguments import RunArguments
+
+
+def writable_folder(output_dir: str) -> Path:
+    """Make the folder, if it is not there.
+
+    Raises:
+        OSError: if it cannot be written to.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-probe"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"output_dir {output_dir!r} cannot be written to ({error.strerror}); choose another.") from error
+    return folder
+
+
+def check_free(folder: Path, run: RunArguments) -> None:
+    """Refuse a folder that holds a run, unless the run is to be continued or overwritten.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if not (run.resume or run.overwrite) and _holds_a_run(folder):
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds another run: continue it with --resume, begin anew with --overwrite, or "
+            "choose another output_dir."
+        )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within this context no other training can write to the folder. The system frees it if the process is killed.
+
+    Raises:
+        ValueError: if another training writes to it.
+    """
+    lock = FileLock(folder / ".training")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"another training runs in {str(folder)!r}: wait for its end, or choose another output_dir."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove_results(folder: Path) -> None:
+    """Remove what evaluations and figures say of an earlier model in the folder."""
+    for name in ("results.json", *(f"{figure}.{kind}" for figure in FIGURES for kind in ("png", "json"))):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _holds_a_run(folder: Path) -> bool:
+    """Whether a run has left something in a folder."""
+    names = ("metrics.jsonl", "recipe.yaml", "config.json", "checkpoints")
+    return any((folder / name).exists() for name in names)
