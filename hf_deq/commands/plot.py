@@ -25,7 +25,7 @@ pip install "hf_deq[plot]".
 import json
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -97,6 +97,8 @@ def plot(folder: str, arguments: PlotArguments, task_arguments) -> None:
         return
     trained, held_out = load(folder, arguments, task_arguments)
     others = [load(other, arguments, task_arguments)[0] for other in arguments.others]
+    if len({one.name for one in (trained, *others)}) <= len(others):  # two folders have one name
+        others = [replace(one, name=str(Path(other))) for one, other in zip(others, arguments.others, strict=True)]
     files = [Path(file) for file in arguments.metrics] or [Path(folder) / "metrics.jsonl"]
     if arguments.metrics or files[0].is_file():
         runs = {str(file): evaluations_over_training(file) for file in files}

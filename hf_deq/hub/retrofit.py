@@ -6,6 +6,7 @@ The result is a start for training, not a finished model (compare retrofitted re
 compute what they computed before. What is new is that the head reads y + c, and is applied until y no longer changes.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -47,7 +48,7 @@ def retrofit(
             `layer_scale_init_value` gives the head gates; by default it has none.
 
     Returns:
-        The model in evaluation mode, in the dtype and on the device of the original.
+        The model in evaluation mode, in the dtype and on the device of the original, with its generation configuration.
 
     Raises:
         ValueError: if there are not so many layers; if a part of the original has no counterpart, or computes something
@@ -81,6 +82,8 @@ def retrofit(
         _compare_ends(model, layers, ours)
     finally:
         model.train(was_training)
+    if model.can_generate():
+        ours.generation_config = copy.deepcopy(model.generation_config)
     return ours
 
 

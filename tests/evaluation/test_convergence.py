@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -318,7 +319,11 @@ def test_the_script_draws_its_figures_and_writes_their_numbers(runs, plot, tmp_p
         16,
     ]
     metrics = [runs / name / "metrics.jsonl" for name in ("deq", "stack")]
-    finished = plot(runs / "deq", "--others", runs / "stack", "--metrics", *metrics, "--output", tmp_path, *flags)
+    namesake = shutil.copytree(runs / "stack", tmp_path / "other" / "deq")
+    others = ["--others", runs / "stack", namesake]
+    finished = plot(runs / "deq", *others, "--metrics", *metrics, "--output", tmp_path, *flags)
+        runs / "deq", "--others", runs / "stack", namesake, "--metrics", *metrics, "--output", tmp_path, *flags
+    )
     assert finished.returncode == 0, finished.stderr[-2000:]
     names = ("training", "residuals", "dial", "memory")
     for name in names:
@@ -330,8 +335,9 @@ def test_the_script_draws_its_figures_and_writes_their_numbers(runs, plot, tmp_p
     for figure in (training, residuals, dial, memory):
         assert figure.pop("arguments")["budgets"] == [2, 1]  # what it was drawn by
     (curves,) = residuals.values()
-    assert np.array(list(curves.values())).shape == (4, 3, 7)
+    assert np.array(list(curves.values())).shape == (5, 3, 7)
     assert any("stack: plain iteration" in name and "3 unrolled steps" in name for name in curves)
+    assert any(str(namesake) in name for name in curves)
     assert [row["num_evaluations"] for row in dial["by budget"]] == [1, 2] and len(dial["by tolerance"]) == 1
     assert memory["saved bytes"]["unrolled"][1] > memory["saved bytes"]["implicit"][1]
 

@@ -97,6 +97,14 @@ def test_fields_that_would_change_the_copy_are_refused(fields):
         retrofit(pretrained(ORIGINALS["llama"]), 2, 1, **fields)
 
 
+def test_it_generates_as_the_original_was_configured():
+    model = pretrained(LlamaConfig(**SIZES))
+    model.generation_config.update(temperature=0.7, do_sample=True, eos_token_id=[2, 5])
+    ours = retrofit(model, 1, 1).generation_config
+    assert (ours.temperature, ours.do_sample, ours.eos_token_id) == (0.7, True, [2, 5])
+    assert ours is not model.generation_config
+
+
 def test_the_equilibrium_may_be_configured():
     model = retrofit(pretrained(ORIGINALS["llama"]), 2, 1, solver="broyden", solver_tolerance=1e-4)
     assert model.config.solver == "broyden" and model.config.solver_tolerance == 1e-4
