@@ -322,8 +322,6 @@ def test_the_script_draws_its_figures_and_writes_their_numbers(runs, plot, tmp_p
     namesake = shutil.copytree(runs / "stack", tmp_path / "other" / "deq")
     others = ["--others", runs / "stack", namesake]
     finished = plot(runs / "deq", *others, "--metrics", *metrics, "--output", tmp_path, *flags)
-        runs / "deq", "--others", runs / "stack", namesake, "--metrics", *metrics, "--output", tmp_path, *flags
-    )
     assert finished.returncode == 0, finished.stderr[-2000:]
     names = ("training", "residuals", "dial", "memory")
     for name in names:
