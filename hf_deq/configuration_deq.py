@@ -33,8 +33,9 @@ class DEQConfig(PreTrainedConfig):
             `"sequence"`: inner products over the whole sequence, as in the literature. Then later tokens influence
             earlier states until convergence, and no cache can be used.
         solver_tolerance: relative residual `||f(z) - z|| / ||f(z)||` at which a position is solved.
-        solver_max_evaluations: budget of calls of f per solve. An implicit gradient needs one more call, with a graph.
-            With `gradient="unrolled"`: the number of applications of f.
+        solver_max_evaluations: budget of calls of f per solve. `num_evaluations` can be larger, by one call at the best
+            iterate of a solve that did not converge, and by one call with a graph in training. With
+            `gradient="unrolled"`: the number of applications of f.
         solver_history: number of past iterates that Anderson or Broyden remember.
         solver_damping: fraction of each solver step that is taken, in (0, 1].
         gradient: `"implicit"` (exact), `"phantom"` (through a few damped steps at the equilibrium), `"unrolled"` (an

@@ -10,9 +10,10 @@ The estimators differ in what they backpropagate through:
     UnrolledGradient    every application: an explicit stack with tied weights, no solver
     ReversibleGradient  every application of reversible steps, which backward undoes (see `reversible`)
 
-The value is the image f(z) of the solver's iterate z, with and without gradients. So training and
-inference use the same value. (With gradients, the value of the phantom gradient is the end of
-its short path from z.) The implicit gradient needs one more call of f, with a graph.
+With `ImplicitGradient`, the value is f(z) at the state z that the solver returns, with and without gradients. So
+training and inference use the same value. With gradients, the value of `PhantomGradient` and of `ReversibleGradient` is
+the end of their own steps. The value of `UnrolledGradient` is always that of its steps. `ImplicitGradient` needs one
+more call of f, with a graph.
 """
 
 from collections.abc import Callable
@@ -49,10 +50,10 @@ def equilibrium(
         texts: the texts of packed rows; `None` if every row is one text.
 
     Returns:
-        `FixedPointSolution` whose `value` (and `image`) is f(z) for the last z that f was called with (with gradients,
-        `PhantomGradient` and `ReversibleGradient` return the end of their path). `residual` is the largest
-        ||f(z) - z|| / ||f(z)|| over the positions of a text. `num_evaluations` counts all calls of f, also those with
-        a graph.
+        `FixedPointSolution` whose `value` is f(z) for the state z that the solver returns; `image` is the same tensor.
+        (With gradients, `PhantomGradient` and `ReversibleGradient` return the end of their own steps.) `residual` is
+        the largest ||f(z) - z|| / ||f(z)|| over the positions of a text, measured at z. `num_evaluations` counts all
+        calls of f, also those with a graph.
 
     Raises:
         ValueError: if z0 is not a floating point state of three dimensions, or f changes its shape.
@@ -69,9 +70,10 @@ class ImplicitGradient:
     with vector-Jacobian products on this graph. Then it passes w on to the graph. Memory is that of
     one application of f, for any number of iterations in either direction.
 
-    The w that backward uses is J'w + g of the solver's last w, as the value is the image of the solver's last z. So
-    `PicardSolver(tolerance=0, max_evaluations=k)` gives the Neumann sum of k products, g + J'g + ... + J'^k g, as long
-    as the residual of every position falls (always for k = 1, the "one-step" gradient).
+    The value is the image of the solver's last z. In the same way, backward uses the image of the solver's last w, that
+    is J'w + g. So a solver that starts at g and makes k products gives the Neumann sum g + J'g + ... + J'^k g. This is
+    `PicardSolver(tolerance=0, max_evaluations=k)`, as long as the residual of every position falls in every step
+    (k = 1, the "one-step" gradient, needs no such condition).
 
     Args:
         solver: solves for w. J' runs backwards in time, so `"causal"` scope becomes `"anticausal"`.

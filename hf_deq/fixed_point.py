@@ -39,7 +39,7 @@ class ConvergenceWarning(UserWarning):
 
 @dataclass(frozen=True)
 class FixedPointSolution:
-    """The result of a solve.
+    """The result of a solver. (`equilibrium` returns the same tensor as `value` and as `image`.)
 
     The last three fields have one entry for each text: `(batch,)`, or `(texts,)` for packed rows.
 

@@ -45,7 +45,7 @@ class Dial:
     unroll_steps: int | None = None
 
     def __post_init__(self):
-        """Refuse values out of range, and a budget for steps that are not solved.
+        """Refuse values out of range, and a budget together with `unroll_steps`.
 
         Raises:
             ValueError: if there is such a value. The message names the argument.

@@ -1,9 +1,9 @@
 """Attractor models: explicit layers propose a state, and the equilibrium of a small head refines it (arXiv 2605.12466).
 
 The prelude maps the embedded input to a context c. The head is a stack of the same layers, with gates. With
-g(x) = head(x) - x, the sum of what the layers of the head add to x, the solver finds
+h(x) = head(x) - x, the sum of what the layers of the head add to x, the solver finds
 
-    y = f(y, c) = c + g(y + c),        started at y = c
+    y = f(y, c) = c + h(y + c),        started at y = c
 
 The output is RMSNorm(y). The prelude runs once in each call.
 """

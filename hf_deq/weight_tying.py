@@ -63,7 +63,7 @@ _kept_weights: ContextVar[dict | None] = ContextVar("_kept_weights", default=Non
 
 @contextmanager
 def keeping_weights() -> Iterator[None]:
-    """Within this context `kept` computes the weight of a module once (twice if gradients are on in between)."""
+    """Within this context `kept` computes the weight of a module once without gradients, and once with them."""
     before = _kept_weights.get()
     token = _kept_weights.set({} if before is None else before)
     try:
