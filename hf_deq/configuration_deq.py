@@ -160,7 +160,8 @@ class DEQConfig(PreTrainedConfig):
     @classmethod
     def _of_another_family(cls, key: str) -> str | None:
         """The configuration that has a field of this name, if this one has none; otherwise `None`."""
-        if key in cls.__dataclass_fields__ or key in cls.attribute_map:
+        own = key in cls.__dataclass_fields__ or key in cls.attribute_map
+        if own or key.endswith("_token_id"):  # a tokenizer may bring its ids along
             return None
         return next((other.__name__ for other in DEQConfig.__subclasses__() if key in other.__dataclass_fields__), None)
 
