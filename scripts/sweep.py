@@ -215,8 +215,9 @@ class Worker:
         if not is_finished(metrics_of(folder)) and self.train(run, folder) is None:
             return None
         metrics = metrics_of(folder)
-        if not is_finished(metrics):  # it diverged
-            return {"result": {"step": metrics[-1]["step"], self.score: None}, "validations": validations_of(metrics)}
+        if not is_finished(metrics):  # it diverged, perhaps before it logged anything
+            last = metrics[-1]["step"] if metrics else 0
+            return {"result": {"step": last, self.score: None}, "validations": validations_of(metrics)}
         line = {"result": metrics[-1], "validations": validations_of(metrics[:-1])}
         if run.round == "final" and self.evaluation is not None:
             file = folder / "evaluation.json"

@@ -315,6 +315,22 @@ def test_a_training_that_diverged_is_a_result_and_never_the_best(plan):
     assert sweep.score(first) == math.inf and sweep.table()[0]["minutes"] is None
 
 
+@pytest.mark.slow
+def test_a_setting_that_diverges_does_not_stop_a_sweep(tmp_path):
+    """The real thing: its first steps are not finite, so it logs nothing."""
+    tiny = dict(model_type="gpt2", n_embd=8, n_layer=1, n_head=2, n_positions=32)
+    common = dict(task="copy_memory", copy_delay=1, batch_size=2, warmup_steps=0)
+    model = dict(common=tiny, rounds=[[{"learning_rate": 1e25}, {"learning_rate": 1e-3}]])
+    steps = dict(tuning=dict(max_steps=12), final=dict(max_steps=1), seeds=[0])
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(PLAN | steps | dict(common=common, models={"small": model})))
+    finished = script("sweep.py", file, "--runs_dir", tmp_path / "runs")
+    assert finished.returncode == 0 and "every run is finished" in finished.stdout, finished.stderr[-2000:]
+    diverged, good, final = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert diverged["result"]["validation_loss"] is None and good["result"]["validation_loss"] > 0
+    assert final["flags"]["learning_rate"] == 1e-3
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
