@@ -43,6 +43,7 @@ def test_built_in_corpus_is_english_documentation(built_in):
     assert not set(built_in["train"]["text"]) & set(built_in["validation"]["text"])
 
 
+@pytest.mark.slow
 def test_built_in_corpus_is_the_same_every_time(built_in):
     assert read_corpus(CorpusArguments()).fingerprint == Corpus("cpython_docs", built_in).fingerprint
 

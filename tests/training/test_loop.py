@@ -236,12 +236,17 @@ def test_shallow_pretraining_switches_to_the_equilibrium(corpus, tmp_path):
     assert not any("backward_evaluations" in line for line in lines[:4])
 
 
-@pytest.mark.parametrize("interrupted_at, logging_steps", [(2, 1), (9, 5)])
 @pytest.mark.parametrize(
-    "model_type, remember", [("deq_transformer", False), ("deq_transformer", True), ("deq_trellisnet", True)]
+    "model_type, remember, interrupted_at, logging_steps",
+    [
+        ("deq_transformer", False, 2, 1),
+        ("deq_transformer", True, 9, 5),
+        ("deq_trellisnet", True, 2, 1),
+        ("deq_trellisnet", False, 9, 5),
+    ],
 )
 def test_interrupt_saves_and_resume_continues_exactly(
-    corpus, tmp_path, monkeypatch, interrupted_at, logging_steps, model_type, remember
+    corpus, tmp_path, monkeypatch, model_type, remember, interrupted_at, logging_steps
 ):
     """Across the switch from shallow pretraining, with dropout, a random Jacobian penalty and a carried memory."""
     model = dict(hidden_dropout=0.1, embedding_dropout=0.1, jacobian_loss_weight=0.1, jacobian_loss_frequency=0.5)
@@ -365,7 +370,10 @@ def test_accumulation_does_not_change_the_run(corpus, tmp_path, carry_memory):
     assert list(four.values()) == pytest.approx(list(one.values()), rel=1e-4)
 
 
-@pytest.mark.parametrize("model_type, remember", [("deq_transformer", False), ("deq_trellisnet", True)])
+@pytest.mark.parametrize(
+    "model_type, remember",
+    [pytest.param("deq_transformer", False, marks=pytest.mark.slow), ("deq_trellisnet", True)],
+)
 def test_two_processes_take_the_steps_of_one(corpus, tmp_path, model_type, remember):
     how = dict(TIGHT, carry_memory=remember, model_type=model_type)
     flags = {**TRAINING, **DATA, **MODELS[model_type], **TIGHT["model"], **how, "corpus": corpus}
@@ -571,7 +579,7 @@ def test_memory_goes_from_step_to_step(model_type, corpus, tmp_path, monkeypatch
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(memory, returned[step - 1], strict=True))
 
 
-@both
+@pytest.mark.parametrize("model_type", ["deq_transformer", pytest.param("deq_trellisnet", marks=pytest.mark.slow)])
 def test_copy_memory_trains(model_type, tmp_path, capsys):
     arguments = RunArguments(**(TRAINING | {"output_dir": str(tmp_path), "shallow_steps": 4, "max_steps": 40}))
     fields = {name: value for name, value in MODELS[model_type].items() if name != "vocab_size"}
