@@ -104,6 +104,7 @@ def test_without_torchdeq_its_rows_are_left_out_with_a_line(trained, tmp_path, m
     assert [row["solver"] for row in json.loads((tmp_path / "b.json").read_text())] == ["anderson"]
 
 
+@pytest.mark.slow
 def test_the_precision_of_the_reversible_gradient_is_measured(trained, tmp_path):
     flags = ["--model", trained[0], "--rows", 1, "--length", 8, "--precision", True]
     finished = script("benchmark_training.py", *flags, "--output", tmp_path / "b.json")

@@ -345,9 +345,8 @@ def test_plans_that_cannot_be_read_are_refused(plan, change, message):
 
 
 def test_a_run_that_fails_says_where_to_read(tmp_path):
-    broken = dict(common=dict(model_type="gpt3"), rounds=[[{"learning_rate": 1e-3}]])
-    (file := tmp_path / "sweep.yaml").write_text(yaml.safe_dump(PLAN | dict(models={"broken": broken})))
-    finished = script("sweep.py", file, "--runs_dir", tmp_path / "runs")
-    assert finished.returncode == 1 and "a run failed with status 1: read" in finished.stderr
-    log = next((tmp_path / "runs").glob("*/train.log")).read_text()
+    broken = sweeps.Run("broken", 1, {"model_type": "gpt3"})
+    with pytest.raises(OSError, match="a run failed with status 1: read .*train.log"):
+        sweeps.Worker(tmp_path, [], None, "validation_loss").run(broken)
+    log = (tmp_path / broken.key / "train.log").read_text()
     assert "model_type must be one of" in log and "got 'gpt3'" in log

@@ -50,6 +50,7 @@ def test_the_package_computes_perplexities_without_the_library():
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
+@pytest.mark.slow
 def test_loaded_offline_where_the_package_is_not(tmp_path):
     """From the folder alone, in a process that has neither the network, nor caches, nor this repository's path."""
     code = (

@@ -223,6 +223,7 @@ def test_results_that_are_not_of_this_run_are_refused(copied):
         assert f"error: {file} cannot be read" in refused and message in refused
 
 
+@pytest.mark.slow
 def test_the_card_says_with_which_arguments_it_was_evaluated(copied, tmp_path):
     """Also those that name a place on this machine, of which the name is left, and the command gives the same."""
     corpus = tmp_path / "my other numbers.txt"
