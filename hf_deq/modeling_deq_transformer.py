@@ -119,7 +119,7 @@ class DropoutMasks:
         shape = like[:, :1] if config.variational_dropout else like
         attended, fed = (draw_dropout_mask(shape, config.hidden_dropout, training) for _ in ("attention", "feed"))
         scores = (len(like), config.num_attention_heads, like.shape[1], keys)
-        weights = draw_dropout_mask(like.new_empty(()).expand(scores), config.attention_dropout, training)
+        weights = draw_dropout_mask(like, config.attention_dropout, training, scores)
         return cls(attended, fed, weights)
 
 

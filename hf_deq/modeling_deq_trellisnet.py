@@ -101,8 +101,7 @@ class DEQTrellisNetLayer(DEQLayer):
         tokens, texts = rows
         config = self.config
         past_hidden, past_cell = past_states.chunk(2, -1)
-        recurrent = injection.new_empty(()).expand(self.recurrent_shape)
-        weight_mask = draw_dropout_mask(recurrent, config.weight_dropout, self.training)
+        weight_mask = draw_dropout_mask(injection, config.weight_dropout, self.training, self.recurrent_shape)
         mask = draw_dropout_mask(injection[:, :1, : self.channels], config.hidden_dropout, self.training)
         past_hidden, last_cell = apply_mask(past_hidden, mask), past_cell[:, -1:]
 
@@ -157,9 +156,8 @@ class DEQTrellisNetModel(DEQTrellisNetPreTrainedModel, DEQModel):
 
     def _embed(self, inputs_embeds: Tensor, input_ids: Tensor | None) -> Tensor:
         if input_ids is not None:
-            kept_types = draw_dropout_mask(
-                inputs_embeds.new_empty(self.config.vocab_size, 1), self.config.embedding_dropout, self.training
-            )
+            each_type = self.config.vocab_size, 1
+            kept_types = draw_dropout_mask(inputs_embeds, self.config.embedding_dropout, self.training, each_type)
             inputs_embeds = inputs_embeds if kept_types is None else inputs_embeds * kept_types[input_ids]
         return self.input_dropout(inputs_embeds)
 

@@ -16,7 +16,9 @@ from transformers import initialization as init
 from .packed_texts import Texts, within_text
 
 
-def draw_dropout_mask(like: Tensor, probability: float, training: bool) -> Tensor | None:
+def draw_dropout_mask(
+    like: Tensor, probability: float, training: bool, shape: tuple[int, ...] | None = None
+) -> Tensor | None:
     """Draw one dropout mask for a whole solve; `None` if dropout is off.
 
     A new mask in every evaluation would move the fixed point while it is being solved (variational dropout over depth;
@@ -26,10 +28,12 @@ def draw_dropout_mask(like: Tensor, probability: float, training: bool) -> Tenso
         like: the mask has its shape, dtype and device.
         probability: of an entry to be dropped. The others are scaled up, so that expectations stay the same.
         training: whether dropout is on.
+        shape: of the mask, if not that of `like`.
     """
     if not training or probability == 0:
         return None
-    keep = torch.empty_like(like, requires_grad=False).bernoulli_(1 - probability)
+    empty = torch.empty_like(like, requires_grad=False) if shape is None else like.new_empty(shape)
+    keep = empty.bernoulli_(1 - probability)
     return keep.div_(1 - probability)
 
 

@@ -56,16 +56,17 @@ def main(folder: str, arguments: ReportSweepArguments) -> None:
     warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
     torch.set_num_threads(1)  # as the runs had
     sweep, place = Sweep(Path(folder) / "sweep.yaml"), Path(folder) / "measurements.json"
-    finals = {model: lines for model, lines in sweep.finals().items() if any(map(is_scored, lines))}
+    finals = sweep.finals()
+    scored = {model: list(filter(is_scored, lines)) for model, lines in finals.items() if any(map(is_scored, lines))}
     if arguments.runs_dir is not None:
-        place.write_text(json.dumps(measure(finals, Path(arguments.runs_dir), arguments), indent=1))
+        place.write_text(json.dumps(measure(scored, Path(arguments.runs_dir), arguments), indent=1))
     measurements = json.loads(place.read_text()) if place.is_file() else {}
     page = ReportArguments(page=str(Path(folder) / "README.md"))
     if tuning := tuning_rows(sweep):
         report("tuning", tuning, page)
-    if finals:
-        report("final", final_rows(finals, measurements), page)
-        draw(finals).savefig(Path(folder) / "pareto.png", dpi=150)
+    if scored:
+        report("final", final_rows(scored, finals, measurements), page)
+        draw(scored).savefig(Path(folder) / "pareto.png", dpi=150)
 
 
 def tuning_rows(sweep: Sweep) -> list[dict]:
@@ -82,21 +83,20 @@ def tuning_rows(sweep: Sweep) -> list[dict]:
     return rows
 
 
-def final_rows(finals: dict[str, list[dict]], measurements: dict) -> list[dict]:
+def final_rows(scored: dict[str, list[dict]], finals: dict[str, list[dict]], measurements: dict) -> list[dict]:
     """A row for each model: mean and standard deviation over the seeds that did not diverge."""
     rows = []
-    for model, lines in finals.items():
-        scored = list(filter(is_scored, lines))
-        results = [line["result"] for line in scored]
+    for model, lines in scored.items():
+        results, seeds = [line["result"] for line in lines], len(finals[model])
         evaluations = [result.get("validation_num_evaluations") for result in results]
         row = {
             "model": model,
             "parameters": results[0]["num_parameters"],
             "tokens (M)": round(results[0]["num_tokens"] / 1e6, 2),
             "minutes": round(statistics.mean(result["seconds"] / 60 for result in results), 1),
-            "seeds": len(lines) if scored == lines else f"{len(scored)} of {len(lines)}",
+            "seeds": seeds if len(lines) == seeds else f"{len(lines)} of {seeds}",
             "validation": spread([result["validation_perplexity"] for result in results]),
-            "test": spread([test_row(line)["perplexity"] for line in scored]),
+            "test": spread([test_row(line)["perplexity"] for line in lines]),
             "evaluations": None if None in evaluations else round(statistics.mean(evaluations), 1),
         }
         measured = measurements.get(model, {})
@@ -173,7 +173,6 @@ def draw(finals: dict[str, list[dict]]) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     colors = {True: cycle(COLORS), False: cycle(COLORS)}  # of equilibria and of explicit models
     for model, lines in finals.items():
-        lines = list(filter(is_scored, lines))
         solved = is_solved(lines[0])
         look = {"color": next(colors[solved]), "marker": "o", "linestyle": "-" if solved else "--"}
         look["markerfacecolor"] = look["color"] if solved else "white"
@@ -194,7 +193,6 @@ def draw(finals: dict[str, list[dict]]) -> Figure:
 
 def measure(finals: dict[str, list[dict]], runs_dir: Path, arguments: ReportSweepArguments) -> dict:
     """Speed, memory and surprises of the first final model of each kind."""
-    finals = {model: list(filter(is_scored, lines)) for model, lines in finals.items()}
     models = {
         model: AutoModelForCausalLM.from_pretrained(runs_dir / lines[0]["key"]) for model, lines in finals.items()
     }

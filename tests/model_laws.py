@@ -292,12 +292,12 @@ class ModelLaws:
         ids = random_ids(4, 10)
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
         losses = []
-        for _ in range(25):
+        for _ in range(40):
             optimizer.zero_grad()
             losses.append(model(ids, labels=ids, use_cache=False).loss)
             losses[-1].backward()
             optimizer.step()
-        assert losses[-1] < 0.6 * losses[0]
+        assert losses[-1] < 0.5 * losses[0]
 
     # Saving and loading
 

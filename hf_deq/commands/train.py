@@ -97,12 +97,11 @@ def check_values(recipe: dict, parser: argparse.ArgumentParser, source: str) -> 
     Raises:
         ValueError: if there is one. The message names it.
     """
-    for action in parser._actions:
-        value = recipe.get(action.dest, action.default)
+    for action in (action for action in parser._actions if action.dest in recipe):
+        value, takes_list = recipe[action.dest], action.nargs in ("+", "*")
         if value is None and action.default is not None:
             raise ValueError(f"{source}: {action.dest} has no value. Write one, or leave the name out.")
-        takes_list = action.nargs in ("+", "*")
-        if action.dest in recipe and value is not None and isinstance(value, list) != takes_list:
+        if value is not None and isinstance(value, list) != takes_list:
             raise ValueError(
                 f"{source}: {action.dest} must be {'a list' if takes_list else 'one value'}, got {value!r}."
             )

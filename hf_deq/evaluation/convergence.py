@@ -216,8 +216,8 @@ def divergences(model: DEQForCausalLM, input_ids: Tensor, tolerances: Sequence[f
         ValueError: if the equilibrium of a row is not found within 1,000 evaluations.
     """
     has_doubles = widest_dtype(model.device) == torch.float64
-    exactly = deepcopy(model).to(model.device if has_doubles else "cpu", torch.float64)
-    with evaluating(model), evaluating(exactly), unconverged_on_purpose():
+    with evaluating(model), unconverged_on_purpose():
+        exactly = deepcopy(model).to(model.device if has_doubles else "cpu", torch.float64)
         dial = dict(solver_tolerance=1e-7, solver_max_evaluations=1_000)
         exact = exactly(input_ids.to(exactly.device), use_cache=False, **dial)
         if not exact.converged.all():

@@ -243,6 +243,9 @@ def test_shallow_pretraining_switches_to_the_equilibrium(corpus, tmp_path):
         ("deq_transformer", True, 9, 5),
         ("deq_trellisnet", True, 2, 1),
         ("deq_trellisnet", False, 9, 5),
+        pytest.param("deq_transformer", False, 9, 5, marks=pytest.mark.slow),
+        pytest.param("deq_transformer", True, 2, 1, marks=pytest.mark.slow),
+        pytest.param("deq_trellisnet", True, 9, 5, marks=pytest.mark.slow),
     ],
 )
 def test_interrupt_saves_and_resume_continues_exactly(
