@@ -97,8 +97,9 @@ class DEQConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """Make a configuration as in Transformers, also from the fields that another version saved.
 
-        Fields of an earlier version become those of today. Fields of a later one are left out, with a warning. The
-        `auto_map` of a folder with code is left out by a class that is not of this code: a copy would not have it.
+        Fields of an earlier version become those of today. Fields of a later one, or of another family, are left out,
+        with a warning. The `auto_map` of a folder with code is left out by a class that is not of this code: a copy
+        would not have it.
 
         Raises:
             ValueError: if a field to override (one of `kwargs`) looks misspelt.
@@ -107,7 +108,7 @@ class DEQConfig(PreTrainedConfig):
         config_dict = cls.upgrade(config_dict)
         unknown = sorted(name for name in config_dict if cls._misspelt(name) or cls._of_another_family(name))
         if unknown:
-            logger.warning(f"{cls.__name__} leaves out {unknown}, which a later version seems to have saved.")
+            logger.warning(f"{cls.__name__} leaves out {unknown}: only a later version, or another family, has them.")
         if not cls.__module__.startswith("transformers_modules"):  # where Transformers keeps code from folders
             unknown.append("auto_map")
         return super().from_dict({n: value for n, value in config_dict.items() if n not in unknown}, **kwargs)
@@ -254,5 +255,10 @@ def require_one_of(name: str, value: str, allowed) -> None:
         raise ValueError(f"{name} must be one of {sorted(allowed)}, got {value!r}.")
 
 
-# The fields that say how a model is solved and differentiated, and not what it is.
+# The fields that say how a model is solved and differentiated.
 EQUILIBRIUM_FIELDS = {field.name for field in fields(DEQConfig)} - PreTrainedConfig.__dataclass_fields__.keys()
+
+
+def fits_given_weights(name: str) -> bool:
+    """Whether a field can change in a model that has its weights: those of the equilibrium and of dropout can."""
+    return name in EQUILIBRIUM_FIELDS or name.endswith("_dropout")

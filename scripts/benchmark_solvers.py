@@ -6,7 +6,8 @@
 The solvers take turns on the same f, with the same start and the same tolerance, in one process. A time is the median
 over the turns, and `ratio` is the time of torchdeq divided by ours. torchdeq stops when the residual of every whole
 row is at the tolerance. Our solvers stop when the residual of every position is. Therefore the row `torchdeq, worst
-position` gives torchdeq a tolerance at which its worst position reaches the tolerance too. `operations` counts the
+position` gives torchdeq a tolerance at which its worst position reaches the tolerance too. A row with `lam` gives
+torchdeq's Anderson our regularization, and not its default of 1e-4. `operations` counts the
 operations outside of f in each evaluation, views included. `memory` is what a solve holds besides the output of f, in
 states. `fresh` is a new DEQ-Transformer, `hard` one with larger weights, whose f is less contractive. Without torchdeq
 (`pip install -e ".[bench]"`) its rows are left out.
@@ -27,7 +28,7 @@ from hf_deq.data import read_recipe
 from hf_deq.evaluation.convergence import captured_map
 from hf_deq.evaluation.operation_counts import CountOperations, LiveBytes
 from hf_deq.fixed_point import SOLVERS
-from hf_deq.position_algebra import own_residuals
+from hf_deq.position_algebra import GRAM_REGULARIZATION, own_residuals
 from hf_deq.tasks import TextArguments, held_out_text
 from hf_deq.weight_tying import keeping_weights
 
@@ -88,20 +89,28 @@ def compare(f: Callable, z0: Tensor, tolerance: float, arguments: SolverBenchmar
 
 
 def torchdeq_ways(name: str, f: Callable, z0: Tensor, tolerance: float, budget: int) -> dict[str, Callable]:
-    """torchdeq's solver of that name at this tolerance, and at one at which its worst position reaches it."""
+    """torchdeq's solver of that name at this tolerance, and at one at which its worst position reaches it; Anderson
+    also with our regularization."""
     if name not in TORCHDEQ_NAMES:
         return {}
     from torchdeq.solver import get_solver
 
     solver = get_solver(TORCHDEQ_NAMES[name])
 
-    def at(tolerance: float) -> Callable:
-        return lambda f: solver(f, z0, max_iter=budget, tol=tolerance, stop_mode="rel")[0]
+    def at(tolerance: float, **options) -> Callable:
+        return lambda f: solver(f, z0, max_iter=budget, tol=tolerance, stop_mode="rel", **options)[0]
 
-    stricter = tolerance
-    while worst_residual(f, at(stricter)(f)) > tolerance and stricter > tolerance / 100:
-        stricter /= 1.5
-    return {f"torchdeq {name}": at(tolerance), f"torchdeq {name}, worst position": at(stricter)}
+    def at_worst_position(**options) -> Callable:
+        stricter = tolerance
+        while worst_residual(f, at(stricter, **options)(f)) > tolerance and stricter > tolerance / 100:
+            stricter /= 1.5
+        return at(stricter, **options)
+
+    ways = {f"torchdeq {name}": at(tolerance), f"torchdeq {name}, worst position": at_worst_position()}
+    if name == "anderson":
+        how = f"lam={GRAM_REGULARIZATION:g}"
+        ways[f"torchdeq anderson, {how}, worst position"] = at_worst_position(lam=GRAM_REGULARIZATION)
+    return ways
 
 
 def worst_residual(f: Callable, state: Tensor) -> float:

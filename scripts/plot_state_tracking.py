@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarking import ReportArguments, report
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from sweep import Sweep
+from sweep import Sweep, has_diverged
 
 from hf_deq.commands import run
 from hf_deq.evaluation import is_by_tolerance
@@ -34,8 +34,12 @@ def main(folder: str, arguments: PlotStateTrackingArguments) -> None:
     """Draw, and print the table."""
     sweep = Sweep(Path(folder) / "sweep.yaml")
     finals = {model: lines[0] for model, lines in sweep.finals().items()}
+    for model in [model for model, line in finals.items() if has_diverged(line)]:
+        print(f"{model} is left out: it diverged")
+        del finals[model]
     draw(finals).savefig(arguments.figure, dpi=150)
-    report("state_tracking", [best_row(name, line) for name, line in finals.items()], arguments)
+    rows = [best_row(name, line) for name, line in finals.items()]
+    report("state_tracking", sorted(rows, key=lambda row: list(MOVED).index(row["group"])), arguments)
 
 
 def best_row(name: str, line: dict) -> dict:

@@ -7,21 +7,28 @@ Reads results.jsonl, which `scripts/sweep.py` writes. With --runs_dir, one final
 thread, and the numbers are kept in measurements.json. The models take turns:
 
     step ms         a training step of a batch of training, without the optimizer
-    saved MB        what this step keeps for backward
+    shallow ms      likewise, a shallow step, which applies f a few times and solves nothing
+    saved MB        what a training step keeps for backward
     token ms        a new token, of 32 after a context of 64, with the cache
     nats over 15    the part of the validation loss (nats per token) of tokens that cost more than 15 nats: how badly a
                     model is surprised, mostly by rare words
+
+The minutes of the table and of the figure are the steps times these milliseconds: other programs run beside the runs of
+a sweep, so the clock of a run is not fair. For a model that was not measured, it has to do.
 
 The tables go into README.md of the folder, between their marks. The figure is pareto.png: validation perplexity against
 the training time so far, and test perplexity against the layers that a token passes through.
 """
 
 import json
+import math
 import statistics
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -40,7 +47,8 @@ from hf_deq.tasks import TextArguments, held_out_text
 
 CONTEXT, NEW_TOKENS = 64, 32
 SURPRISE, WINDOWS = 15.0, 500
-MEASURED = ("step ms", "saved MB", "token ms", "nats over 15")
+TIMES = ("step ms", "shallow ms")  # of training
+MEASURED = (*TIMES, "saved MB", "token ms", "nats over 15")
 
 
 @dataclass
@@ -52,10 +60,16 @@ class ReportSweepArguments:
 
 
 def main(folder: str, arguments: ReportSweepArguments) -> None:
-    """Write tables and figure."""
+    """Write tables and figure.
+
+    Raises:
+        ValueError: if the sweep does not evaluate its final runs.
+    """
     warnings.simplefilter("ignore", hf_deq.ConvergenceWarning)
     torch.set_num_threads(1)  # as the runs had
     sweep, place = Sweep(Path(folder) / "sweep.yaml"), Path(folder) / "measurements.json"
+    if "evaluate" not in sweep.plan:
+        raise ValueError(f"{folder}/sweep.yaml has no evaluate: this report needs a test score of the final runs.")
     finals = sweep.finals()
     scored = {model: list(filter(is_scored, lines)) for model, lines in finals.items() if any(map(is_scored, lines))}
     if arguments.runs_dir is not None:
@@ -66,7 +80,9 @@ def main(folder: str, arguments: ReportSweepArguments) -> None:
         report("tuning", tuning, page)
     if scored:
         report("final", final_rows(scored, finals, measurements), page)
-        draw(scored).savefig(Path(folder) / "pareto.png", dpi=150)
+        draw(scored, measurements).savefig(Path(folder) / "pareto.png", dpi=150)
+    for model in finals.keys() - scored.keys():
+        print(f"{model} is left out: all its final runs diverged")
 
 
 def tuning_rows(sweep: Sweep) -> list[dict]:
@@ -77,8 +93,7 @@ def tuning_rows(sweep: Sweep) -> list[dict]:
         for line in (line for line in sweep.results.values() if line["model"] == model and line["round"] != "final"):
             setting = [one for one in tried.values() if one.items() <= line["flags"].items()]
             words = "; ".join(f"{name} {value}" for one in setting for name, value in one.items())
-            perplexity = line["result"]["validation_perplexity"]
-            score = "diverged" if perplexity is None else round(perplexity, 1)
+            score = round(line["result"]["validation_perplexity"], 1) if is_scored(line) else "diverged"
             rows.append({"model": model, "round": line["round"], "setting": words, "validation": score})
     return rows
 
@@ -87,32 +102,40 @@ def final_rows(scored: dict[str, list[dict]], finals: dict[str, list[dict]], mea
     """A row for each model: mean and standard deviation over the seeds that did not diverge."""
     rows = []
     for model, lines in scored.items():
-        results, seeds = [line["result"] for line in lines], len(finals[model])
+        results, seeds, measured = [line["result"] for line in lines], len(finals[model]), measurements.get(model, {})
         evaluations = [result.get("validation_num_evaluations") for result in results]
+        losses = [line.get("training_loss") for line in lines]
         row = {
             "model": model,
             "parameters": results[0]["num_parameters"],
             "tokens (M)": round(results[0]["num_tokens"] / 1e6, 2),
-            "minutes": round(statistics.mean(result["seconds"] / 60 for result in results), 1),
+            "minutes": round(statistics.mean(minutes_until(line["result"], line, measured) for line in lines), 1),
             "seeds": seeds if len(lines) == seeds else f"{len(lines)} of {seeds}",
+            "training": None if None in losses else spread(list(map(math.exp, losses))),
             "validation": spread([result["validation_perplexity"] for result in results]),
+            "best validation (step)": best_validation(lines),
             "test": spread([test_row(line)["perplexity"] for line in lines]),
             "evaluations": None if None in evaluations else round(statistics.mean(evaluations), 1),
         }
-        measured = measurements.get(model, {})
         rows.append(row | {name: measured.get(name) for name in MEASURED})
     return rows
-
-
-def is_scored(line: dict) -> bool:
-    """Whether a final run has scores. A run that diverged has none."""
-    return line["result"]["validation_perplexity"] is not None and "evaluation" in line
 
 
 def spread(values: list[float]) -> str:
     """Mean and standard deviation."""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def is_scored(line: dict) -> bool:
+    """Whether a run has a score. A run that diverged has none."""
+    return line["result"].get("validation_perplexity") is not None
+
+
+def best_validation(lines: list[dict]) -> str:
+    """The lowest validation perplexity on the way, of the mean over the seeds, and its step."""
+    step, perplexity = min(curve(lines, lambda point, line: point["step"]), key=itemgetter(1))
+    return f"{perplexity:.1f} ({step:,.0f})"
 
 
 def test_row(line: dict) -> dict:
@@ -134,23 +157,35 @@ def depth(line: dict, row: dict) -> float:
     return prelude + row["num_evaluations"] * (layers - prelude)
 
 
-def learning_curve(lines: list[dict]) -> list[tuple[float, float]]:
+def learning_curve(lines: list[dict], measured: dict) -> list[tuple[float, float]]:
     """Minutes of training so far and validation perplexity, means over the seeds."""
-    curves = [
-        [(minutes_until(point, line), point["validation_perplexity"]) for point in points_of(line)] for line in lines
+    return curve(lines, partial(minutes_until, measured=measured))
+
+
+def curve(lines: list[dict], place: Callable[[dict, dict], float]) -> list[tuple[float, float]]:
+    """For each validation that gave every seed a number: its place, and the perplexity; means over the seeds."""
+    seeds = [[(point, line) for point in (*line["validations"], line["result"])] for line in lines]
+    together = [
+        [(place(point, line), point["validation_perplexity"]) for point, line in pairs]
+        for pairs in zip(*seeds, strict=True)
+        if all(point["validation_perplexity"] is not None for point, _ in pairs)
     ]
-    return [tuple(map(statistics.mean, zip(*points, strict=True))) for points in zip(*curves, strict=True)]
+    return [tuple(map(statistics.mean, zip(*pairs, strict=True))) for pairs in together]
 
 
-def points_of(line: dict) -> list[dict]:
-    """All validations of a run, up to the last one."""
-    return [*line["validations"], line["result"]]
+def minutes_until(point: dict, line: dict, measured: dict) -> float:
+    """Minutes of training until a validation: steps times their measured time.
 
-
-def minutes_until(point: dict, line: dict) -> float:
-    """Minutes of training until a validation. Runs that did not note them are taken to have steps of equal length."""
-    result = line["result"]
-    return point.get("seconds", result["seconds"] * point["step"] / result["step"]) / 60
+    Without measurements, the clock has to do. A run that did not note it is taken to have steps of equal length.
+    """
+    result, step = line["result"], point["step"]
+    if not measured:
+        return point.get("seconds", result["seconds"] * step / result["step"]) / 60
+    shallow = min(step, line["flags"].get("shallow_steps", 0))
+    milliseconds = (step - shallow) * measured["step ms"]
+    if shallow:
+        milliseconds += shallow * measured["shallow ms"]
+    return milliseconds / 60_000
 
 
 def depth_curve(lines: list[dict]) -> list[tuple[float, float]]:
@@ -167,7 +202,7 @@ def depth_curve(lines: list[dict]) -> list[tuple[float, float]]:
     )
 
 
-def draw(finals: dict[str, list[dict]]) -> Figure:
+def draw(finals: dict[str, list[dict]], measurements: dict) -> Figure:
     """Validation perplexity against training time, and test perplexity against depth. Explicit models are dashed."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -176,9 +211,11 @@ def draw(finals: dict[str, list[dict]]) -> Figure:
         solved = is_solved(lines[0])
         look = {"color": next(colors[solved]), "marker": "o", "linestyle": "-" if solved else "--"}
         look["markerfacecolor"] = look["color"] if solved else "white"
-        left.plot(*zip(*learning_curve(lines), strict=True), **look, label=model)
+        left.plot(*zip(*learning_curve(lines, measurements.get(model, {})), strict=True), **look, label=model)
         right.plot(*zip(*depth_curve(lines), strict=True), **look)
-    left.set(xlabel="training time so far (minutes, one thread)", ylabel="perplexity", title="Validation", yscale="log")
+    left.set(
+        xlabel="training time so far (minutes of one thread)", ylabel="perplexity", title="Validation", yscale="log"
+    )
     right.set(xlabel="layers that a token passes through", title="Test")
     right.set_xscale("log", base=2)
     right.xaxis.set_major_formatter("{x:g}")
@@ -201,15 +238,17 @@ def measure(finals: dict[str, list[dict]], runs_dir: Path, arguments: ReportSwee
         flags = lines[0]["flags"]
         ids = torch.randint(10, models[model].config.vocab_size, (flags["batch_size"], flags["sequence_length"]))
         dial = {"solver_tolerance": flags["train_solver_tolerance"]} if "train_solver_tolerance" in flags else {}
-        forward = partial(loss, models[model], ids, dial)
-        steps[model] = lambda forward=forward: forward().backward()
-        saved[model] = saved_bytes(models[model].train(), forward)
+        forward = partial(loss, models[model].train(), ids)
+        steps[model, "step ms"] = partial(train, forward, dial)
+        saved[model] = saved_bytes(models[model], partial(forward, dial))
+        if flags.get("shallow_steps"):
+            steps[model, "shallow ms"] = partial(train, forward, {"unroll_steps": flags["shallow_depth"]})
     of_steps = take_turns(steps, arguments.seconds)
     decoding = {model: partial(decode, one.eval()) for model, one in models.items() if has_cache(one)}
     of_tokens = take_turns(decoding, arguments.seconds)
     return {
         model: {
-            "step ms": round(1e3 * of_steps[model]),
+            **{name: round(1e3 * of_steps[model, name]) for name in TIMES if (model, name) in of_steps},
             "saved MB": round(saved[model] / 1e6, 1),
             "token ms": round(1e3 * of_tokens[model] / NEW_TOKENS, 1) if model in of_tokens else None,
             "nats over 15": round(surprises(models[model], str(runs_dir / finals[model][0]["key"])), 2),
@@ -221,6 +260,11 @@ def measure(finals: dict[str, list[dict]], runs_dir: Path, arguments: ReportSwee
 def loss(model, ids, dial: dict):
     """The loss of a training step."""
     return model(ids, labels=ids, use_cache=False, **dial).loss
+
+
+def train(forward, dial: dict) -> None:
+    """A training step, without the optimizer."""
+    forward(dial).backward()
 
 
 def decode(model) -> None:
@@ -241,8 +285,8 @@ def surprises(model, folder: str) -> float:
 
 
 def has_cache(model) -> bool:
-    """Whether the model decodes with a cache."""
-    return getattr(model.config, "gradient", None) != "unrolled"
+    """Whether the model decodes with a cache, as every explicit model of Transformers does."""
+    return getattr(model.config, "is_cacheable", True)
 
 
 if __name__ == "__main__":

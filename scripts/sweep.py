@@ -23,14 +23,15 @@ A sweep is a YAML file:
           - [{resid_pdrop: 0.0}]
 
 A run has these flags and no others: no recipe adds to them. The models take their turns independently. All runs of a
-model's round end before its next round starts. A training that diverges is a result, too: its score is null, and it is
-never the best.
+model's round end before its next round starts. A training that diverges is a result, too, and never the best. If every
+setting of a round diverges, its model has no further runs.
 """
 
 import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -46,9 +47,10 @@ from hf_deq.commands import run as run_command
 from hf_deq.data import parse_recipe
 from hf_deq.evaluation import format_table
 from hf_deq.training import Diverged
-from hf_deq.training.log import parse_metrics, replace_lines
+from hf_deq.training.log import is_report, parse_metrics, replace_lines
 
 SCRIPTS = Path(__file__).parent
+LATEST = 200  # steps that say how well a model fits its training text at the end
 NAMES = {"score", "common", "tuning", "final", "seeds", "models"}  # of a sweep
 
 
@@ -60,7 +62,10 @@ class SweepArguments:
     set: list[str] = field(
         default_factory=list, metadata={"help": "Flags that belong to this machine, such as corpus=path/to/ptb."}
     )
-    workers: int = field(default=2, metadata={"help": "Runs side by side, each with one thread."})
+    workers: int = field(default=2, metadata={"help": "Runs side by side."})
+    num_processes: int = field(
+        default=1, metadata={"help": "CPU processes that share the batch of each run. Each has one thread."}
+    )
     show: bool = field(default=False, metadata={"help": "Run nothing: print the results, and what is left."})
 
 
@@ -96,30 +101,23 @@ class Sweep:
 
     def __init__(self, file: Path):
         self.plan = parse_recipe(file)
-        if self.plan.keys() - {"evaluate"} != NAMES:
-            raise ValueError(
-                f"{file} must have the names {sorted(NAMES)}, and may have evaluate: it has {[*self.plan]}."
-            )
-        for model, mine in self.plan["models"].items():
-            if not {"common", "rounds"} <= mine.keys() <= {"common", "rounds", "tuning", "final"}:
-                raise ValueError(
-                    f"{file}: the model {model!r} must have common and rounds, and may have tuning and final: it has "
-                    f"{[*mine]}."
-                )
+        check_plan(file, self.plan)
         self.results_file = file.with_name("results.jsonl")
         lines = self.results_file.read_text() if self.results_file.is_file() else ""
         self.results = {line["key"]: line for line in map(json.loads, lines.splitlines())}
 
     def score(self, run: Run) -> float:
-        """The score of a finished run; infinite if it is not a number, so that it is never the best.
+        """The score of a finished run; infinite if it diverged or is not a number, so that it is never the best.
 
         Raises:
             ValueError: if the run has no such score.
         """
-        result, name = self.results[run.key]["result"], self.plan["score"]
-        if name not in result:
-            raise ValueError(f"score: {name!r} is not in the results of {run.key}, which have {[*result]}.")
-        score = result[name]
+        line, name = self.results[run.key], self.plan["score"]
+        if has_diverged(line):
+            return math.inf
+        if name not in line["result"]:
+            raise ValueError(f"score: {name!r} is not in the results of {run.key}, which have {[*line['result']]}.")
+        score = line["result"][name]
         return math.inf if score is None or math.isnan(score) else score
 
     def ready(self) -> list[Run]:
@@ -135,7 +133,7 @@ class Sweep:
         return sorted(waiting, key=order)
 
     def rounds_of(self, model: str) -> Iterator[list[Run]]:
-        """Yield the runs of each round of a model, as long as the rounds before are finished."""
+        """Yield the runs of each round of a model, as long as the rounds before are finished and have a best run."""
         mine, best = self.plan["models"][model], None
         flags = self.plan["common"] | self.plan["tuning"] | mine["common"] | mine.get("tuning", {})
         for number, settings in enumerate(mine["rounds"], start=1):
@@ -144,14 +142,30 @@ class Sweep:
             if any(run.key not in self.results for run in runs):
                 return
             best = min([*runs, *([best] if best else [])], key=self.score)
+            if math.isinf(self.score(best)):
+                return
             flags = best.flags
         flags = flags | self.plan["final"] | mine.get("final", {})
         yield [Run(model, "final", flags | {"seed": seed}) for seed in self.plan["seeds"]]
 
+    def stuck(self) -> list[str]:
+        """The models that have no final runs, because every setting of a round diverged."""
+        latest = {model: list(self.rounds_of(model))[-1] for model in self.plan["models"]}
+        return [
+            model
+            for model, runs in latest.items()
+            if runs[0].round != "final" and all(run.key in self.results for run in runs)
+        ]
+
     def add(self, run: Run, line: dict) -> None:
-        """Write down a finished run."""
+        """Write down a finished run.
+
+        Raises:
+            ValueError: if it has no score of the name in the plan.
+        """
         self.results[run.key] = {"key": run.key, "model": run.model, "round": run.round, "flags": run.flags} | line
         replace_lines(self.results_file, self.results.values())
+        self.score(run)
 
     def finals(self) -> dict[str, list[dict]]:
         """The lines of the finished final runs of each model that has any. Runs that the file no longer asks for do not
@@ -174,11 +188,43 @@ class Sweep:
             }
             words = " ".join(f"{name}={value}" for name, value in special.items())
             row = {name: line[name] for name in ("model", "round")}
-            result = line["result"]
-            row[self.plan["score"]] = result[self.plan["score"]]
-            row["minutes"] = result["seconds"] / 60 if "seconds" in result else None
+            score = self.score(Run(line["model"], line["round"], line["flags"]))
+            row[self.plan["score"]] = None if math.isinf(score) else score
+            row["minutes"] = None if has_diverged(line) else line["result"]["seconds"] / 60
             rows.append(row | {"setting": words})
         return rows
+
+
+def check_plan(file: Path, plan: dict) -> None:
+    """Refuse a plan that lacks a name, has one that does not exist, or a value where names belong.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if plan.keys() - {"evaluate"} != NAMES:
+        raise ValueError(f"{file} must have the names {sorted(NAMES)}, and may have evaluate: it has {[*plan]}.")
+    for name in ("common", "tuning", "final", "models"):
+        check_kind(file, name, plan[name], dict)
+    for model, mine in plan["models"].items():
+        check_kind(file, model, mine, dict)
+        if not {"common", "rounds"} <= mine.keys() <= {"common", "rounds", "tuning", "final"}:
+            raise ValueError(
+                f"{file}: the model {model!r} must have common and rounds, and may have tuning and final: it has "
+                f"{[*mine]}."
+            )
+        for name, value in mine.items():
+            check_kind(file, f"{name} of {model}", value, list if name == "rounds" else dict)
+
+
+def check_kind(file: Path, name: str, value, kind: type[dict] | type[list]) -> None:
+    """Refuse a value of another kind.
+
+    Raises:
+        ValueError: if it has another kind. The message says how to write none.
+    """
+    if not isinstance(value, kind):
+        what = "names with values ({} for none)" if kind is dict else "a list ([] for none)"
+        raise ValueError(f"{file}: {name} must be {what}, got {value!r}.")
 
 
 class Worker:
@@ -188,14 +234,15 @@ class Worker:
         runs_dir: folder for the folders of the runs.
         machine: flags that no result has, because they belong to this machine.
         evaluation: flags of the evaluation after a final run; `None` for no evaluation.
-        score: the name of the score in the results.
+        num_processes: CPU processes of each training. With several, a training that diverges counts as a failure,
+            because torchrun hides its exit status.
 
     Raises:
         ValueError: if a flag of the machine has no value.
     """
 
-    def __init__(self, runs_dir: Path, machine: list[str], evaluation: dict | None, score: str):
-        self.runs_dir, self.evaluation, self.score = runs_dir, evaluation, score
+    def __init__(self, runs_dir: Path, machine: list[str], evaluation: dict | None, num_processes: int = 1):
+        self.runs_dir, self.evaluation, self.num_processes = runs_dir, evaluation, num_processes
         if wrong := [pair for pair in machine if "=" not in pair]:
             raise ValueError(f"--set takes NAME=VALUE, such as corpus=path/to/ptb; got {wrong[0]!r}.")
         self.machine = flags_of(dict(pair.split("=", 1) for pair in machine))
@@ -203,29 +250,39 @@ class Worker:
         self.stopping = threading.Event()
 
     def run(self, run: Run) -> dict | None:
-        """Train, or go on from the last checkpoint, and evaluate; the results, or `None` if the run was stopped.
-
-        The score of a training that diverged is `None`.
+        """Train and evaluate; the results, or `None` if the run was stopped.
 
         Raises:
             OSError: if a script fails. The message names the file with its output.
         """
         folder = self.runs_dir / run.key
         folder.mkdir(parents=True, exist_ok=True)
-        if not is_finished(metrics_of(folder)) and self.train(run, folder) is None:
+        line = self.trained(run, folder)
+        if line is None or has_diverged(line) or run.round != "final" or self.evaluation is None:
+            return line
+        file = folder / "evaluation.json"
+        command = ["evaluate.py", str(folder), *flags_of(self.evaluation), "--output", str(file)]
+        if self.call(command, folder) is None:
+            return None
+        return line | {"evaluation": json.loads(file.read_text())}
+
+    def trained(self, run: Run, folder: Path) -> dict | None:
+        """What a training measured, which may have ended earlier; `None` if it was stopped.
+
+        Raises:
+            OSError: if it fails, or leaves no report.
+        """
+        status = 0 if is_finished(metrics_of(folder)) else self.train(run, folder)
+        if status is None:
             return None
         metrics = metrics_of(folder)
-        if not is_finished(metrics):  # it diverged, perhaps before it logged anything
+        if status == Diverged.exit_status:  # perhaps before it logged anything
             last = metrics[-1]["step"] if metrics else 0
-            return {"result": {"step": last, self.score: None}, "validations": validations_of(metrics)}
-        line = {"result": metrics[-1], "validations": validations_of(metrics[:-1])}
-        if run.round == "final" and self.evaluation is not None:
-            file = folder / "evaluation.json"
-            command = ["evaluate.py", str(folder), *flags_of(self.evaluation), "--output", str(file)]
-            if self.call(command, folder) is None:
-                return None
-            line["evaluation"] = json.loads(file.read_text())
-        return line
+            return {"result": {"step": last, "diverged": True}, "validations": validations_of(metrics)}
+        if not is_finished(metrics):
+            raise OSError(f"a run ended without its report: the last line of {folder / 'metrics.jsonl'} is missing.")
+        result, validations = metrics[-1], validations_of(metrics[:-1])
+        return {"result": result, "validations": validations, "training_loss": latest_loss(metrics)}
 
     def train(self, run: Run, folder: Path) -> int | None:
         """Train to the end, from the last checkpoint if there is one; the exit status, or `None` if it was stopped."""
@@ -233,9 +290,12 @@ class Worker:
         recipe.write_text(yaml.safe_dump(run.flags))
         flags = [*self.machine, "--output_dir", str(folder), "--num_threads", "1"]
         flags.append("--resume" if any((folder / "checkpoints").glob("step-*")) else "--overwrite")
-        return self.call(["train.py", str(recipe), *flags], folder, allowed=(0, Diverged.exit_status))
+        command = ["train.py", str(recipe), *flags]
+        return self.call(command, folder, allowed=(0, Diverged.exit_status), num_processes=self.num_processes)
 
-    def call(self, command: list[str], folder: Path, allowed: tuple[int, ...] = (0,)) -> int | None:
+    def call(
+        self, command: list[str], folder: Path, allowed: tuple[int, ...] = (0,), num_processes: int = 1
+    ) -> int | None:
         """Run a script; its exit status if this is an allowed one, or `None` if it was stopped.
 
         Raises:
@@ -244,11 +304,16 @@ class Worker:
         if self.stopping.is_set():
             return None
         log = folder / f"{command[0].removesuffix('.py')}.log"
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment, launcher = os.environ | {"OMP_NUM_THREADS": "1"}, []
+        if num_processes > 1:
+            environment["ACCELERATE_USE_CPU"] = "true"
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
         with open(log, "w") as output:
-            command = [sys.executable, str(SCRIPTS / command[0]), *command[1:]]
+            command = [sys.executable, *launcher, str(SCRIPTS / command[0]), *command[1:]]
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
             self.processes.add(process)
+            if self.stopping.is_set():  # since the test above
+                process.send_signal(signal.SIGTERM)
             code = process.wait()
             self.processes.discard(process)
         if code in allowed:
@@ -271,8 +336,20 @@ def metrics_of(folder: Path) -> list[dict]:
 
 
 def is_finished(metrics: list[dict]) -> bool:
-    """Whether a training came to its end: only its last line has the number of tokens."""
-    return bool(metrics) and "num_tokens" in metrics[-1]
+    """Whether a training came to its end."""
+    return bool(metrics) and is_report(metrics[-1])
+
+
+def has_diverged(line: dict) -> bool:
+    """Whether a line of results is that of a training that diverged. It has no score."""
+    return line["result"].get("diverged", False)
+
+
+def latest_loss(metrics: list[dict]) -> float | None:
+    """The mean training loss of the last `LATEST` steps; `None` if a run was too short to log any."""
+    last = metrics[-1]["step"]
+    losses = [line["loss"] for line in metrics if "loss" in line and line["step"] > last - LATEST]
+    return statistics.mean(losses) if losses else None
 
 
 def validations_of(metrics: list[dict]) -> list[dict]:
@@ -290,9 +367,12 @@ def main(file: str, arguments: SweepArguments) -> None:
     """Run what is not finished, and print the results."""
     sweep = Sweep(Path(file))
     if not arguments.show:
-        evaluation, score = sweep.plan.get("evaluate"), sweep.plan["score"]
-        run_all(sweep, Worker(Path(arguments.runs_dir), arguments.set, evaluation, score), arguments.workers)
+        evaluation = sweep.plan.get("evaluate")
+        worker = Worker(Path(arguments.runs_dir), arguments.set, evaluation, arguments.num_processes)
+        run_all(sweep, worker, arguments.workers)
     print(format_table(sweep.table()) if sweep.results else "no run is finished")
+    for model in sweep.stuck():
+        print(f"\n{model} has no final runs: every setting of a round diverged")
     left = sweep.ready()
     print(f"\n{len(left)} runs can start next, {[run.key for run in left]}" if left else "\nevery run is finished")
 
@@ -302,10 +382,11 @@ def run_all(sweep: Sweep, worker: Worker, workers: int) -> None:
 
     Raises:
         OSError: if a run failed.
+        ValueError: if a run has no score of the name in the plan.
     """
     handlers = {number: signal.signal(number, worker.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     running: dict[Future, Run] = {}
-    failures: list[OSError] = []
+    failures: list[OSError | ValueError] = []
     with ThreadPoolExecutor(workers) as pool:
         while True:
             if not worker.stopping.is_set() and not failures:
@@ -314,10 +395,11 @@ def run_all(sweep: Sweep, worker: Worker, workers: int) -> None:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
-                if isinstance(error := future.exception(), OSError):
+                try:
+                    if (line := future.result()) is not None:
+                        sweep.add(run, line)
+                except (OSError, ValueError) as error:
                     failures.append(error)
-                elif (line := future.result()) is not None:
-                    sweep.add(run, line)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if failures:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from ..data import DEFAULT_CORPUS, is_local, parse_recipe
 from ..evaluation import FIGURES, METRICS, finite, is_by_tolerance
 from ..tasks import LanguageModeling
-from ..training import parse_metrics
+from ..training.log import is_report, parse_metrics
 
 # Names in recipe.yaml that belong to the machine of the run, and names whose values may be a place on that machine.
 MACHINE_FIELDS = ("output_dir", "overwrite", "resume", "report_to")
@@ -107,7 +107,7 @@ def read_record(folder: str | Path, config: PreTrainedConfig) -> RunRecord:
     record = RunRecord(
         recipe=_portable(recipe),
         steps=steps,
-        cost=lines[-1] if lines and "num_tokens" in lines[-1] else {},
+        cost=lines[-1] if lines and is_report(lines[-1]) else {},
         results=results["rows"],
         evaluation=_portable(results["arguments"]),
         dataset=dataset,

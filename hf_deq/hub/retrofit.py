@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..configuration_deq import EQUILIBRIUM_FIELDS
+from ..configuration_deq import fits_given_weights
 from ..configuration_deq_attractor import DEQAttractorConfig
 from ..modeling_deq_attractor import DEQAttractorBlock, DEQAttractorForCausalLM
 from ..positions_deq import RotaryPositions
@@ -26,9 +26,9 @@ PARTS = (
 )
 OPTIONAL_PARTS = ("self_attn.q_norm", "self_attn.k_norm")
 LARGEST_DIFFERENCE = 1e-3  # between a part and its copy, relative to what the part computes
-# The other fields of the configuration follow from the original.
-FREE_FIELDS = EQUILIBRIUM_FIELDS | {"layer_scale_init_value", "layer_scale_max"}
-FREE_FIELDS |= {"embedding_dropout", "hidden_dropout", "output_dropout"}
+# The other fields of the configuration follow from the original. Gates are new.
+FREE_FIELDS = {name for name in DEQAttractorConfig.__dataclass_fields__ if fits_given_weights(name)}
+FREE_FIELDS |= {"layer_scale_init_value", "layer_scale_max"}
 
 
 def retrofit(

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,8 +53,13 @@ class MetricsFile:
         """
         if self.accelerator.is_main_process and self.path.is_file():
             lines = parse_metrics(self.path.read_text())
-            replace_lines(self.path, [line for line in lines if line["step"] <= step and "num_processes" not in line])
+            replace_lines(self.path, [line for line in lines if line["step"] <= step and not is_report(line)])
         self.accelerator.wait_for_everyone()
+
+
+def is_report(line: dict) -> bool:
+    """Whether a line of metrics.jsonl is the report at the end of a run. Only this line counts the tokens."""
+    return "num_tokens" in line
 
 
 def replace_lines(file: Path, lines: Iterable[dict]) -> None:
@@ -98,12 +103,12 @@ class Clock:
         self.spent, self.started = spent, time.perf_counter()
 
     @contextmanager
-    def paused(self):
-        """Within this context, the clock does not count."""
+    def paused(self) -> Iterator[float]:
+        """Within this context, the clock does not count. It gives the seconds until here."""
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # the pending work of the device still belongs to training
         spent = self.seconds()
-        yield
+        yield spent
         self.resume(spent)
 
 

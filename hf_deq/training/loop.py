@@ -187,8 +187,8 @@ class _Trainer:
             if self.step % arguments.logging_steps == 0 or self.step == arguments.max_steps:
                 self._log(bar)
             if arguments.eval_steps and self.step % arguments.eval_steps == 0 and self.step < arguments.max_steps:
-                line = {"step": self.step, "seconds": self.clock.seconds()}
-                with self.clock.paused():
+                with self.clock.paused() as seconds:
+                    line = {"step": self.step, "seconds": seconds}
                     self.metrics.write(line | _prefixed("validation", self._validate()))
             if arguments.save_steps and self.step % arguments.save_steps == 0:
                 with self.clock.paused():

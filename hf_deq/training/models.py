@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..configuration_deq import EQUILIBRIUM_FIELDS, DEQConfig
+from ..configuration_deq import DEQConfig, fits_given_weights
 from ..data import read_recipe
 from ..evaluation import check_length
 from ..generation_deq import REPORTED
@@ -166,7 +166,7 @@ def pretrained(folder: str, model_type: str, fields: dict) -> PreTrainedModel:
         raise ValueError(
             f"init_from={folder!r} holds a {config.model_type}, but model_type is {model_type}: leave model_type out."
         )
-    changed = {name: value for name, value in fields.items() if name in EQUILIBRIUM_FIELDS or name.endswith("_dropout")}
+    changed = {name: value for name, value in fields.items() if fits_given_weights(name)}
     for name, value in fields.items():
         theirs = config.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(config, name, None)
         if name in changed or value is None or theirs == value:

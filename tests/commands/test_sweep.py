@@ -120,6 +120,22 @@ def test_a_run_that_diverged_is_never_the_best(plan, rates, score):
     assert {asked.flags["learning_rate"] for asked in worker.asked if asked.round == "final"} == {3e-3}
 
 
+def test_a_model_of_which_every_setting_diverges_has_no_further_runs(plan):
+    class Diverging(Recorder):
+        def run(self, run):
+            line = super().run(run)
+            return {"result": {"step": 9, "diverged": True}, "validations": []} if run.model == "one" else line
+
+    worker = Diverging()
+    sweep = run(plan, worker)
+    assert [asked.round for asked in worker.asked if asked.model == "one"] == [1, 1, 1]
+    assert [asked.round for asked in worker.asked if asked.model == "two"] == [1, "final", "final"]
+    assert sweep.ready() == [] and sweep.stuck() == ["one"] and list(sweep.finals()) == ["two"]
+    assert [row["validation_loss"] for row in sweep.table() if row["model"] == "one"] == [None] * 3
+    finished = script("sweep.py", plan, "--show")
+    assert "one has no final runs: every setting of a round diverged" in finished.stdout, finished.stderr[-2000:]
+
+
 def test_equal_settings_are_trained_once(plan):
     common = PLAN["models"]["two"]["common"] | {"learning_rate": 1e-3}
     two = {"common": common, "rounds": [[{"learning_rate": 1e-3}, {}]]}
@@ -160,8 +176,12 @@ def test_a_sweep_that_was_stopped_goes_on(plan, stop_after):
 def test_tables_and_a_figure_are_made_of_the_results(tmp_path):
     """Two models with two seeds each: one is solved, at two budgets and a tolerance; the other has four layers."""
     models = {"solved": {"num_hidden_layers": 3, "num_prelude_layers": 1}, "explicit": {"n_layer": 4}}
-    plan = {name: dict(common=common, rounds=[[{"learning_rate": 1e-3}]]) for name, common in models.items()}
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(PLAN | {"models": plan, "score": "validation_perplexity"}))
+    rates = [{"learning_rate": 1e-3}, {"learning_rate": 3e-3}]
+    plan = {name: dict(common=common, rounds=[rates]) for name, common in models.items()}
+    whole = PLAN | {"models": plan, "score": "validation_perplexity"}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(whole))
+    assert "has no evaluate: this report needs a test score" in script("report_sweep.py", tmp_path).stderr
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(whole | {"evaluate": {"split": "test"}}))
     dial = [{"solver_max_evaluations": n, "solver_tolerance": 0.0, "num_evaluations": n} for n in (1, 2)]
     dial += [{"solver_max_evaluations": None, "solver_tolerance": 1e-3, "num_evaluations": 5.5}]
     sweep = sweeps.Sweep(tmp_path / "sweep.yaml")
@@ -171,26 +191,26 @@ def test_tables_and_a_figure_are_made_of_the_results(tmp_path):
         cost = {"seconds": 60.0 * (1 + seed), "num_parameters": 10, "num_tokens": 2_000_000, "step": 20}
         rows = [row | {"perplexity": 90.0 - 10 * i + 2 * seed} for i, row in enumerate(dial if is_solved else [{}])]
         results = {"validation_perplexity": 100.0 + 2 * seed} | cost | evaluations
-        validations = [{"step": 10, "validation_perplexity": 150.0 + 2 * seed}]
-        sweep.add(ready[0], {"result": results, "validations": validations, "evaluation": {"rows": rows}})
+        line = {"result": results, "evaluation": {"rows": rows}, "training_loss": math.log(80.0)}
+        sweep.add(ready[0], line | {"validations": [{"step": 10, "validation_perplexity": 90.0 + 2 * seed}]})
     (tmp_path / "README.md").write_text("<!-- tuning -->\nold\n<!-- end -->\n\n<!-- final -->\n<!-- end -->\n")
-    measured = {name: {"step ms": 5, "saved MB": 1.5, "token ms": None, "nats over 15": 0.25} for name in models}
+    measured = {name: {"step ms": 9000, "saved MB": 1.5, "token ms": None, "nats over 15": 0.25} for name in models}
     (tmp_path / "measurements.json").write_text(json.dumps(measured))
     finished = script("report_sweep.py", tmp_path)
     assert finished.returncode == 0 and (tmp_path / "pareto.png").is_file(), finished.stderr[-2000:]
     page = (tmp_path / "README.md").read_text()
     assert "| solved | 1 | learning_rate 0.001 | 100 |" in page and "old" not in page
-    assert "| solved | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 71.0 ± 1.4 | 6.2 | 5 | 1.5 | - | 0.25 |" in page
-    assert "| explicit | 10 | 2 | 1.5 | 2 | 101.0 ± 1.4 | 91.0 ± 1.4 | - | 5 | 1.5 | - | 0.25 |" in page
+    scores = "| 10 | 2 | 3 | 2 | 80.0 ± 0.0 | 101.0 ± 1.4 | 91.0 (10) |"
+    assert f"| solved {scores} 71.0 ± 1.4 | 6.2 | 9,000 | - | 1.5 | - | 0.25 |" in page
+    assert f"| explicit {scores} 91.0 ± 1.4 | - | 9,000 | - | 1.5 | - | 0.25 |" in page
     for line in [*sweep.results.values()]:  # one short run and one final run diverge
-        if line["model"] == "solved" and line["flags"].get("seed", 1) == 1:
-            line.pop("evaluation")
-            line["result"] = {"step": 9, "validation_perplexity": None}
+        if line["model"] == "solved" and (line["flags"]["learning_rate"] == 3e-3 or line["flags"].get("seed") == 1):
+            line["result"] = {"step": 9, "diverged": True}
     replace_lines(sweep.results_file, sweep.results.values())
     finished = script("report_sweep.py", tmp_path)
     page = (tmp_path / "README.md").read_text()
-    assert "| solved | 1 | learning_rate 0.001 | diverged |" in page, finished.stderr[-2000:]
-    assert "| 1 of 2 | 100.0 | 70.0 |" in page
+    assert "| solved | 1 | learning_rate 0.003 | diverged |" in page, finished.stderr[-2000:]
+    assert "| 1 of 2 | 80.0 | 100.0 | 90.0 (10) | 70.0 |" in page
 
 
 @pytest.fixture
@@ -206,17 +226,21 @@ def test_depth_counts_the_layers_that_a_token_passes_through(reports):
     assert reports.depth({"flags": {"n_layer": 4}, "result": {}}, {"num_evaluations": 0.0}) == 4
 
 
-def test_a_learning_curve_has_the_minutes_that_a_run_noted(reports):
-    """An earlier run noted none, and its steps are taken to be of equal length."""
+def test_a_learning_curve_has_the_minutes_of_its_steps_or_those_that_a_run_noted(reports):
+    """Steps that were measured count. An earlier run noted nothing, and its steps are taken to be of equal length."""
     result = {"step": 20, "seconds": 240.0, "validation_perplexity": 100.0}
     noted, earlier = (
         {"step": 5, "seconds": 180.0, "validation_perplexity": 200.0},
         {"step": 5, "validation_perplexity": 220.0},
     )
-    runs = [{"validations": [point], "result": result} for point in (noted, earlier)]
-    assert reports.learning_curve(runs[:1]) == [(3.0, 200.0), (4.0, 100.0)]
-    assert reports.learning_curve(runs[1:]) == [(1.0, 220.0), (4.0, 100.0)]
-    assert reports.learning_curve(runs) == [(2.0, 210.0), (4.0, 100.0)]
+    runs = [{"validations": [point], "result": result, "flags": {"shallow_steps": 8}} for point in (noted, earlier)]
+    lost = [runs[0], runs[1] | {"validations": [earlier | {"validation_perplexity": None}]}]
+    assert reports.learning_curve(lost, {}) == [(4.0, 100.0)]  # a seed without a number leaves no mean
+    assert reports.learning_curve(runs[:1], {}) == [(3.0, 200.0), (4.0, 100.0)]
+    assert reports.learning_curve(runs[1:], {}) == [(1.0, 220.0), (4.0, 100.0)]
+    assert reports.learning_curve(runs, {}) == [(2.0, 210.0), (4.0, 100.0)]
+    measured = {"step ms": 30_000, "shallow ms": 12_000}
+    assert reports.learning_curve(runs, measured) == [(1.0, 210.0), (8 / 5 + 6, 100.0)]
 
 
 def test_surprises_are_measured_without_dropout(reports, monkeypatch):
@@ -256,7 +280,8 @@ def test_a_plan_without_its_names_is_refused(plan):
 
 
 @pytest.mark.slow
-def test_runs_are_trained_evaluated_and_written_down(tmp_path):
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_runs_are_trained_evaluated_and_written_down(tmp_path, num_processes):
     """The real thing, at its smallest."""
     tiny = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2)
     common = dict(task="copy_memory", copy_delay=1, batch_size=2, warmup_steps=0)
@@ -265,10 +290,12 @@ def test_runs_are_trained_evaluated_and_written_down(tmp_path):
     file = tmp_path / "sweep.yaml"
     evaluate = dict(batch_size=1000, tolerances=0.1, budgets=1)
     file.write_text(yaml.safe_dump(PLAN | steps | dict(common=common, models={"small": model}, evaluate=evaluate)))
-    finished = script("sweep.py", file, "--runs_dir", tmp_path / "runs", "--set", "logging_steps=1")
+    flags = ("--runs_dir", tmp_path / "runs", "--set", "logging_steps=1", "--num_processes", num_processes)
+    finished = script("sweep.py", file, *flags)
     assert finished.returncode == 0 and "every run is finished" in finished.stdout, finished.stderr[-2000:]
     short, final = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert (short["round"], short["result"]["step"], final["round"], final["result"]["step"]) == (1, 1, "final", 2)
+    assert short["result"]["num_processes"] == final["result"]["num_processes"] == num_processes
     assert final["flags"]["seed"] == 7 and "logging_steps" not in final["flags"]
     trained = yaml.safe_load((tmp_path / "runs" / final["key"] / "recipe.yaml").read_text())
     assert trained["shallow_steps"] == 0  # the default recipe has 600: a run has its own flags and no others
@@ -280,7 +307,7 @@ def worker_of(folder, calls, status=0):
     """A worker whose scripts do not run: a training leaves a line of metrics, an evaluation its file."""
 
     class Scripts(sweeps.Worker):
-        def call(self, command, folder, allowed=(0,)):
+        def call(self, command, folder, **options):
             calls.append(command[0])
             if calls.count("evaluate.py") == 1:
                 raise OSError("the evaluation failed")
@@ -291,7 +318,7 @@ def worker_of(folder, calls, status=0):
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             return status
 
-    return Scripts(folder, [], {"split": "test"}, "validation_loss")
+    return Scripts(folder, [], {"split": "test"})
 
 
 def test_a_finished_training_is_not_repeated_for_its_evaluation(tmp_path):
@@ -305,10 +332,19 @@ def test_a_finished_training_is_not_repeated_for_its_evaluation(tmp_path):
     assert line["result"]["validation_loss"] == 1.0 and line["validations"] == [{"step": 1, "validation_loss": 2.0}]
 
 
+def test_a_training_that_leaves_no_report_is_not_taken_for_one_that_diverged(tmp_path):
+    worker = worker_of(tmp_path, [])
+    call = worker.call
+    worker.call = lambda *arguments, **options: call(*arguments, **options) or (folder / "metrics.jsonl").write_text("")
+    folder = tmp_path / (short := sweeps.Run("small", 1, {})).key
+    with pytest.raises(OSError, match="ended without its report: the last line of .*metrics.jsonl is missing"):
+        worker.run(short)
+
+
 def test_a_training_that_diverged_is_a_result_and_never_the_best(plan):
     worker = worker_of(plan.parent / "runs", [], status=Diverged.exit_status)
     line = worker.run(sweeps.Run("small", 1, {"learning_rate": 9.0}))
-    assert line["result"] == {"step": 2, "validation_loss": None} and len(line["validations"]) == 2
+    assert line["result"] == {"step": 2, "diverged": True} and len(line["validations"]) == 2
     sweep = sweeps.Sweep(plan)
     first = sweep.ready()[0]
     sweep.add(first, line)
@@ -327,7 +363,7 @@ def test_a_setting_that_diverges_does_not_stop_a_sweep(tmp_path):
     finished = script("sweep.py", file, "--runs_dir", tmp_path / "runs")
     assert finished.returncode == 0 and "every run is finished" in finished.stdout, finished.stderr[-2000:]
     diverged, good, final = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
-    assert diverged["result"]["validation_loss"] is None and good["result"]["validation_loss"] > 0
+    assert diverged["result"]["diverged"] and good["result"]["validation_loss"] > 0
     assert final["flags"]["learning_rate"] == 1e-3
 
 
@@ -335,7 +371,14 @@ def test_a_setting_that_diverges_does_not_stop_a_sweep(tmp_path):
     "change, message",
     [
         ({"score": "validation_los"}, "score: 'validation_los' is not in the results of"),
+        (
+            {"score": "validation_los", "models": {"two": {"common": {"learning_rate": 1.0}, "rounds": []}}},
+            "score: 'validation_los' is not",
+        ),
         ({"models": {"two": {"rounds": []}}}, "the model 'two' must have common and rounds"),
+        ({"models": {"two": None}}, r"two must be names with values \({} for none\), got None"),
+        ({"models": {"two": {"common": {}, "rounds": {}}}}, r"rounds of two must be a list \(\[\] for none\), got {}"),
+        ({"models": ["two"]}, "models must be names with values"),
     ],
 )
 def test_plans_that_cannot_be_read_are_refused(plan, change, message):
@@ -347,6 +390,6 @@ def test_plans_that_cannot_be_read_are_refused(plan, change, message):
 def test_a_run_that_fails_says_where_to_read(tmp_path):
     broken = sweeps.Run("broken", 1, {"model_type": "gpt3"})
     with pytest.raises(OSError, match="a run failed with status 1: read .*train.log"):
-        sweeps.Worker(tmp_path, [], None, "validation_loss").run(broken)
+        sweeps.Worker(tmp_path, [], None).run(broken)
     log = (tmp_path / broken.key / "train.log").read_text()
     assert "model_type must be one of" in log and "got 'gpt3'" in log
