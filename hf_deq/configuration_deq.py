@@ -34,8 +34,9 @@ class DEQConfig(PreTrainedConfig):
             earlier states until convergence, and no cache can be used.
         solver_tolerance: relative residual `||f(z) - z|| / ||f(z)||` at which a position is solved.
         solver_max_evaluations: budget of calls of f per solve. `num_evaluations` can be larger, by one call at the best
-            iterate of a solve that did not converge, and by one call with a graph in training. With
-            `gradient="unrolled"`: the number of applications of f.
+            iterate of a solve that did not converge, and in training by the calls with a graph: one for the implicit
+            gradient, `phantom_steps` for the phantom gradient. With `gradient="unrolled"`: the number of applications
+            of f.
         solver_history: number of past iterates that Anderson or Broyden remember.
         solver_damping: fraction of each solver step that is taken, in (0, 1].
         gradient: `"implicit"` (exact), `"phantom"` (through a few damped steps at the equilibrium), `"unrolled"` (an
@@ -51,7 +52,7 @@ class DEQConfig(PreTrainedConfig):
         jacobian_loss_frequency: fraction of training steps that apply the regularization, in (0, 1].
 
     Raises:
-        ValueError: if an unknown key looks like one of these fields.
+        ValueError: if an unknown key looks like one of these fields, or is a field of another family.
         StrictDataclassError: if a field is out of range or has a wrong type. This error of huggingface_hub is not a
             ValueError.
     """
@@ -261,4 +262,4 @@ EQUILIBRIUM_FIELDS = {field.name for field in fields(DEQConfig)} - PreTrainedCon
 
 def fits_given_weights(name: str) -> bool:
     """Whether a field can change in a model that has its weights: those of the equilibrium and of dropout can."""
-    return name in EQUILIBRIUM_FIELDS or name.endswith("_dropout")
+    return name in EQUILIBRIUM_FIELDS or name.endswith(("_dropout", "_pdrop"))  # the second: GPT-2

@@ -70,22 +70,35 @@ class DEQGenerationMixin(GenerationMixin):
         values = (config.get("return_dict_in_generate") for config in configs)
         return next((value for value in values if value is not None), False)
 
-    def _prepare_generation_config(self, *args, **kwargs):
+    def _asks_for_cache(self, generation_config: GenerationConfig | None, kwargs: dict) -> bool:
+        """Whether a call of `generate` asks for a cache.
+
+        The model's own generation configuration does not count: it may have the default of another gradient.
+        """
+        is_own = generation_config is None or generation_config is self.generation_config
+        asked = [kwargs] if is_own else [kwargs, vars(generation_config)]
+        values = (value for one in asked if (value := one.get("use_cache")) is not None)
+        return next(values, any(one.get("cache_implementation") for one in asked))
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
         """Pass the dial on to `forward`, and leave out the cache if there is nothing to cache.
 
         A generation configuration keeps unknown fields, so it may hold the dial.
 
         Raises:
-            ValueError: if a draft of the first layers is asked for: all evaluations have the same layers.
+            ValueError: if the call asks for a cache, and there is nothing to cache; if it asks for a draft of the first
+                layers: all evaluations have the same layers.
         """
-        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        asks_for_cache = self._asks_for_cache(generation_config, kwargs)
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if generation_config.assistant_early_exit is not None:
             raise ValueError(
                 "assistant_early_exit drafts with the first layers of a stack, and an equilibrium has no stack: pass "
                 "assistant_model=model.draft()."
             )
-        # A configuration that was saved may have the default of another gradient, so only the call can ask for a cache.
-        if kwargs.get("use_cache") is None and not self.config.is_cacheable:
+        if asks_for_cache:
+            check_cacheable(self.config)
+        elif not self.config.is_cacheable:
             generation_config.use_cache = False
         dial = {name: getattr(generation_config, name, None) for name in Dial.__dataclass_fields__}
         return generation_config, model_kwargs | {name: value for name, value in dial.items() if value is not None}

@@ -94,7 +94,9 @@ def tuning_rows(sweep: Sweep) -> list[dict]:
             setting = [one for one in tried.values() if one.items() <= line["flags"].items()]
             words = "; ".join(f"{name} {value}" for one in setting for name, value in one.items())
             score = round(line["result"]["validation_perplexity"], 1) if is_scored(line) else "diverged"
-            rows.append({"model": model, "round": line["round"], "setting": words, "validation": score})
+            converged = line["result"].get("validation_converged")
+            row = {"model": model, "round": line["round"], "setting": words, "validation": score}
+            rows.append(row | {"converged": None if converged is None else f"{converged:.0%}"})
     return rows
 
 

@@ -12,7 +12,7 @@ from accelerate import cpu_offload
 from families import ATTRACTOR, Family, random_ids
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.functional import cross_entropy, pad
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from hf_deq import ConvergenceWarning
 from hf_deq.evaluation.activations import saved_activation_bytes
@@ -416,8 +416,12 @@ class ModelLaws:
         expected = model.generate(ids, **greedy, use_cache=False)
         assert torch.equal(model.generate(ids, **greedy), expected)
         assert torch.equal(model.generate(ids, model.generation_config, **greedy), expected)
-        with pytest.raises(ValueError, match="use_cache=False"):
-            model.generate(ids, **greedy, use_cache=True)
+        static = dict(cache_implementation="static")
+        assert torch.equal(model.generate(ids, **greedy, **static, use_cache=False), expected)
+        for asked in (dict(use_cache=True), static):
+            for call in (asked, dict(generation_config=GenerationConfig(**asked))):
+                with pytest.raises(ValueError, match="use_cache=False"):
+                    model.generate(ids, **greedy, **call)
 
     def test_a_missed_tolerance_is_reported(self):
         with pytest.warns(ConvergenceWarning, match="Raise max_evaluations"):
@@ -515,10 +519,15 @@ class ModelLaws:
         torch.testing.assert_close(output.loss, plain + 2.0 * output.jacobian_loss)
 
     def test_jacobian_loss_does_not_depend_on_padding(self, monkeypatch):
-        monkeypatch.setattr(torch, "randn", lambda shape, **options: torch.ones(shape, dtype=options["dtype"]))
+        def noise(shape, dtype, **options):
+            """The same at all positions, however many there are, but not for all features: a norm would remove it."""
+            return torch.arange(shape[-1], dtype=dtype).cos().expand(shape)
+
+        monkeypatch.setattr(torch, "randn", noise)
         model = self.family.model(jacobian_loss_weight=1.0).train()
         ids = random_ids(2, 8)
         alone = model(ids, labels=ids).jacobian_loss
+        assert alone > 1e-3
         for left, right in ((0, 5), (5, 0)):
             padded, mask = pad(ids, (left, right)), pad(torch.ones_like(ids), (left, right))
             torch.testing.assert_close(model(padded, attention_mask=mask, labels=padded).jacobian_loss, alone)

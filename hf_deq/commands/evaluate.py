@@ -55,16 +55,16 @@ def parse_for_folder(description: str, arguments: type) -> tuple:
 
     Returns:
         The folder, an instance of `arguments`, and one of the task's `evaluation_arguments`.
+
+    Raises:
+        ValueError: if it begins with a flag.
     """
     folder = first_argument(sys.argv[1:])
+    if folder is None and sys.argv[1:] and not {"-h", "--help"} & {*sys.argv}:
+        raise ValueError("name the model folder first, because its task decides which flags there are: FOLDER --...")
     task = LanguageModeling if folder is None else task_of(read_recipe(folder))
     help_text = "Model folder or Hub repository; the first argument."
-    parsed = parse(description, arguments, task.evaluation_arguments, model=help_text)
-    if folder is None and task_of(read_recipe(parsed[0])) is not task:
-        raise ValueError(
-            f"name the model folder first, because its task decides which flags there are: {parsed[0]} --..."
-        )
-    return parsed
+    return parse(description, arguments, task.evaluation_arguments, model=help_text)
 
 
 def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
@@ -78,7 +78,7 @@ def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
     print(f"{folder} on {evaluation.measured}\n")
     print(format_table(evaluation.table()))
     if evaluation.spectral_radius is not None:
-        radius = f"{evaluation.spectral_radius:.2f} (an estimate, the mean of {RADIUS_WINDOWS} windows)"
+        radius = f"{evaluation.spectral_radius:.2f} (an estimate, the mean of at most {RADIUS_WINDOWS} windows)"
         print(f"\nspectral radius of the Jacobian of f at the equilibrium: {radius}")
         print(f"from the start to the equilibrium, ||z* - z0|| / ||z*||: {evaluation.distance_from_start:.2f}")
     if evaluation.path_independence is not None:

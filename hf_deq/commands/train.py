@@ -22,6 +22,7 @@ import argparse
 import os
 import sys
 from dataclasses import field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -35,6 +36,7 @@ from . import first_argument, with_errors_in_a_line
 
 DEFAULT_MODEL_TYPE = "deq_transformer"
 EXPLICIT_MODEL_TYPES = ["gpt2", "llama"]  # of Transformers, to compare with
+KINDS = {int: "a whole number", float: "a number"}  # of flags, as a message says it
 
 
 def main() -> None:
@@ -84,19 +86,20 @@ def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
     unknown = sorted(set(recipe) - names)
     if unknown:
         raise ValueError(f"{name or 'the default recipe'}: unknown names {unknown}; see --help for those that exist.")
-    check_values(recipe, parser, name or "the default recipe")
-    parser.set_defaults(**(as_flags(recipe) | vars(chosen)))
+    parser.set_defaults(**(read_values(recipe, parser, name or "the default recipe") | vars(chosen)))
     task, run, model, _ = parser.parse_args_into_dataclasses(flags)
     model_fields = {name: value for name, value in vars(model).items() if value is not None}
     return task, run, model_fields, chosen.model_type
 
 
-def check_values(recipe: dict, parser: argparse.ArgumentParser, source: str) -> None:
-    """Refuse a value in place of a list, a list in place of a value, and a name without a value.
+def read_values(recipe: dict, parser: argparse.ArgumentParser, source: str) -> dict:
+    """The values of a recipe, as the flags of the same names would read them.
 
     Raises:
-        ValueError: if there is one. The message names it.
+        ValueError: if there is a value in place of a list, a list in place of a value, a name without a value, or a
+            value of another kind. The message names it.
     """
+    values = {}
     for action in (action for action in parser._actions if action.dest in recipe):
         value, takes_list = recipe[action.dest], action.nargs in ("+", "*")
         if value is None and action.default is not None:
@@ -105,12 +108,25 @@ def check_values(recipe: dict, parser: argparse.ArgumentParser, source: str) -> 
             raise ValueError(
                 f"{source}: {action.dest} must be {'a list' if takes_list else 'one value'}, got {value!r}."
             )
+        read = partial(read_value, action=action, source=source)
+        values[action.dest] = list(map(read, value)) if takes_list and value else value and read(value)
+    return values
 
 
-def as_flags(recipe: dict) -> dict:
-    """A recipe with numbers as they are written in a command line: argparse checks only text."""
-    numbers = {name: repr(value) for name, value in recipe.items() if type(value) in (int, float)}
-    return recipe | numbers
+def read_value(value, action: argparse.Action, source: str):
+    """A single value of a recipe, as a flag would read its text.
+
+    Raises:
+        ValueError: if it is of another kind. The message names the kind.
+    """
+    is_number = action.type in (int, float)
+    try:
+        if isinstance(value, dict) or (is_number and isinstance(value, bool)):
+            raise TypeError
+        return action.type(str(value)) if action.type else value
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        kind = KINDS.get(action.type, "text" if action.type in (None, str) else "true or false")
+        raise ValueError(f"{source}: {action.dest} must be {kind}, got {value!r}.") from error
 
 
 def initial_folder(arguments: list[str], recipe: dict) -> str | None:

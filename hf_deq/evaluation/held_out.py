@@ -38,7 +38,7 @@ class HeldOut:
         raise NotImplementedError
 
     def windows(self, count: int) -> Tensor:
-        """Inputs `(count, length)` to look at solves."""
+        """Inputs `(count, length)` to look at solves; fewer rows if there are no more."""
         raise NotImplementedError
 
 

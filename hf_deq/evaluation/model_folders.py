@@ -43,21 +43,23 @@ def load_model(folder: str | Path, device: str = "cpu", memory_length: int | Non
         raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0]}).") from error
 
 
-def check_length(config: PreTrainedConfig, name: str, length: int) -> None:
-    """Refuse sequences that are longer than an explicit model can read.
+def check_length(config: PreTrainedConfig, name: str, length: int, remedy: str = "raise {field} to {length}") -> None:
+    """Refuse sequences that are longer than an explicit model is meant for.
 
     Args:
         config: of the model. Models of this package read any length.
         name: of the sequences, for the message.
         length: their tokens.
+        remedy: what to do. It may have the names `field`, `length` and `positions` in braces.
 
     Raises:
-        ValueError: if they are.
+        ValueError: if they are longer.
     """
     field = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     positions = None if isinstance(config, DEQConfig) else getattr(config, field, None)
     if positions is not None and length > positions:
-        raise ValueError(f"{field}={positions} must cover {name} ({length}): raise {field} to {length} or more.")
+        remedy = remedy.format(field=field, length=length, positions=positions)
+        raise ValueError(f"{field}={positions} must cover {name} ({length}): {remedy}.")
 
 
 def _class_of(config) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:

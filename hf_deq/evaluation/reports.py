@@ -85,7 +85,8 @@ class Evaluation:
         rows: a setting of the dial and its scores in each.
         dataset, split, metrics: as in `HeldOut`.
         spectral_radius: of the Jacobian of f at the equilibrium, the mean over windows; `None` without an equilibrium.
-        distance_from_start, path_independence: see `starts`, means over the same windows; `None` likewise.
+        distance_from_start, path_independence: see `starts`, means over the same windows; `None` likewise. With a
+            single window, `path_independence` is `None`, too.
     """
 
     measured: str
@@ -105,7 +106,7 @@ class Evaluation:
     def table(self) -> list[dict]:
         """The rows with the columns that are shown, for `format_table`."""
         columns = [*self.metrics, *(REPORTED if self.is_solved else ())]
-        return [{"dial": _label(row)} | {name: row[name] for name in columns} for row in self.rows]
+        return [{"dial": dial_label(row)} | {name: row[name] for name in columns} for row in self.rows]
 
 
 def evaluate_dial(model: PreTrainedModel, held_out: HeldOut, settings: list[dict]) -> Evaluation:
@@ -114,9 +115,11 @@ def evaluate_dial(model: PreTrainedModel, held_out: HeldOut, settings: list[dict
     If the solve starts at a state that the input proposes, a first row scores this state.
 
     Raises:
-        ValueError: if an explicit model cannot read windows of this length.
+        ValueError: if windows are longer than the table of positions of an explicit model.
     """
-    check_length(model.config, "the windows (length)", held_out.windows(1).shape[1])
+    if getattr(model.config, "rope_parameters", None) is None:  # rotary positions have no end
+        length = held_out.windows(1).shape[1]
+        check_length(model.config, "the windows (length)", length, remedy="give a length of at most {positions}")
     rows = score_settings(model, held_out, settings)
     of_equilibrium = {}
     if getattr(model.config, "gradient", "unrolled") != "unrolled":
@@ -155,8 +158,8 @@ def finite(data):
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _label(row: dict) -> str:
-    """The first column of a row."""
+def dial_label(row: dict) -> str:
+    """The setting of a row, in words."""
     if "solver_max_evaluations" not in row:
         return "no solver"
     if is_by_tolerance(row):

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from ..data import BUILT_IN_CORPORA, is_local, known_corpus
-from ..evaluation import FIGURES, METRICS, is_by_tolerance, solver_settings
+from ..evaluation import FIGURES, METRICS, dial_label, solver_settings
 from ..tasks import TASKS
 from .record import OF_THE_EQUILIBRIUM, RunRecord
 
@@ -148,18 +148,8 @@ def _dial_table(results: list[dict]) -> str:
     columns = {name: title for name, title in (METRICS | SOLVE).items() if name in given}
     if "solver_tolerance" not in results[0]:
         columns = {name: title for name, title in columns.items() if name not in SOLVE}
-    rows = [{"dial": _setting(row)} | {title: row.get(name) for name, title in columns.items()} for row in results]
+    rows = [{"dial": dial_label(row)} | {title: row.get(name) for name, title in columns.items()} for row in results]
     return markdown_table(rows)
-
-
-def _setting(row: dict) -> str:
-    if "solver_tolerance" not in row:
-        return "no solver"
-    if is_by_tolerance(row):
-        return f"tolerance {row['solver_tolerance']:g}"
-    if row["solver_max_evaluations"] == 0:
-        return "no solver, the state where it starts"
-    return f"at most {row['solver_max_evaluations']} evaluations"
 
 
 def markdown_table(rows: list[dict]) -> str:

@@ -46,6 +46,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     Raises:
         ValueError: if another training writes to it.
+        OSError: if its file system has no locks.
     """
     lock = FileLock(folder / ".training")
     try:
@@ -53,6 +54,11 @@ def alone_in(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise ValueError(
             f"another training runs in {str(folder)!r}: wait for its end, or choose another output_dir."
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise OSError(
+            f"output_dir {str(folder)!r} is on a file system without locks, which keep two trainings apart ({error}): "
+            "choose another."
         ) from error
     try:
         yield

@@ -74,11 +74,13 @@ def train(
             or another training writes to it.
         OSError: if `output_dir` cannot be written to. This is checked before anything else is done.
         Interrupted: after a checkpoint was saved on SIGINT or SIGTERM.
+        Diverged: if gradients are not finite in several steps in a row.
     """
     folder = writable_folder(run.output_dir)
-    check_free(folder, run)
     accelerator = _make_accelerator(run, folder)
     with alone_in(folder) if accelerator.is_main_process else nullcontext():
+        check_free(folder, run)
+        _start_trackers(accelerator, run)
         return _train(task_arguments, run, model_fields, model_type, folder, accelerator)
 
 
@@ -162,7 +164,8 @@ class _Trainer:
             self._load_checkpoint()
         elif self.accelerator.is_main_process:
             self.checkpoints.remove_all()
-            remove_results(self.folder)
+            if self.arguments.overwrite:
+                remove_results(self.folder)
         self.metrics.keep_until(self.step)
         with _signals_as_requests(self):
             self._take_steps()
@@ -340,7 +343,7 @@ class _signals_as_requests:
 
 
 def _make_accelerator(run: RunArguments, folder: Path) -> Accelerator:
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=run.mixed_precision,
         # Micro-batches are fetched step by step, so the end of the loader must not split its last step.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -351,11 +354,13 @@ def _make_accelerator(run: RunArguments, folder: Path) -> Accelerator:
         log_with=run.report_to,
         project_config=ProjectConfiguration(project_dir=str(folder)),
     )
+
+
+def _start_trackers(accelerator: Accelerator, run: RunArguments) -> None:
     if run.report_to:
         given = {name: value for name, value in asdict(run).items() if value is not None}
         plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in given.items()}
         accelerator.init_trackers("hf_deq", config=plain)
-    return accelerator
 
 
 def _cores_per_process() -> int:

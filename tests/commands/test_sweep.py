@@ -187,10 +187,10 @@ def test_tables_and_a_figure_are_made_of_the_results(tmp_path):
     sweep = sweeps.Sweep(tmp_path / "sweep.yaml")
     while ready := sweep.ready():
         is_solved, seed = ready[0].model == "solved", ready[0].flags.get("seed", 0)
-        evaluations = {"validation_num_evaluations": 6.25} if is_solved else {}
+        solves = {"validation_num_evaluations": 6.25, "validation_converged": 0.5} if is_solved else {}
         cost = {"seconds": 60.0 * (1 + seed), "num_parameters": 10, "num_tokens": 2_000_000, "step": 20}
         rows = [row | {"perplexity": 90.0 - 10 * i + 2 * seed} for i, row in enumerate(dial if is_solved else [{}])]
-        results = {"validation_perplexity": 100.0 + 2 * seed} | cost | evaluations
+        results = {"validation_perplexity": 100.0 + 2 * seed} | cost | solves
         line = {"result": results, "evaluation": {"rows": rows}, "training_loss": math.log(80.0)}
         sweep.add(ready[0], line | {"validations": [{"step": 10, "validation_perplexity": 90.0 + 2 * seed}]})
     (tmp_path / "README.md").write_text("<!-- tuning -->\nold\n<!-- end -->\n\n<!-- final -->\n<!-- end -->\n")
@@ -199,7 +199,7 @@ def test_tables_and_a_figure_are_made_of_the_results(tmp_path):
     finished = script("report_sweep.py", tmp_path)
     assert finished.returncode == 0 and (tmp_path / "pareto.png").is_file(), finished.stderr[-2000:]
     page = (tmp_path / "README.md").read_text()
-    assert "| solved | 1 | learning_rate 0.001 | 100 |" in page and "old" not in page
+    assert "| solved | 1 | learning_rate 0.001 | 100 | 50% |" in page and "old" not in page
     scores = "| 10 | 2 | 3 | 2 | 80.0 ± 0.0 | 101.0 ± 1.4 | 91.0 (10) |"
     assert f"| solved {scores} 71.0 ± 1.4 | 6.2 | 9,000 | - | 1.5 | - | 0.25 |" in page
     assert f"| explicit {scores} 91.0 ± 1.4 | - | 9,000 | - | 1.5 | - | 0.25 |" in page

@@ -112,7 +112,7 @@ def test_the_card_tells_the_run(trained, dry):
         "In full: the validation split: ",
         "(`numbers.txt` must be in the working folder.)\n",
         "windows of 16, stride 8; solver anderson, ",
-        "| at most 2 evaluations |",
+        "| 2 evaluations |",
         "| tolerance 0.001 |",
         "| optimizer steps | 6 |",
         f"| tokens trained on | {cost['num_tokens']:,} |",

@@ -186,11 +186,21 @@ def test_two_trainings_cannot_share_a_folder(tmp_path):
 
 def test_what_was_measured_of_an_earlier_model_goes_when_its_folder_is_overwritten(tmp_path):
     stale = [tmp_path / name for name in ("results.json", "dial.png", "dial.json", "training.png")]
-    for resume, remain in ((False, False), (True, True)):
+    for how in ({}, {"resume": True}, {"overwrite": True}):  # the first start finds files that no run has left
         for file in (*stale, tmp_path / "notes.json"):
             file.write_text("{}")
-        run(tmp_path, overwrite=not resume, resume=resume)
-        assert [file.exists() for file in stale] == [remain] * 4 and (tmp_path / "notes.json").exists()
+        run(tmp_path, **how)
+        assert [file.exists() for file in stale] == ["overwrite" not in how] * 4 and (tmp_path / "notes.json").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError("flock")])
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, error):
+    def failing(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", failing)
+    with pytest.raises(OSError, match="output_dir .* is on a file system without locks.*choose another"):
+        run(tmp_path)
 
 
 def test_a_single_bad_step_is_skipped_counted_and_forgotten(tmp_path, monkeypatch):
