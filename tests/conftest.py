@@ -42,7 +42,10 @@ def causal_map():
 
 
 def pytest_generate_tests(metafunc):
-    """Laws that take `fields` run once for every variant of their class's model family."""
-    if "fields" in metafunc.fixturenames and hasattr(metafunc.cls, "family"):
-        variants = metafunc.cls.family.variants
-        metafunc.parametrize("fields", variants.values(), ids=variants.keys())
+    """Laws that take `fields` run once for every variant of their class's model family; laws that take
+    `decoding_fields`, once for every variant of f."""
+    if hasattr(metafunc.cls, "family"):
+        family = metafunc.cls.family
+        for name, variants in (("fields", family.variants), ("decoding_fields", family.decoding_variants)):
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, variants.values(), ids=variants.keys())

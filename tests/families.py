@@ -32,6 +32,10 @@ TINY = dict(
     eos_token_id=2,
 )
 
+# Fields of embeddings and output layer.
+VOCABULARY = {"cutoffs", "div_val", "embedding_size", "head_bias", "num_softmax_experts", "tied_projections"}
+VOCABULARY |= {"tie_word_embeddings"}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -59,6 +63,14 @@ class Family:
     @property
     def remembers(self) -> bool:
         return self.remembering is not None
+
+    @property
+    def decoding_variants(self) -> dict[str, dict]:
+        """One variant of each f. Those that differ in the vocabulary alone have the same caches."""
+        kinds = {}
+        for name, fields in self.variants.items():
+            kinds.setdefault(repr({field: fields[field] for field in fields if field not in VOCABULARY}), name)
+        return {name: self.variants[name] for name in kinds.values()}
 
     def config(self, **fields) -> DEQConfig:
         return self.config_class(**(TINY | self.tiny | fields))

@@ -133,8 +133,8 @@ class GenerationLaws:
         for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
             assert torch.equal(model.generate(ids, **SHORT, **cache), expected), cache
 
-    def test_left_padded_batches(self, fields):
-        model = self.family.model(**fields)
+    def test_left_padded_batches(self, decoding_fields):
+        model = self.family.model(**decoding_fields)
         rows = [random_ids(1, length) for length in (3, 7, 5)]
         expected = [model.generate(row, **SHORT)[0, row.shape[1] :] for row in rows]
         ids = torch.cat([pad(row, (7 - row.shape[1], 0)) for row in rows])
@@ -143,8 +143,8 @@ class GenerationLaws:
             batch = model.generate(ids, attention_mask=mask, **SHORT, cache_implementation=cache)
             assert torch.equal(batch[:, 7:], torch.stack(expected)), cache
 
-    def test_beam_search(self, fields):
-        model = self.family.model(**fields)
+    def test_beam_search(self, decoding_fields):
+        model = self.family.model(**decoding_fields)
         beams = dict(SHORT, num_beams=3, return_dict_in_generate=True, output_scores=True)
         cached, uncached = (
             model.generate(ids, **beams, use_cache=use) for ids in [random_ids(2, 4)] for use in (True, False)
@@ -152,13 +152,13 @@ class GenerationLaws:
         assert torch.equal(cached.sequences, uncached.sequences)
         torch.testing.assert_close(cached.sequences_scores, uncached.sequences_scores, rtol=0, atol=1e-5)
 
-    def test_prompt_lookup_and_assisted_decoding_crop_the_cache(self, fields):
-        model = self.family.model(**fields)
+    def test_prompt_lookup_and_assisted_decoding_crop_the_cache(self, decoding_fields):
+        model = self.family.model(**decoding_fields)
         ids = random_ids(1, 4).repeat(1, 3)
         expected = greedy_without_cache(model, ids, SHORT["max_new_tokens"])
         assert torch.equal(model.generate(ids, **SHORT, prompt_lookup_num_tokens=3), expected)
         torch.manual_seed(1)
-        assistant = type(model)(self.family.config(**fields)).double().eval()
+        assistant = type(model)(self.family.config(**decoding_fields)).double().eval()
         assert torch.equal(model.generate(ids, **SHORT, assistant_model=assistant), expected)
 
     def test_sampling_follows_the_seed(self):
