@@ -36,7 +36,7 @@ class DEQConfig(PreTrainedConfig):
         solver_max_evaluations: budget of calls of f per solve. `num_evaluations` can be larger, by one call at the best
             iterate of a solve that did not converge, and in training by the calls with a graph: one for the implicit
             gradient, `phantom_steps` for the phantom gradient. With `gradient="unrolled"`: the number of applications
-            of f.
+            of f. With `gradient="reversible"`, training has `2 * reversible_steps` calls, whatever the budget.
         solver_history: number of past iterates that Anderson or Broyden remember.
         solver_damping: fraction of each solver step that is taken, in (0, 1].
         gradient: `"implicit"` (exact), `"phantom"` (through a few damped steps at the equilibrium), `"unrolled"` (an

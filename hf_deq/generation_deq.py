@@ -73,12 +73,13 @@ class DEQGenerationMixin(GenerationMixin):
     def _asks_for_cache(self, generation_config: GenerationConfig | None, kwargs: dict) -> bool:
         """Whether a call of `generate` asks for a cache.
 
-        The model's own generation configuration does not count: it may have the default of another gradient.
+        `use_cache` of a generation configuration does not count: one that was saved may have the default of another
+        gradient.
         """
-        is_own = generation_config is None or generation_config is self.generation_config
-        asked = [kwargs] if is_own else [kwargs, vars(generation_config)]
-        values = (value for one in asked if (value := one.get("use_cache")) is not None)
-        return next(values, any(one.get("cache_implementation") for one in asked))
+        if kwargs.get("use_cache") is not None:
+            return kwargs["use_cache"]
+        kind = getattr(generation_config, "cache_implementation", None)
+        return kwargs.get("cache_implementation", kind) is not None
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
         """Pass the dial on to `forward`, and leave out the cache if there is nothing to cache.

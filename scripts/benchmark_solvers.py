@@ -7,7 +7,8 @@ The solvers take turns on the same f, with the same start and the same tolerance
 over the turns, and `ratio` is the time of torchdeq divided by ours. torchdeq stops when the residual of every whole
 row is at the tolerance. Our solvers stop when the residual of every position is. Therefore the row `torchdeq, worst
 position` gives torchdeq a tolerance at which its worst position reaches the tolerance too. A row with `lam` gives
-torchdeq's Anderson our regularization, and not its default of 1e-4. `operations` counts the
+torchdeq's Anderson the number of our regularization (absolute there, relative here) in place of 1e-4, its default.
+`operations` counts the
 operations outside of f in each evaluation, views included. `memory` is what a solve holds besides the output of f, in
 states. `fresh` is a new DEQ-Transformer, `hard` one with larger weights, whose f is less contractive. Without torchdeq
 (`pip install -e ".[bench]"`) its rows are left out.

@@ -94,8 +94,8 @@ def tuning_rows(sweep: Sweep) -> list[dict]:
             setting = [one for one in tried.values() if one.items() <= line["flags"].items()]
             words = "; ".join(f"{name} {value}" for one in setting for name, value in one.items())
             score = round(line["result"]["validation_perplexity"], 1) if is_scored(line) else "diverged"
-            converged = line["result"].get("validation_converged")
             row = {"model": model, "round": line["round"], "setting": words, "validation": score}
+            converged = line["result"]["validation_converged"] if is_solved(line) else None
             rows.append(row | {"converged": None if converged is None else f"{converged:.0%}"})
     return rows
 
@@ -179,15 +179,17 @@ def minutes_until(point: dict, line: dict, measured: dict) -> float:
     """Minutes of training until a validation: steps times their measured time.
 
     Without measurements, the clock has to do. A run that did not note it is taken to have steps of equal length.
+
+    Raises:
+        ValueError: if the measurements lack the time of shallow steps.
     """
     result, step = line["result"], point["step"]
     if not measured:
         return point.get("seconds", result["seconds"] * step / result["step"]) / 60
     shallow = min(step, line["flags"].get("shallow_steps", 0))
-    milliseconds = (step - shallow) * measured["step ms"]
-    if shallow:
-        milliseconds += shallow * measured["shallow ms"]
-    return milliseconds / 60_000
+    if shallow and "shallow ms" not in measured:
+        raise ValueError("measurements.json has no shallow ms: measure again with --runs_dir.")
+    return ((step - shallow) * measured["step ms"] + shallow * measured.get("shallow ms", 0)) / 60_000
 
 
 def depth_curve(lines: list[dict]) -> list[tuple[float, float]]:

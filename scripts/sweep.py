@@ -24,7 +24,7 @@ A sweep is a YAML file:
 
 A run has these flags and no others: no recipe adds to them. The models take their turns independently. All runs of a
 model's round end before its next round starts. A training that diverges is a result, too, and never the best. If every
-setting of a round diverges, its model has no further runs.
+setting so far has diverged, a model has no further runs.
 """
 
 import json
@@ -44,10 +44,9 @@ from pathlib import Path
 import yaml
 
 from hf_deq.commands import run as run_command
-from hf_deq.data import parse_recipe
+from hf_deq.data import check_at_least, parse_recipe
 from hf_deq.evaluation import format_table
-from hf_deq.training import Diverged
-from hf_deq.training.log import is_report, parse_metrics, replace_lines
+from hf_deq.training.log import has_ended, parse_metrics, replace_lines
 
 SCRIPTS = Path(__file__).parent
 LATEST = 200  # steps that say how well a model fits its training text at the end
@@ -67,6 +66,9 @@ class SweepArguments:
         default=1, metadata={"help": "CPU processes that share the batch of each run. Each has one thread."}
     )
     show: bool = field(default=False, metadata={"help": "Run nothing: print the results, and what is left."})
+
+    def __post_init__(self):
+        check_at_least(1, workers=self.workers, num_processes=self.num_processes)
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,17 @@ class Sweep:
         score = line["result"][name]
         return math.inf if score is None or math.isnan(score) else score
 
+    def is_done(self, run: Run) -> bool:
+        """Whether a run is trained and, if the plan says so, evaluated."""
+        line = self.results.get(run.key)
+        wants_evaluation = run.round == "final" and "evaluate" in self.plan
+        return line is not None and (not wants_evaluation or has_diverged(line) or "evaluation" in line)
+
     def ready(self) -> list[Run]:
         """The unfinished runs that can start now: short runs by their round, then the final ones by seed."""
         latest = [list(self.rounds_of(model))[-1] for model in self.plan["models"]]
         # By their key, because settings that are equal would be trained twice, side by side in one folder.
-        waiting = {run.key: run for runs in latest for run in runs if run.key not in self.results}.values()
+        waiting = {run.key: run for runs in latest for run in runs if not self.is_done(run)}.values()
 
         def order(run: Run) -> tuple[bool, int]:
             is_final = run.round == "final"
@@ -139,7 +147,7 @@ class Sweep:
         for number, settings in enumerate(mine["rounds"], start=1):
             runs = [Run(model, number, flags | setting) for setting in settings]
             yield runs
-            if any(run.key not in self.results for run in runs):
+            if not all(map(self.is_done, runs)):
                 return
             best = min([*runs, *([best] if best else [])], key=self.score)
             if math.isinf(self.score(best)):
@@ -149,13 +157,9 @@ class Sweep:
         yield [Run(model, "final", flags | {"seed": seed}) for seed in self.plan["seeds"]]
 
     def stuck(self) -> list[str]:
-        """The models that have no final runs, because every setting of a round diverged."""
+        """The models that have no final runs, because every setting diverged."""
         latest = {model: list(self.rounds_of(model))[-1] for model in self.plan["models"]}
-        return [
-            model
-            for model, runs in latest.items()
-            if runs[0].round != "final" and all(run.key in self.results for run in runs)
-        ]
+        return [model for model, runs in latest.items() if runs[0].round != "final" and all(map(self.is_done, runs))]
 
     def add(self, run: Run, line: dict) -> None:
         """Write down a finished run.
@@ -171,9 +175,7 @@ class Sweep:
         """The lines of the finished final runs of each model that has any. Runs that the file no longer asks for do not
         count."""
         finals = {model: list(self.rounds_of(model))[-1] for model in self.plan["models"]}
-        lines = {
-            model: [self.results[run.key] for run in runs if run.key in self.results] for model, runs in finals.items()
-        }
+        lines = {model: [self.results[run.key] for run in runs if self.is_done(run)] for model, runs in finals.items()}
         return {model: of_it for model, of_it in lines.items() if of_it and of_it[0]["round"] == "final"}
 
     def table(self) -> list[dict]:
@@ -190,7 +192,7 @@ class Sweep:
             row = {name: line[name] for name in ("model", "round")}
             score = self.score(Run(line["model"], line["round"], line["flags"]))
             row[self.plan["score"]] = None if math.isinf(score) else score
-            row["minutes"] = None if has_diverged(line) else line["result"]["seconds"] / 60
+            row["minutes"] = line["result"]["seconds"] / 60 if "seconds" in line["result"] else None
             rows.append(row | {"setting": words})
         return rows
 
@@ -203,8 +205,11 @@ def check_plan(file: Path, plan: dict) -> None:
     """
     if plan.keys() - {"evaluate"} != NAMES:
         raise ValueError(f"{file} must have the names {sorted(NAMES)}, and may have evaluate: it has {[*plan]}.")
-    for name in ("common", "tuning", "final", "models"):
-        check_kind(file, name, plan[name], dict)
+    for name in ("common", "tuning", "final", "models", "evaluate"):
+        check_kind(file, name, plan.get(name, {}), dict)
+    check_kind(file, "seeds", plan["seeds"], list)
+    if not plan["seeds"]:
+        raise ValueError(f"{file}: seeds must have at least one seed.")
     for model, mine in plan["models"].items():
         check_kind(file, model, mine, dict)
         if not {"common", "rounds"} <= mine.keys() <= {"common", "rounds", "tuning", "final"}:
@@ -214,6 +219,12 @@ def check_plan(file: Path, plan: dict) -> None:
             )
         for name, value in mine.items():
             check_kind(file, f"{name} of {model}", value, list if name == "rounds" else dict)
+        for settings in mine["rounds"]:
+            check_kind(file, f"a round of {model}", settings, list)
+            if not settings:
+                raise ValueError(f"{file}: a round of {model} must have at least one setting.")
+            for setting in settings:
+                check_kind(file, f"a setting of {model}", setting, dict)
 
 
 def check_kind(file: Path, name: str, value, kind: type[dict] | type[list]) -> None:
@@ -234,8 +245,7 @@ class Worker:
         runs_dir: folder for the folders of the runs.
         machine: flags that no result has, because they belong to this machine.
         evaluation: flags of the evaluation after a final run; `None` for no evaluation.
-        num_processes: CPU processes of each training. With several, a training that diverges counts as a failure,
-            because torchrun hides its exit status.
+        num_processes: CPU processes of each training.
 
     Raises:
         ValueError: if a flag of the machine has no value.
@@ -262,27 +272,26 @@ class Worker:
             return line
         file = folder / "evaluation.json"
         command = ["evaluate.py", str(folder), *flags_of(self.evaluation), "--output", str(file)]
-        if self.call(command, folder) is None:
+        if (status := self.call(command, folder)) is None:
             return None
+        if status:
+            raise OSError(f"an evaluation failed (exit status {status}): read {folder / 'evaluate.log'}.")
         return line | {"evaluation": json.loads(file.read_text())}
 
     def trained(self, run: Run, folder: Path) -> dict | None:
         """What a training measured, which may have ended earlier; `None` if it was stopped.
 
         Raises:
-            OSError: if it fails, or leaves no report.
+            OSError: if it did not come to its end.
         """
         status = 0 if is_finished(metrics_of(folder)) else self.train(run, folder)
         if status is None:
             return None
         metrics = metrics_of(folder)
-        if status == Diverged.exit_status:  # perhaps before it logged anything
-            last = metrics[-1]["step"] if metrics else 0
-            return {"result": {"step": last, "diverged": True}, "validations": validations_of(metrics)}
         if not is_finished(metrics):
-            raise OSError(f"a run ended without its report: the last line of {folder / 'metrics.jsonl'} is missing.")
-        result, validations = metrics[-1], validations_of(metrics[:-1])
-        return {"result": result, "validations": validations, "training_loss": latest_loss(metrics)}
+            raise OSError(f"a run did not come to its end (exit status {status}): read {folder / 'train.log'}.")
+        line = {"result": metrics[-1], "validations": validations_of(metrics[:-1])}
+        return line if has_diverged(line) else line | {"training_loss": latest_loss(metrics)}
 
     def train(self, run: Run, folder: Path) -> int | None:
         """Train to the end, from the last checkpoint if there is one; the exit status, or `None` if it was stopped."""
@@ -291,16 +300,10 @@ class Worker:
         flags = [*self.machine, "--output_dir", str(folder), "--num_threads", "1"]
         flags.append("--resume" if any((folder / "checkpoints").glob("step-*")) else "--overwrite")
         command = ["train.py", str(recipe), *flags]
-        return self.call(command, folder, allowed=(0, Diverged.exit_status), num_processes=self.num_processes)
+        return self.call(command, folder, self.num_processes)
 
-    def call(
-        self, command: list[str], folder: Path, allowed: tuple[int, ...] = (0,), num_processes: int = 1
-    ) -> int | None:
-        """Run a script; its exit status if this is an allowed one, or `None` if it was stopped.
-
-        Raises:
-            OSError: if the status is another one.
-        """
+    def call(self, command: list[str], folder: Path, num_processes: int = 1) -> int | None:
+        """Run a script; its exit status, or `None` if it was stopped."""
         if self.stopping.is_set():
             return None
         log = folder / f"{command[0].removesuffix('.py')}.log"
@@ -316,11 +319,7 @@ class Worker:
                 process.send_signal(signal.SIGTERM)
             code = process.wait()
             self.processes.discard(process)
-        if code in allowed:
-            return code
-        if self.stopping.is_set():
-            return None
-        raise OSError(f"a run failed with status {code}: read {log}.")
+        return None if code and self.stopping.is_set() else code
 
     def stop(self, *signal_and_frame) -> None:
         """Ask the running trainings to save a checkpoint and end."""
@@ -336,17 +335,17 @@ def metrics_of(folder: Path) -> list[dict]:
 
 
 def is_finished(metrics: list[dict]) -> bool:
-    """Whether a training came to its end."""
-    return bool(metrics) and is_report(metrics[-1])
+    """Whether a training came to its end, or diverged."""
+    return bool(metrics) and has_ended(metrics[-1])
 
 
 def has_diverged(line: dict) -> bool:
     """Whether a line of results is that of a training that diverged. It has no score."""
-    return line["result"].get("diverged", False)
+    return "diverged" in line["result"]
 
 
 def latest_loss(metrics: list[dict]) -> float | None:
-    """The mean training loss of the last `LATEST` steps; `None` if a run was too short to log any."""
+    """The mean training loss of the last `LATEST` steps; `None` if no loss of these was finite."""
     last = metrics[-1]["step"]
     losses = [line["loss"] for line in metrics if "loss" in line and line["step"] > last - LATEST]
     return statistics.mean(losses) if losses else None
@@ -372,7 +371,7 @@ def main(file: str, arguments: SweepArguments) -> None:
         run_all(sweep, worker, arguments.workers)
     print(format_table(sweep.table()) if sweep.results else "no run is finished")
     for model in sweep.stuck():
-        print(f"\n{model} has no final runs: every setting of a round diverged")
+        print(f"\n{model} has no final runs: every setting diverged")
     left = sweep.ready()
     print(f"\n{len(left)} runs can start next, {[run.key for run in left]}" if left else "\nevery run is finished")
 

@@ -418,10 +418,11 @@ class ModelLaws:
         assert torch.equal(model.generate(ids, model.generation_config, **greedy), expected)
         static = dict(cache_implementation="static")
         assert torch.equal(model.generate(ids, **greedy, **static, use_cache=False), expected)
-        for asked in (dict(use_cache=True), static):
-            for call in (asked, dict(generation_config=GenerationConfig(**asked))):
-                with pytest.raises(ValueError, match="use_cache=False"):
-                    model.generate(ids, **greedy, **call)
+        saved = GenerationConfig.from_pretrained(tmp_path)
+        assert saved.use_cache and torch.equal(model.generate(ids, saved, **greedy), expected)
+        for asked in (dict(use_cache=True), static, dict(generation_config=GenerationConfig(**static))):
+            with pytest.raises(ValueError, match="use_cache=False"):
+                model.generate(ids, **greedy, **asked)
 
     def test_a_missed_tolerance_is_reported(self):
         with pytest.warns(ConvergenceWarning, match="Raise max_evaluations"):

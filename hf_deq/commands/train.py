@@ -101,16 +101,21 @@ def read_values(recipe: dict, parser: argparse.ArgumentParser, source: str) -> d
     """
     values = {}
     for action in (action for action in parser._actions if action.dest in recipe):
-        value, takes_list = recipe[action.dest], action.nargs in ("+", "*")
+        value, wants_list = recipe[action.dest], takes_list(action)
         if value is None and action.default is not None:
             raise ValueError(f"{source}: {action.dest} has no value. Write one, or leave the name out.")
-        if value is not None and isinstance(value, list) != takes_list:
+        if value is not None and isinstance(value, list) != wants_list:
             raise ValueError(
-                f"{source}: {action.dest} must be {'a list' if takes_list else 'one value'}, got {value!r}."
+                f"{source}: {action.dest} must be {'a list' if wants_list else 'one value'}, got {value!r}."
             )
         read = partial(read_value, action=action, source=source)
-        values[action.dest] = list(map(read, value)) if takes_list and value else value and read(value)
+        values[action.dest] = None if value is None else list(map(read, value)) if wants_list else read(value)
     return values
+
+
+def takes_list(action: argparse.Action) -> bool:
+    """Whether a flag takes several words."""
+    return action.nargs in ("+", "*")
 
 
 def read_value(value, action: argparse.Action, source: str):
@@ -126,6 +131,7 @@ def read_value(value, action: argparse.Action, source: str):
         return action.type(str(value)) if action.type else value
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
         kind = KINDS.get(action.type, "text" if action.type in (None, str) else "true or false")
+        kind = f"a list, each of them {kind}" if takes_list(action) else kind
         raise ValueError(f"{source}: {action.dest} must be {kind}, got {value!r}.") from error
 
 

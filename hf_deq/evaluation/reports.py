@@ -166,7 +166,7 @@ def dial_label(row: dict) -> str:
         return f"tolerance {row['solver_tolerance']:g}"
     budget = row["solver_max_evaluations"]
     if budget == 0:
-        return "no evaluation, z0"
+        return "no evaluation, the start"
     return "1 evaluation" if budget == 1 else f"{budget} evaluations"
 
 

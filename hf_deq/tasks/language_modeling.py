@@ -31,7 +31,10 @@ class LanguageModelingArguments(CorpusArguments):
     )
     id_order: str = field(
         default="frequency",
-        metadata={"help": "Ids of words by falling frequency (as Transformer-XL) or by appearance (as TrellisNet)."},
+        metadata={
+            "help": "Ids of words by falling frequency (as Transformer-XL) or by appearance (as TrellisNet). An "
+            "existing tokenizer has its own."
+        },
     )
     sequence_length: int = field(default=128, metadata={"help": "Predicted tokens per training sequence."})
     carry_memory: bool = field(
@@ -48,11 +51,8 @@ class LanguageModelingArguments(CorpusArguments):
         super().__post_init__()
         if self.id_order not in ID_ORDERS:
             raise ValueError(f"id_order must be one of {', '.join(ID_ORDERS)}, got {self.id_order!r}.")
-        if self.id_order != "frequency" and (self.tokenizer or not self.word_level):
-            raise ValueError(
-                f"id_order={self.id_order!r} orders the words that training reads from the corpus: set word_level, "
-                "and leave tokenizer out."
-            )
+        if self.id_order != "frequency" and not self.word_level:
+            raise ValueError(f"id_order={self.id_order!r} orders words: set word_level, or leave id_order out.")
         check_at_least(1, sequence_length=self.sequence_length)
         check_at_least(0, sample_tokens=self.sample_tokens)
         if self.sample_tokens and not self.sample_prompt:

@@ -46,7 +46,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     Raises:
         ValueError: if another training writes to it.
-        OSError: if its file system has no locks.
+        OSError: if it cannot be locked, as on some file systems.
     """
     lock = FileLock(folder / ".training")
     try:
@@ -57,8 +57,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         ) from error
     except (OSError, NotImplementedError) as error:
         raise OSError(
-            f"output_dir {str(folder)!r} is on a file system without locks, which keep two trainings apart ({error}): "
-            "choose another."
+            f"output_dir {str(folder)!r} cannot be locked, which keeps two trainings apart ({error}): choose another."
         ) from error
     try:
         yield

@@ -49,17 +49,22 @@ class MetricsFile:
     def keep_until(self, step: int) -> None:
         """Drop the lines of steps after `step`, because these steps will be taken again. With 0, drop all steps.
 
-        The report at the end of a run is dropped, too, because a run that goes on reports again.
+        What was said at the end of a run is dropped, too, because a run that goes on ends again.
         """
         if self.accelerator.is_main_process and self.path.is_file():
             lines = parse_metrics(self.path.read_text())
-            replace_lines(self.path, [line for line in lines if line["step"] <= step and not is_report(line)])
+            replace_lines(self.path, [line for line in lines if line["step"] <= step and not has_ended(line)])
         self.accelerator.wait_for_everyone()
 
 
 def is_report(line: dict) -> bool:
     """Whether a line of metrics.jsonl is the report at the end of a run. Only this line counts the tokens."""
     return "num_tokens" in line
+
+
+def has_ended(line: dict) -> bool:
+    """Whether a run ended with this line of metrics.jsonl: with its report, or because it diverged."""
+    return is_report(line) or "diverged" in line
 
 
 def replace_lines(file: Path, lines: Iterable[dict]) -> None:

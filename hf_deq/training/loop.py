@@ -40,7 +40,7 @@ from .log import BAR, Clock, Meter, MetricsFile, Summary
 from .memory import CarriedMemory
 from .models import EquilibriumModel, ExplicitModel, check_trained_on, model_kind, pretrained
 from .optimizers import make_optimizer, make_schedule
-from .step_guard import StepGuard
+from .step_guard import Diverged, StepGuard
 
 # Arguments that belong to one start of a run. A recipe that kept them would overwrite the run that it came from.
 OF_ONE_START = ("overwrite", "resume")
@@ -168,7 +168,11 @@ class _Trainer:
                 remove_results(self.folder)
         self.metrics.keep_until(self.step)
         with _signals_as_requests(self):
-            self._take_steps()
+            try:
+                self._take_steps()
+            except Diverged:
+                self.metrics.write({"step": self.step, "diverged": True})
+                raise
         seconds = self.clock.seconds()
         self._save_model()
         return self._report(seconds)

@@ -24,7 +24,7 @@ GROWN_LOSS = 10.0  # times the best loss: a warning
 class Diverged(ValueError):
     """Training ended, because its steps were no longer finite."""
 
-    exit_status = 3  # of the command: a sweep counts such a run as a result
+    exit_status = 3  # of the command
 
 
 class StepGuard:

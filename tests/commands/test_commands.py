@@ -19,7 +19,7 @@ from families import random_ids
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_deq import commands
 from hf_deq.commands import evaluate, serve
@@ -175,7 +175,9 @@ def test_recipes_with_unknown_names_are_refused(tmp_path):
         ("num_threads: 1.0", "num_threads must be a whole number, got 1.0"),
         ("overwrite: 3", "overwrite must be true or false, got 3"),
         ("output_dir: {a: 1}", "output_dir must be text, got {'a': 1}"),
-        ("lr_milestones: ['2', 3.5]", "lr_milestones must be a whole number, got 3.5"),
+        ("max_steps: {}", "max_steps must be a whole number, got {}"),
+        ("warmup_steps: false", "warmup_steps must be a whole number, got False"),
+        ("lr_milestones: ['2', 3.5]", "lr_milestones must be a list, each of them a whole number, got 3.5"),
         ("lr_milestones: 2", "lr_milestones must be a list, got 2"),
         ("learning_rate: [1, 2]", r"learning_rate must be one value, got \[1, 2\]"),
         ("learning_rate:", "learning_rate has no value. Write one, or leave the name out"),
@@ -242,12 +244,16 @@ def test_evaluate_uses_or_refuses_every_flag(trained):
 
 
 def test_windows_that_an_explicit_model_cannot_read_are_refused():
+    """Positions in a table have an end. Rotary positions have none."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=8, n_head=2, n_layer=1, n_positions=8))
     held_out = HeldOutText("random", "test", TokenStream(random_ids(1, 80)[0], 20, 200), 1, Protocol(length=16))
     with pytest.raises(
         ValueError, match=r"n_positions=8 must cover the windows \(length\) \(16\): give a length of at most 8"
     ):
         evaluate_dial(model, held_out, [{}])
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=61, max_position_embeddings=8, **sizes))
+    assert evaluate_dial(llama, held_out, [{}]).rows[0]["perplexity"] > 1
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def test_a_model_of_which_every_setting_diverges_has_no_further_runs(plan):
     assert sweep.ready() == [] and sweep.stuck() == ["one"] and list(sweep.finals()) == ["two"]
     assert [row["validation_loss"] for row in sweep.table() if row["model"] == "one"] == [None] * 3
     finished = script("sweep.py", plan, "--show")
-    assert "one has no final runs: every setting of a round diverged" in finished.stdout, finished.stderr[-2000:]
+    assert "one has no final runs: every setting diverged" in finished.stdout, finished.stderr[-2000:]
 
 
 def test_equal_settings_are_trained_once(plan):
@@ -159,6 +159,14 @@ def test_final_runs_of_an_earlier_plan_do_not_count(plan):
     sweep = sweeps.Sweep(plan)
     assert [line["flags"]["learning_rate"] for line in sweep.finals()["two"]] == [2e-3, 2e-3]
     assert len(sweep.results) == before + 2
+
+
+def test_final_runs_that_were_not_evaluated_are_waiting_for_it(plan):
+    run(plan, Recorder())
+    plan.write_text(yaml.safe_dump(PLAN | {"evaluate": {"split": "test"}}))
+    sweep = sweeps.Sweep(plan)
+    assert [(waiting.model, waiting.round) for waiting in sweep.ready()] == [("one", "final"), ("two", "final")] * 2
+    assert sweep.finals() == {}
 
 
 @pytest.mark.parametrize("stop_after", range(1, 9))
@@ -253,6 +261,24 @@ def test_surprises_are_measured_without_dropout(reports, monkeypatch):
     assert reports.surprises(model, "folder") == 0
 
 
+def test_every_kind_of_step_is_measured(reports, monkeypatch, tmp_path):
+    TRELLISNET.model().save_pretrained(tmp_path / "one")
+    monkeypatch.setattr(reports, "surprises", lambda model, folder: 0.125)
+    flags = dict(batch_size=2, sequence_length=5, train_solver_tolerance=1e-2)
+    lines = [{"key": "one", "flags": flags | {"shallow_steps": 3, "shallow_depth": 2}}]
+    arguments = reports.ReportSweepArguments(seconds=0.01)
+    measured = reports.measure({"shallow": lines, "solved": [{"key": "one", "flags": flags}]}, tmp_path, arguments)
+    assert list(measured["shallow"]) == list(reports.MEASURED) and measured["shallow"]["saved MB"] > 0
+    assert list(measured["solved"]) == [name for name in reports.MEASURED if name != "shallow ms"]
+    assert measured["solved"]["nats over 15"] == 0.12
+
+
+def test_measurements_of_an_earlier_version_are_made_again(reports):
+    line = {"result": {"step": 9, "seconds": 60.0}, "flags": {"shallow_steps": 3}}
+    with pytest.raises(ValueError, match="no shallow ms: measure again with --runs_dir"):
+        reports.minutes_until({"step": 9}, line, {"step ms": 5})
+
+
 def test_state_tracking_is_drawn_by_group_and_model(tmp_path):
     """The table has the largest budget of each model; an explicit model has none."""
     names = ("s3-deq-trellisnet", "parity-deq-trellisnet", "s3-llama")
@@ -269,6 +295,7 @@ def test_state_tracking_is_drawn_by_group_and_model(tmp_path):
     finished = script("plot_state_tracking.py", tmp_path, "--figure", tmp_path / "figure.png")
     assert finished.returncode == 0 and (tmp_path / "figure.png").is_file(), finished.stderr[-2000:]
     table = [line.split() for line in finished.stdout.splitlines()]
+    assert [row[0] for row in table if row and row[0] in ("parity", "s3")] == ["parity", "s3", "s3"]
     assert ["s3", "deq-trellisnet", "10", "0", "64", "50%", "100%", "75%", "50%", "25%"] in table
     assert ["s3", "llama", "10", "0", "-", "50%", "100%", "75%", "50%", "25%"] in table
 
@@ -307,14 +334,13 @@ def worker_of(folder, calls, status=0):
     """A worker whose scripts do not run: a training leaves a line of metrics, an evaluation its file."""
 
     class Scripts(sweeps.Worker):
-        def call(self, command, folder, **options):
+        def call(self, command, folder, num_processes=1):
             calls.append(command[0])
-            if calls.count("evaluate.py") == 1:
-                raise OSError("the evaluation failed")
             if command[0] == "evaluate.py":
-                return 0
-            finished = {"num_tokens": 9} if status == 0 else {}
-            lines = [{"step": 1, "validation_loss": 2.0}, {"step": 2, "validation_loss": 1.0} | finished]
+                return 9 if calls.count("evaluate.py") == 1 else 0
+            end = {"validation_loss": 1.0, "num_tokens": 9} if status == 0 else {"diverged": True}
+            lines = [{"step": step, "loss": step / 100} for step in range(10, 401, 10)]
+            lines += [{"step": 400, "validation_loss": 2.0}, {"step": 400} | end]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             return status
 
@@ -324,27 +350,28 @@ def worker_of(folder, calls, status=0):
 def test_a_finished_training_is_not_repeated_for_its_evaluation(tmp_path):
     worker = worker_of(tmp_path, calls := [])
     final = sweeps.Run("small", "final", {"seed": 1})
-    with pytest.raises(OSError, match="the evaluation failed"):
+    with pytest.raises(OSError, match="an evaluation failed .exit status 9.: read .*evaluate.log"):
         worker.run(final)
     (tmp_path / final.key / "evaluation.json").write_text("{}")
     line = worker.run(final)
     assert calls == ["train.py", "evaluate.py", "evaluate.py"]
-    assert line["result"]["validation_loss"] == 1.0 and line["validations"] == [{"step": 1, "validation_loss": 2.0}]
+    assert line["result"]["validation_loss"] == 1.0 and line["validations"] == [{"step": 400, "validation_loss": 2.0}]
+    assert line["training_loss"] == pytest.approx(3.05)  # of steps 210 to 400
 
 
 def test_a_training_that_leaves_no_report_is_not_taken_for_one_that_diverged(tmp_path):
     worker = worker_of(tmp_path, [])
     call = worker.call
-    worker.call = lambda *arguments, **options: call(*arguments, **options) or (folder / "metrics.jsonl").write_text("")
+    worker.call = lambda *arguments: call(*arguments) or (folder / "metrics.jsonl").write_text("")
     folder = tmp_path / (short := sweeps.Run("small", 1, {})).key
-    with pytest.raises(OSError, match="ended without its report: the last line of .*metrics.jsonl is missing"):
+    with pytest.raises(OSError, match="did not come to its end .exit status 0.: read .*train.log"):
         worker.run(short)
 
 
 def test_a_training_that_diverged_is_a_result_and_never_the_best(plan):
     worker = worker_of(plan.parent / "runs", [], status=Diverged.exit_status)
     line = worker.run(sweeps.Run("small", 1, {"learning_rate": 9.0}))
-    assert line["result"] == {"step": 2, "diverged": True} and len(line["validations"]) == 2
+    assert line["result"] == {"step": 400, "diverged": True} and len(line["validations"]) == 1
     sweep = sweeps.Sweep(plan)
     first = sweep.ready()[0]
     sweep.add(first, line)
@@ -379,6 +406,12 @@ def test_a_setting_that_diverges_does_not_stop_a_sweep(tmp_path):
         ({"models": {"two": None}}, r"two must be names with values \({} for none\), got None"),
         ({"models": {"two": {"common": {}, "rounds": {}}}}, r"rounds of two must be a list \(\[\] for none\), got {}"),
         ({"models": ["two"]}, "models must be names with values"),
+        ({"models": {"two": {"common": {}, "rounds": [{"learning_rate": 1.0}]}}}, "a round of two must be a list"),
+        ({"models": {"two": {"common": {}, "rounds": [[]]}}}, "a round of two must have at least one setting"),
+        ({"models": {"two": {"common": {}, "rounds": [[1.0]]}}}, "a setting of two must be names with values"),
+        ({"seeds": 3}, "seeds must be a list"),
+        ({"seeds": []}, "seeds must have at least one seed"),
+        ({"evaluate": None}, "evaluate must be names with values"),
     ],
 )
 def test_plans_that_cannot_be_read_are_refused(plan, change, message):
@@ -389,7 +422,7 @@ def test_plans_that_cannot_be_read_are_refused(plan, change, message):
 
 def test_a_run_that_fails_says_where_to_read(tmp_path):
     broken = sweeps.Run("broken", 1, {"model_type": "gpt3"})
-    with pytest.raises(OSError, match="a run failed with status 1: read .*train.log"):
+    with pytest.raises(OSError, match="did not come to its end .exit status 1.: read .*train.log"):
         sweeps.Worker(tmp_path, [], None).run(broken)
     log = (tmp_path / broken.key / "train.log").read_text()
     assert "model_type must be one of" in log and "got 'gpt3'" in log

@@ -71,7 +71,7 @@ def test_the_table_has_a_row_of_the_start_where_it_says_something(family):
     if family.starts_at_zero:
         assert labels == ["1 evaluation", "2 evaluations", "tolerance 0.001"]
     else:
-        assert labels == ["no evaluation, z0", "1 evaluation", "2 evaluations", "tolerance 0.001"]
+        assert labels == ["no evaluation, the start", "1 evaluation", "2 evaluations", "tolerance 0.001"]
         assert evaluation.rows[0]["num_evaluations"] == 0
         assert evaluation.rows[0]["perplexity"] != evaluation.rows[1]["perplexity"]
     assert evaluation.path_independence > 0.99 and 0 < evaluation.distance_from_start <= 1 + 1e-9

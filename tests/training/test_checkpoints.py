@@ -199,7 +199,7 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(FileLock, "acquire", failing)
-    with pytest.raises(OSError, match="output_dir .* is on a file system without locks.*choose another"):
+    with pytest.raises(OSError, match="output_dir .* cannot be locked.*choose another"):
         run(tmp_path)
 
 
