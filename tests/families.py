@@ -166,7 +166,8 @@ ATTRACTOR = Family(
     variants={
         "published": dict(hidden_act="relu2", gated_mlp=False, layer_scale_init_value=0.75, layer_scale_max=0.75),
         "qwen3-like": dict(qk_norm="affine", layer_scale_init_value=None, num_attention_heads=4, num_key_value_heads=2),
-        "scaled": dict(embedding_multiplier=4.0, logit_scale=0.5, final_logit_softcapping=5, attention_bias=True),
+        "scaled": dict(embedding_multiplier=4.0, logit_scale=0.5, final_logit_softcapping=5, attention_bias=True)
+        | {"tie_word_embeddings": False},  # tied, it repeats one token for ever
     }
     | _named(
         {},

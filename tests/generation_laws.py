@@ -99,8 +99,9 @@ class GenerationLaws:
         with pytest.warns(UserWarning, match="Raise max_evaluations"):
             cache = model(ids, use_cache=True).cache
         exact = self.family.model()(ids, use_cache=True).cache
-        error = (cache.layers[0].keys - exact.layers[0].keys).norm() / exact.layers[0].keys.norm()
-        assert error < 0.1 and cache.get_seq_length() == 6
+        solved = [one.layers[-1].keys for one in (cache, exact)]  # the layers before may be explicit
+        error = (solved[0] - solved[1]).norm() / solved[1].norm()
+        assert 0 < error < 0.1 and cache.get_seq_length() == 6
 
     @torch.no_grad()
     def test_a_neighbour_that_does_not_converge_leaves_a_row_and_its_cache_alone(self):
@@ -112,7 +113,7 @@ class GenerationLaws:
         alone, together = model(easy, **dial), model(torch.cat([easy, hard[:1]]), **dial)
         assert together.converged.tolist() == [True, False]
         torch.testing.assert_close(together.logits[:1], alone.logits, rtol=0, atol=1e-12)
-        keys = [output.cache.layers[0].keys[:1] for output in (together, alone)]
+        keys = [output.cache.layers[-1].keys[:1] for output in (together, alone)]
         torch.testing.assert_close(*keys, rtol=0, atol=1e-12)
 
     @torch.no_grad()
@@ -137,6 +138,7 @@ class GenerationLaws:
         model = self.family.model(**decoding_fields)
         rows = [random_ids(1, length) for length in (3, 7, 5)]
         expected = [model.generate(row, **SHORT)[0, row.shape[1] :] for row in rows]
+        assert len(torch.stack(expected).unique()) > 1  # else every mask would do
         ids = torch.cat([pad(row, (7 - row.shape[1], 0)) for row in rows])
         mask = (ids != 0).long()
         for cache in (None, "static"):

@@ -194,6 +194,18 @@ def test_rotary_parameters_set_later_are_checked_too():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", [TRANSFORMER, ATTRACTOR])
+def test_rotary_positions_are_those_that_are_given(family):
+    """Scores depend on differences only, so a shift would not show."""
+    ids, spread = torch.tensor([[3, 4, 5, 6]]), dict(position_ids=3 * torch.arange(4)[None])
+    spread["attention_mask"] = torch.ones(1, 4)
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+    expected = family.model()(ids).logits
+    torch.testing.assert_close(family.model(rope_parameters=linear)(ids, **spread).logits, expected)
+    assert (family.model()(ids, **spread).logits - expected).abs().max() > 1e-6
+
+
+@torch.no_grad()
 def test_settings_of_yarn_that_published_models_have_are_accepted():
     ids, logits = torch.tensor([[3, 4, 5]]), []
     for settings in ({}, {"truncate": True}, {"truncate": False}, {"mscale": 0.0, "mscale_all_dim": 0.0}):

@@ -42,6 +42,19 @@ def test_implicit_gradient_equals_200_unrolled_steps(causal_map, x, solver_class
         assert torch.linalg.vector_norm(ours - exact) <= 1e-6 * torch.linalg.vector_norm(exact)
 
 
+@pytest.mark.parametrize("solver_class", [PicardSolver, AndersonSolver, BroydenSolver])
+@pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
+def test_a_gradient_depends_on_no_earlier_loss_however_coarse_the_backward_solve(causal_map, x, solver_class):
+    """The backward solve looks the other way: the losses at a position and after it decide its gradient."""
+    backward, found = ImplicitGradient(solver_class(tolerance=1e-12, max_evaluations=3)), []
+    for factor in (1.0, 5.0):
+        solution = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), AndersonSolver(**TIGHT), backward)
+        weight = torch.tensor([factor, factor, 1, 1, 1], dtype=x.dtype)[:, None]
+        found += torch.autograd.grad((solution.value.square() * weight).sum(), x)
+    difference = (found[1] - found[0]).abs()
+    assert difference[:, 2:].max() <= 1e-14 and difference[:, :2].min() > 0
+
+
 def test_implicit_gradient_equals_the_dense_theorem(causal_map, x):
     """Theorem 1 of Bai et al. 2019 with the Jacobian written out: w = (I - J')^-1 g, then through f once."""
     solver = AndersonSolver(**TIGHT)
@@ -262,18 +275,20 @@ def test_an_f_that_ignores_its_state_has_its_own_gradient():
 
 
 def test_every_call_of_f_is_counted_and_the_residual_is_measured_at_the_end(causal_map, x):
-    calls = 0
+    calls = []
 
     def f(z):
-        nonlocal calls
-        calls += 1
-        return causal_map(z, x)
+        calls.append((z.detach(), causal_map(z, x)))
+        return calls[-1][1]
 
     for gradient in (ImplicitGradient(), PhantomGradient(3), UnrolledGradient(4), ReversibleGradient(4)):
-        calls = 0
+        calls.clear()
         solution = equilibrium(f, torch.zeros_like(x), AndersonSolver(tolerance=1e-5), gradient)
-        assert solution.num_evaluations.max() == calls
+        assert solution.num_evaluations.max() == len(calls)
         assert (solution.residual < 1e-5).all() == solution.converged.all()
+        z, f_z = calls[-1]
+        worst = ((f_z - z).norm(dim=-1) / f_z.norm(dim=-1)).amax(1).detach()
+        torch.testing.assert_close(solution.residual, worst, rtol=1e-3, atol=0, msg=str(gradient))
 
 
 def test_activations_of_one_application_whatever_the_depth(causal_map, x):
@@ -308,12 +323,18 @@ def test_reversible_steps_hold_no_state_until_backward(causal_map, x):
 
 @pytest.mark.parametrize("gradient", [ImplicitGradient(), ReversibleGradient()])
 def test_graph_is_freed_with_its_solution(causal_map, x, gradient):
-    solution = equilibrium(lambda z: causal_map(z, x), torch.zeros_like(x), gradient=gradient)
-    node = weakref.ref(solution.value)
+    images = []
+
+    def f(z):
+        image = causal_map(z, x)
+        images.append(weakref.ref(image))
+        return image
+
+    solution = equilibrium(f, torch.zeros_like(x), gradient=gradient)
     solution.value.sum().backward()
     del solution
     gc.collect()
-    assert node() is None
+    assert len(images) > 3 and all(image() is None for image in images)
 
 
 def test_backward_reports_and_gradients_accumulate(causal_map, x):

@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
+from conftest import CausalMap
 
-from hf_deq import AndersonSolver, BroydenSolver, ConvergenceWarning, PicardSolver
+from hf_deq import AndersonSolver, BroydenSolver, ConvergenceWarning, PicardSolver, fixed_point
 from hf_deq.evaluation.operation_counts import CountOperations, LiveBytes
 from hf_deq.packed_texts import Texts
 from hf_deq.position_algebra import Scopes
@@ -37,7 +38,9 @@ def problem(causal_map, batch=3, length=9, scale=1.0):
 def test_solves_to_tolerance_and_reports_the_residual_of_what_it_returns(causal_map, solver_class, scope, damping):
     f, _, z0 = problem(causal_map)
     solver = solver_class(tolerance=1e-11, max_evaluations=150, scope=scope, damping=damping)
-    solution = solver(f, z0)
+    states = []
+    solution = solver(lambda z: states.append(z.clone()) or f(z), z0)
+    torch.testing.assert_close(states[1], z0 + damping * (f(z0) - z0))
     assert solution.converged.all()
     assert relative_residual(f, solution.value).max() < 1e-11
     torch.testing.assert_close(solution.residual, relative_residual(f, solution.value), rtol=1e-3, atol=1e-15)
@@ -61,7 +64,10 @@ def test_acceleration_accelerates(solver_class, scope):
 @pytest.mark.parametrize("solver_class", SOLVERS)
 @pytest.mark.parametrize("budget", [1, 2, 4, 8, 30])
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-3, 1e-12])
-def test_causal_scope_is_strictly_causal(causal_map, solver_class, budget, tolerance):
+@pytest.mark.parametrize("strength", [0.5, 3.0])
+def test_causal_scope_is_strictly_causal(solver_class, budget, tolerance, strength):
+    """Also where residuals rise on the way: then the best iterate is not the last one."""
+    causal_map = CausalMap(strength=strength)
     f, x, z0 = problem(causal_map, scale=2.0)
     for position in (1, 4, 8):
         changed = x.clone()
@@ -105,7 +111,9 @@ def test_rows_are_independent_and_stop_on_their_own(causal_map, solver_class, sc
 
 
 @pytest.mark.parametrize("solver_class", SOLVERS)
-def test_a_stopped_row_keeps_its_value_whatever_the_budget(causal_map, solver_class):
+def test_a_stopped_row_keeps_its_value_whatever_the_budget(causal_map, solver_class, monkeypatch):
+    """As on an accelerator, where the solver does not look in every evaluation whether all rows have stopped."""
+    monkeypatch.setattr(fixed_point, "_may_look", lambda evaluation, z: False)
     f, _, z0 = problem(causal_map)
     short = solver_class(tolerance=1e-4, max_evaluations=40)(f, z0)
     assert short.converged.all()
@@ -212,6 +220,9 @@ def test_tolerance_below_round_off_is_clamped(dtype):
     solver = AndersonSolver(tolerance=0.0, max_evaluations=50)
     solution = solver(lambda z: torch.tanh(0.5 * z + x), torch.zeros_like(x))
     assert solution.converged.all() and solution.value.dtype == dtype
+    clamped = AndersonSolver(tolerance=torch.finfo(dtype).eps, max_evaluations=50)
+    expected = clamped(lambda z: torch.tanh(0.5 * z + x), torch.zeros_like(x)).num_evaluations
+    assert torch.equal(solution.num_evaluations, expected)
 
 
 def test_tolerance_follows_autocast():

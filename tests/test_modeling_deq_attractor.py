@@ -29,12 +29,20 @@ def test_the_prelude_runs_once_a_call_and_the_solve_starts_at_its_output():
     assert torch.equal(starts[0], calls[-1])
 
 
+@pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
 def test_every_layer_of_the_prelude_is_recorded():
     model = ATTRACTOR.model(num_hidden_layers=3, num_prelude_layers=2, attn_implementation="eager")
-    output = model(random_ids(2, 5), output_hidden_states=True, output_attentions=True)
+    ids = random_ids(2, 5)
+    output = model(ids, output_hidden_states=True, output_attentions=True)
     assert [state.shape for state in output.hidden_states] == [(2, 5, 16)] * 4
     assert [weights.shape for weights in output.attentions] == [(2, 2, 5, 5)] * 3
     torch.testing.assert_close(output.attentions[-1].sum(-1), torch.ones(2, 2, 5).double())
+    coarse, first = (
+        model(ids, output_attentions=True, **dial).attentions[-1]
+        for dial in ({"solver_tolerance": 1e-6}, {"solver_max_evaluations": 1})
+    )
+    exact = output.attentions[-1]
+    assert (coarse - exact).abs().max() < 1e-4 < (first - exact).abs().max()
 
 
 def test_the_cache_has_one_slot_per_layer_however_many_evaluations():

@@ -8,6 +8,8 @@ from memory_laws import MemoryLaws
 from model_laws import ModelLaws
 from transformers import DynamicCache
 
+from hf_deq import modeling_deq_transformer
+
 
 class TestLaws(ModelLaws):
     family = TRANSFORMER
@@ -65,11 +67,17 @@ def test_nothing_is_remembered_after_a_cache():
     assert model(random_ids(1, 2), cache=first.cache, use_cache=True).memory is None
 
 
+@pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
 def test_attentions_are_those_of_the_equilibrium():
-    model = TRANSFORMER.model(attn_implementation="eager", num_hidden_layers=2)
-    (weights,) = model(random_ids(2, 7), output_attentions=True).attentions
-    assert weights.shape == (2, 2, 7, 7)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 7, dtype=weights.dtype), rtol=0, atol=1e-6)
+    """Those of the last layer: close to what a coarser solve has, and far from those of its first evaluation."""
+    model, ids = TRANSFORMER.model(attn_implementation="eager", num_hidden_layers=2), random_ids(2, 7)
+    exact, coarse, first = (
+        model(ids, output_attentions=True, **dial).attentions[0]
+        for dial in ({}, {"solver_tolerance": 1e-6}, {"solver_max_evaluations": 1})
+    )
+    assert exact.shape == (2, 2, 7, 7)
+    torch.testing.assert_close(exact.sum(-1), torch.ones(2, 2, 7, dtype=exact.dtype), rtol=0, atol=1e-6)
+    assert (coarse - exact).abs().max() < 1e-4 < (first - exact).abs().max()
 
 
 @pytest.mark.parametrize("fields", [{}, {"norm_position": "pre", "position_embedding_type": "relative"}])
@@ -122,6 +130,20 @@ def test_variational_masks_are_one_for_all_positions():
             dropped = states[name == "output_dropout"] == 0
             assert 0 < dropped.sum() < dropped.numel()
             assert torch.equal(dropped.all(1), dropped.any(1)) == variational
+
+
+@pytest.mark.parametrize("variational", [True, False])
+def test_variational_masks_inside_f_are_one_for_all_positions(variational, monkeypatch):
+    shapes, draw = [], modeling_deq_transformer.draw_dropout_mask
+
+    def drawing(like, *arguments):
+        mask = draw(like, *arguments)
+        shapes.extend([] if mask is None else [tuple(mask.shape)])
+        return mask
+
+    monkeypatch.setattr(modeling_deq_transformer, "draw_dropout_mask", drawing)
+    TRANSFORMER.model(hidden_dropout=0.5, variational_dropout=variational).train()(random_ids(3, 7))
+    assert shapes == [(3, 1 if variational else 7, 16)] * 2
 
 
 @pytest.mark.parametrize(

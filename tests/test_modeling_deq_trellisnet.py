@@ -8,6 +8,7 @@ from memory_laws import MemoryLaws
 from model_laws import ModelLaws
 from transformers import DynamicCache
 
+from hf_deq import modeling_deq_trellisnet
 from hf_deq.evaluation.operation_counts import CountOperations
 from hf_deq.modeling_deq_trellisnet import linear_recurrence
 from hf_deq.packed_texts import Texts
@@ -131,6 +132,15 @@ def test_features_are_dropped_for_a_whole_row(name):
     dropped = (injected if name == "input_dropout" else output) == 0
     assert 0 < dropped.sum() < dropped.numel()
     assert torch.equal(dropped.all(1), dropped.any(1))
+
+
+def test_features_of_the_state_are_dropped_for_a_whole_row(monkeypatch):
+    masks, draw = [], modeling_deq_trellisnet.draw_dropout_mask
+    monkeypatch.setattr(
+        modeling_deq_trellisnet, "draw_dropout_mask", lambda *arguments: masks.append(draw(*arguments)) or masks[-1]
+    )
+    TRELLISNET.model(hidden_dropout=0.5).train()(random_ids(3, 7))
+    assert [tuple(mask.shape[:2]) for mask in masks if mask is not None] == [(3, 1)]
 
 
 def test_generation_in_training_drops_other_weights_for_every_token(monkeypatch):

@@ -95,5 +95,6 @@ def test_losses_are_in_single_precision_at_least(make):
     low = head.to(torch.bfloat16)
     nats = low(states.bfloat16(), targets)
     assert nats.dtype == torch.float32
+    assert (low(states.bfloat16()).double().exp().sum(-1) - 1).abs().max() < 1e-5  # rounded, it would be 4e-3
     exact = head.double()(states.bfloat16().double(), targets)
     torch.testing.assert_close(nats.double(), exact, rtol=0.01, atol=0.1)

@@ -351,11 +351,12 @@ def test_a_reward_model_learns_from_pairs(family, words, tmp_path):
     config.save_pretrained(tmp_path / "model")
     model_class.from_config(config).save_pretrained(tmp_path / "model")
     rows = [{"chosen": "w1 w2 w3", "rejected": "w1 w9 w8"}] * 4
-    arguments = RewardConfig(output_dir=str(tmp_path / "out"), **OF_TRL)
+    how = OF_TRL | dict(max_steps=15, learning_rate=2e-2, logging_steps=5, lr_scheduler_type="constant")
+    arguments = RewardConfig(output_dir=str(tmp_path / "out"), **how)
     data = Dataset.from_list(rows)
     trainer = RewardTrainer(str(tmp_path / "model"), args=arguments, train_dataset=data, processing_class=words)
     trainer.train()
-    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+    assert logged(trainer, "loss")[-1] < 0.5 * math.log(2)  # at first, that of a coin
 
 
 @every_family

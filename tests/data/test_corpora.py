@@ -49,10 +49,11 @@ def test_built_in_corpus_is_the_same_every_time(built_in):
 
 
 def test_fingerprint_sees_every_character(built_in):
-    changed = built_in["train"].to_dict()["text"]
-    changed[3] = changed[3][:-1] + "~"
-    other = type(built_in)(built_in | {"train": Dataset.from_dict({"text": changed})})
-    assert Corpus("other", other).fingerprint != Corpus("built in", built_in).fingerprint
+    for split in built_in:
+        changed = built_in[split].to_dict()["text"]
+        changed[3] = changed[3][:-1] + "~"
+        other = type(built_in)(built_in | {split: Dataset.from_dict({"text": changed})})
+        assert Corpus("other", other).fingerprint != Corpus("built in", built_in).fingerprint, split
 
 
 def test_tokenizer_round_trips_any_text_and_is_reproducible(built_in, tmp_path):

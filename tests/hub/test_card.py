@@ -205,6 +205,10 @@ def test_a_row_without_a_number_takes_no_column_away():
 def test_results_that_are_not_of_this_run_are_refused(copied):
     file, config = copied / "results.json", hub.read_config(copied)
     results = json.loads(file.read_text())
+    rows = [row | {"perplexity": 2 * row["perplexity"]} for row in results["rows"]]
+    file.write_text(json.dumps(results | {"rows": rows}))
+    with pytest.raises(ValueError, match="results.json has perplexity .* another model or text .* Write it again"):
+        read_record(copied, config)
     results["rows"] = [row | {"num_tokens": 3} for row in results["rows"]]
     file.write_text(json.dumps(results))
     with pytest.raises(ValueError, match="results.json has num_tokens 3, .* another model or text .* Write it again"):

@@ -28,10 +28,12 @@ LLAMA3_ROPE = dict(
     **dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0),
     original_max_position_embeddings=64,
 )
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
 ORIGINALS = {
     "llama": LlamaConfig(**SIZES),
     "llama-tied-biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "llama-scaled-rope": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
+    "llama-yarn": LlamaConfig(**SIZES, rope_parameters=YARN),
     "mistral": MistralConfig(**SIZES, sliding_window=3),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES),

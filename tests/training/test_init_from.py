@@ -1,5 +1,6 @@
 """Training that starts from a model folder: the weights and the tokenizer of the folder, and what contradicts it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,7 @@ def test_a_run_that_started_from_a_folder_resumes(text, retrofitted, tmp_path):
     how = dict(init_from=str(retrofitted), save_steps=1, max_steps=3)
     whole = train_anew(data(text), run(tmp_path, **how), {}, "deq_attractor")
     (tmp_path / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")
     again = train_anew(data(text), run(tmp_path, **how, resume=True), {}, "deq_attractor")
     assert again["validation_nats_per_token"] == pytest.approx(whole["validation_nats_per_token"], rel=1e-9)
 

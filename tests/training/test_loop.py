@@ -20,7 +20,7 @@ from families import TRANSFORMER, TRELLISNET
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_deq import DEQTransformerForCausalLM, DEQTrellisNetForCausalLM
+from hf_deq import DEQTransformerForCausalLM, DEQTransformerModel, DEQTrellisNetForCausalLM
 from hf_deq.evaluation import HeldOutText
 from hf_deq.tasks import CopyMemoryArguments, LanguageModelingArguments, StateTrackingArguments
 from hf_deq.training import Interrupted, RunArguments, log, loop, train
@@ -279,7 +279,7 @@ def test_trackers_get_plain_values(tmp_path, monkeypatch):
     arguments = RunArguments(
         str(tmp_path), lr_scheduler_type="multistep", lr_milestones=[1, 2], report_to="tensorboard"
     )
-    loop._make_accelerator(arguments, tmp_path)
+    loop._start_trackers(loop._make_accelerator(arguments, tmp_path), arguments)
     assert given["lr_milestones"] == "[1, 2]" and given["batch_size"] == arguments.batch_size
     assert all(isinstance(value, int | float | str) for value in given.values())
 
@@ -395,9 +395,29 @@ def test_two_processes_take_the_steps_of_one(corpus, tmp_path, model_type, remem
     assert two["validation_perplexity"] == pytest.approx(one["validation_perplexity"], rel=1e-3)
 
 
-def test_mixed_precision_trains(corpus, tmp_path):
+def test_mixed_precision_trains(corpus, tmp_path, monkeypatch):
+    embed, seen = DEQTransformerModel._embed, set()
+
+    def embedding(self, *arguments):
+        seen.add((self.training, torch.is_autocast_enabled("cpu")))
+        return embed(self, *arguments)
+
+    monkeypatch.setattr(DEQTransformerModel, "_embed", embedding)
     run(corpus, tmp_path, mixed_precision="bf16", max_steps=30, train_solver_tolerance=1e-2)
     assert losses(tmp_path)[30] < 0.8 * losses(tmp_path)[1]
+    assert (True, True) in seen and (True, False) not in seen
+
+
+def test_gradients_are_clipped(corpus, tmp_path):
+    """A single step of SGD at a rate of 1 moves the weights by the length of the clipped gradient."""
+    weights = []
+    for limit in (1e-3, 3e-3):
+        AcceleratorState._reset_state(True)
+        how = dict(optimizer="sgd", learning_rate=1.0, weight_decay=0.0, warmup_steps=0, max_steps=1)
+        run(corpus, tmp_path / str(limit), **how, lr_scheduler_type="constant", max_grad_norm=limit)
+        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / str(limit)).state_dict())
+    moved = sum((weights[1][name] - weights[0][name]).square().sum() for name in weights[0] if name != "lm_head.weight")
+    assert moved.sqrt() == pytest.approx(2e-3, rel=0.02)
 
 
 def test_an_existing_tokenizer_is_used(corpus, tmp_path):
@@ -504,16 +524,19 @@ def test_schedules_of_the_learning_rate():
 @pytest.mark.parametrize(
     "training, reference",
     [
-        (dict(weight_decay=0.0, adam_beta2=0.999), lambda parameters: torch.optim.Adam(parameters, lr=0.1)),
-        (dict(weight_decay=0.0, optimizer="sgd"), lambda parameters: torch.optim.SGD(parameters, lr=0.1)),
+        (
+            dict(weight_decay=0.3, adam_beta2=0.9),
+            lambda model: torch.optim.AdamW(parameter_groups(model, 0.3), lr=0.1, betas=(0.9, 0.9)),
+        ),
+        (dict(weight_decay=0.0, optimizer="sgd"), lambda model: torch.optim.SGD(model.parameters(), lr=0.1)),
     ],
-    ids=["adam", "sgd"],
+    ids=["adamw", "sgd"],
 )
 def test_optimizers_are_those_of_the_papers(training, reference):
     ours, theirs = TRANSFORMER.model(), TRANSFORMER.model()
     theirs.load_state_dict(ours.state_dict())
     arguments = RunArguments(learning_rate=0.1, **training)
-    for model, optimizer in ((ours, make_optimizer(ours, arguments)), (theirs, reference(theirs.parameters()))):
+    for model, optimizer in ((ours, make_optimizer(ours, arguments)), (theirs, reference(theirs))):
         for step in range(3):
             for parameter in model.parameters():
                 parameter.grad = torch.sin(parameter.detach() + step)
