@@ -34,7 +34,7 @@ class DEQConfig(PreTrainedConfig):
             earlier states until convergence, and no cache can be used.
         solver_tolerance: relative residual `||f(z) - z|| / ||f(z)||` at which a position is solved.
         solver_max_evaluations: budget of calls of f per solve. `num_evaluations` can be larger, by one call at the best
-            iterate of a solve that did not converge, and in training by the calls with a graph: one for the implicit
+            iterate of a solve that did not converge, and with gradients by the calls with a graph: one for the implicit
             gradient, `phantom_steps` for the phantom gradient. With `gradient="unrolled"`: the number of applications
             of f. With `gradient="reversible"`, training has `2 * reversible_steps` calls, whatever the budget.
         solver_history: number of past iterates that Anderson or Broyden remember.
@@ -128,6 +128,11 @@ class DEQConfig(PreTrainedConfig):
     def is_cacheable(self) -> bool:
         """Whether a prefix has a final state. It has none with unrolled steps, or in sequence scope."""
         return self.gradient != "unrolled" and self.solver_scope != "sequence"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `forward` returns a memory for the next segment of a text."""
+        return getattr(self, "memory_length", 0) > 0
 
     def leave_out_cache(self) -> None:
         """Set `use_cache` to False if there is nothing to cache."""

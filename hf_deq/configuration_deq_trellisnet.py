@@ -79,6 +79,11 @@ class DEQTrellisNetConfig(DEQConfig):
         """The name of the cache layer type. Transformers uses it to make a cache for this model."""
         return [TrellisStateLayer._layer_type]  # num_hidden_layers is 1, or refused
 
+    @property
+    def remembers(self) -> bool:
+        """Always: the states and inputs that the convolutions reach."""
+        return True
+
     def validate_layer_type(self):
         """Skip the check of Transformers, which accepts only its own layer types. Our layer type is registered."""
 

@@ -36,8 +36,10 @@ class EquilibriumModel:
             ValueError: if memory is to be carried, and the model has none; or if training is to begin with shallow
                 steps, and the model is never solved.
         """
-        if task.carries_memory and getattr(self.config, "memory_length", None) == 0:
-            raise ValueError("carry_memory needs a model that remembers: set memory_length, say to sequence_length.")
+        if task.carries_memory and not self.config.remembers:
+            has_length = hasattr(self.config, "memory_length")
+            remedy = "set memory_length, say to sequence_length" if has_length else f"a {self.config.model_type} cannot"
+            raise ValueError(f"carry_memory needs a model that remembers: {remedy}.")
         if self.run.shallow_steps and self.config.gradient == "unrolled":
             depth, used = self.run.shallow_depth, self.config.solver_max_evaluations
             raise ValueError(

@@ -40,6 +40,7 @@ MODEL = dict(
 MODELS = {
     "deq_transformer": MODEL,
     "deq_trellisnet": {name: value for name, value in MODEL.items() if name != "num_attention_heads"},
+    "deq_attractor": MODEL | {"num_hidden_layers": 2, "num_prelude_layers": 1},
     "gpt2": dict(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64),
 }
 both = pytest.mark.parametrize("model_type", ["deq_transformer", "deq_trellisnet"])
@@ -438,6 +439,8 @@ def test_bad_input_is_refused_before_training(corpus, tmp_path):
         run(corpus, tmp_path / "a", gradient_accumulation_steps=3)
     with pytest.raises(ValueError, match="carry_memory needs a model that remembers: set memory_length"):
         run(corpus, tmp_path / "a", carry_memory=True)
+    with pytest.raises(ValueError, match="carry_memory needs a model that remembers: a deq_attractor cannot"):
+        run(corpus, tmp_path / "a", None, "deq_attractor", carry_memory=True)
     with pytest.raises(ValueError, match="less than one for each of 4096 streams"):
         run(corpus, tmp_path / "a", None, "deq_trellisnet", carry_memory=True, batch_size=4096)
     with pytest.raises(ValueError, match="holds no checkpoint"):
