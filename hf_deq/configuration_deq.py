@@ -132,7 +132,7 @@ class DEQConfig(PreTrainedConfig):
     @property
     def remembers(self) -> bool:
         """Whether `forward` returns a memory for the next segment of a text."""
-        return getattr(self, "memory_length", 0) > 0
+        return False
 
     def leave_out_cache(self) -> None:
         """Set `use_cache` to False if there is nothing to cache."""

@@ -140,6 +140,11 @@ class DEQTransformerConfig(DEQConfig):
         """Whether the vocabulary has cutoffs, or embeddings and output layer need projections."""
         return self.cutoffs is not None or self.embedding_size != self.hidden_size
 
+    @property
+    def remembers(self) -> bool:
+        """With a `memory_length`: the last states."""
+        return self.memory_length > 0
+
     def validate_architecture(self):
         """Check sizes and names. `@strict` calls this method after construction."""
         self.require_at_least(

@@ -130,9 +130,8 @@ class Sweep:
 
     def ready(self) -> list[Run]:
         """The unfinished runs that can start now: short runs by their round, then the final ones by seed."""
-        latest = [list(self.rounds_of(model))[-1] for model in self.plan["models"]]
         # By their key, because settings that are equal would be trained twice, side by side in one folder.
-        waiting = {run.key: run for runs in latest for run in runs if not self.is_done(run)}.values()
+        waiting = {run.key: run for runs in self.latest().values() for run in runs if not self.is_done(run)}.values()
 
         def order(run: Run) -> tuple[bool, int]:
             is_final = run.round == "final"
@@ -156,10 +155,14 @@ class Sweep:
         flags = flags | self.plan["final"] | mine.get("final", {})
         yield [Run(model, "final", flags | {"seed": seed}) for seed in self.plan["seeds"]]
 
+    def latest(self) -> dict[str, list[Run]]:
+        """The runs of the latest round that each model has come to."""
+        return {model: list(self.rounds_of(model))[-1] for model in self.plan["models"]}
+
     def stuck(self) -> list[str]:
         """The models that have no final runs, because every setting diverged."""
-        latest = {model: list(self.rounds_of(model))[-1] for model in self.plan["models"]}
-        return [model for model, runs in latest.items() if runs[0].round != "final" and all(map(self.is_done, runs))]
+        latest = self.latest().items()
+        return [model for model, runs in latest if runs[0].round != "final" and all(map(self.is_done, runs))]
 
     def add(self, run: Run, line: dict) -> None:
         """Write down a finished run.
@@ -174,8 +177,8 @@ class Sweep:
     def finals(self) -> dict[str, list[dict]]:
         """The lines of the finished final runs of each model that has any. Runs that the file no longer asks for do not
         count."""
-        finals = {model: list(self.rounds_of(model))[-1] for model in self.plan["models"]}
-        lines = {model: [self.results[run.key] for run in runs if self.is_done(run)] for model, runs in finals.items()}
+        latest = self.latest().items()
+        lines = {model: [self.results[run.key] for run in runs if self.is_done(run)] for model, runs in latest}
         return {model: of_it for model, of_it in lines.items() if of_it and of_it[0]["round"] == "final"}
 
     def table(self) -> list[dict]:
