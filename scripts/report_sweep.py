@@ -13,6 +13,9 @@ thread, and the numbers are kept in measurements.json. The models take turns:
     nats over 15    the part of the validation loss (nats per token) of tokens that cost more than 15 nats: how badly a
                     model is surprised, mostly by rare words
 
+A model without a folder in --runs_dir keeps the numbers of an earlier report. Its times can be compared with the others
+only if the machine was as fast then.
+
 The minutes of the table and of the figure are the steps times these milliseconds: other programs run beside the runs of
 a sweep, so the clock of a run is not fair. For a model that was not measured, it has to do.
 
@@ -34,7 +37,7 @@ from pathlib import Path
 import torch
 from benchmarking import ReportArguments, report, take_turns
 from matplotlib.figure import Figure
-from sweep import Sweep
+from sweep_plan import Sweep
 from transformers import AutoModelForCausalLM
 
 import hf_deq
@@ -72,9 +75,11 @@ def main(folder: str, arguments: ReportSweepArguments) -> None:
         raise ValueError(f"{folder}/sweep.yaml has no evaluate: this report needs a test score of the final runs.")
     finals = sweep.finals()
     scored = {model: list(filter(is_scored, lines)) for model, lines in finals.items() if any(map(is_scored, lines))}
-    if arguments.runs_dir is not None:
-        place.write_text(json.dumps(measure(scored, Path(arguments.runs_dir), arguments), indent=1))
     measurements = json.loads(place.read_text()) if place.is_file() else {}
+    if arguments.runs_dir is not None:
+        runs_dir = Path(arguments.runs_dir)
+        measurements |= measure(at_hand(scored, runs_dir), runs_dir, arguments)
+        place.write_text(json.dumps(measurements, indent=1))
     page = ReportArguments(page=str(Path(folder) / "README.md"))
     if tuning := tuning_rows(sweep):
         report("tuning", tuning, page)
@@ -83,6 +88,14 @@ def main(folder: str, arguments: ReportSweepArguments) -> None:
         draw(scored, measurements).savefig(Path(folder) / "pareto.png", dpi=150)
     for model in finals.keys() - scored.keys():
         print(f"{model} is left out: all its final runs diverged")
+
+
+def at_hand(scored: dict[str, list[dict]], runs_dir: Path) -> dict[str, list[dict]]:
+    """The final runs whose folders are there. A model that has none keeps what an earlier report measured."""
+    found = {model: [line for line in lines if (runs_dir / line["key"]).is_dir()] for model, lines in scored.items()}
+    for model in (model for model, lines in found.items() if not lines):
+        print(f"{model} is not in {runs_dir}, and was not measured: an earlier measurement stays")
+    return {model: lines for model, lines in found.items() if lines}
 
 
 def tuning_rows(sweep: Sweep) -> list[dict]:

@@ -23,6 +23,7 @@ def load(name):
     return module
 
 
+plans = load("sweep_plan")
 sweeps = load("sweep")
 
 PLAN = {
@@ -74,7 +75,7 @@ def plan(tmp_path):
 
 
 def run(plan, worker, workers: int = 1):
-    sweep = sweeps.Sweep(plan)
+    sweep = plans.Sweep(plan)
     sweeps.run_all(sweep, worker, workers)
     return sweep
 
@@ -140,7 +141,7 @@ def test_equal_settings_are_trained_once(plan):
     common = PLAN["models"]["two"]["common"] | {"learning_rate": 1e-3}
     two = {"common": common, "rounds": [[{"learning_rate": 1e-3}, {}]]}
     plan.write_text(yaml.safe_dump(PLAN | {"models": {"two": two}}))
-    assert [asked.round for asked in sweeps.Sweep(plan).ready()] == [1]
+    assert [asked.round for asked in plans.Sweep(plan).ready()] == [1]
 
 
 def test_a_flag_of_the_machine_without_a_value_is_refused(plan):
@@ -150,13 +151,13 @@ def test_a_flag_of_the_machine_without_a_value_is_refused(plan):
 
 def test_final_runs_of_an_earlier_plan_do_not_count(plan):
     """They stay in the file of results, which forgets nothing."""
-    sweeps.run_all(sweeps.Sweep(plan), Recorder(), 2)
+    sweeps.run_all(plans.Sweep(plan), Recorder(), 2)
     changed = PLAN | {"models": {"two": PLAN["models"]["two"] | {"final": {"learning_rate": 2e-3}}}}
     plan.write_text(yaml.safe_dump(changed))
-    before = len(sweeps.Sweep(plan).results)
-    assert sweeps.Sweep(plan).finals() == {}
-    sweeps.run_all(sweeps.Sweep(plan), Recorder(), 2)
-    sweep = sweeps.Sweep(plan)
+    before = len(plans.Sweep(plan).results)
+    assert plans.Sweep(plan).finals() == {}
+    sweeps.run_all(plans.Sweep(plan), Recorder(), 2)
+    sweep = plans.Sweep(plan)
     assert [line["flags"]["learning_rate"] for line in sweep.finals()["two"]] == [2e-3, 2e-3]
     assert len(sweep.results) == before + 2
 
@@ -164,7 +165,7 @@ def test_final_runs_of_an_earlier_plan_do_not_count(plan):
 def test_final_runs_that_were_not_evaluated_are_waiting_for_it(plan):
     run(plan, Recorder())
     plan.write_text(yaml.safe_dump(PLAN | {"evaluate": {"split": "test"}}))
-    sweep = sweeps.Sweep(plan)
+    sweep = plans.Sweep(plan)
     assert [(waiting.model, waiting.round) for waiting in sweep.ready()] == [("one", "final"), ("two", "final")] * 2
     assert sweep.finals() == {}
 
@@ -192,7 +193,7 @@ def test_tables_and_a_figure_are_made_of_the_results(tmp_path):
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(whole | {"evaluate": {"split": "test"}}))
     dial = [{"solver_max_evaluations": n, "solver_tolerance": 0.0, "num_evaluations": n} for n in (1, 2)]
     dial += [{"solver_max_evaluations": None, "solver_tolerance": 1e-3, "num_evaluations": 5.5}]
-    sweep = sweeps.Sweep(tmp_path / "sweep.yaml")
+    sweep = plans.Sweep(tmp_path / "sweep.yaml")
     while ready := sweep.ready():
         is_solved, seed = ready[0].model == "solved", ready[0].flags.get("seed", 0)
         solves = {"validation_num_evaluations": 6.25, "validation_converged": 0.5} if is_solved else {}
@@ -273,6 +274,13 @@ def test_every_kind_of_step_is_measured(reports, monkeypatch, tmp_path):
     assert measured["solved"]["nats over 15"] == 0.12
 
 
+def test_only_final_runs_that_are_at_hand_are_measured(reports, tmp_path, capsys):
+    (tmp_path / "second").mkdir()
+    lines = {"kept": [{"key": "first"}, {"key": "second"}], "lost": [{"key": "third"}]}
+    assert reports.at_hand(lines, tmp_path) == {"kept": [{"key": "second"}]}
+    assert "lost is not in" in capsys.readouterr().out
+
+
 def test_measurements_of_an_earlier_version_are_made_again(reports):
     line = {"result": {"step": 9, "seconds": 60.0}, "flags": {"shallow_steps": 3}}
     with pytest.raises(ValueError, match="no shallow ms: measure again with --runs_dir"):
@@ -284,7 +292,7 @@ def test_state_tracking_is_drawn_by_group_and_model(tmp_path):
     names = ("s3-deq-trellisnet", "parity-deq-trellisnet", "s3-llama")
     models = {name: dict(common={"word_length": 8}, rounds=[]) for name in names}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(PLAN | {"models": models, "seeds": [0]}))
-    sweep = sweeps.Sweep(tmp_path / "sweep.yaml")
+    sweep = plans.Sweep(tmp_path / "sweep.yaml")
     accuracies = dict(accuracy=1.0, accuracy_2x=0.75, accuracy_4x=0.5, accuracy_8x=0.25)
     dial = [{"solver_max_evaluations": n, "solver_tolerance": 0.0, "num_evaluations": n} for n in (8, 64)]
     loose = {"solver_max_evaluations": None, "solver_tolerance": 0.1, "num_evaluations": 3.0}
@@ -303,7 +311,7 @@ def test_state_tracking_is_drawn_by_group_and_model(tmp_path):
 def test_a_plan_without_its_names_is_refused(plan):
     plan.write_text(yaml.safe_dump({name: value for name, value in PLAN.items() if name != "seeds"}))
     with pytest.raises(ValueError, match="must have the names .*'seeds'"):
-        sweeps.Sweep(plan)
+        plans.Sweep(plan)
 
 
 @pytest.mark.slow
@@ -349,7 +357,7 @@ def worker_of(folder, calls, status=0):
 
 def test_a_finished_training_is_not_repeated_for_its_evaluation(tmp_path):
     worker = worker_of(tmp_path, calls := [])
-    final = sweeps.Run("small", "final", {"seed": 1})
+    final = plans.Run("small", "final", {"seed": 1})
     with pytest.raises(OSError, match="an evaluation failed .exit status 9.: read .*evaluate.log"):
         worker.run(final)
     (tmp_path / final.key / "evaluation.json").write_text("{}")
@@ -363,16 +371,16 @@ def test_a_training_that_leaves_no_report_is_not_taken_for_one_that_diverged(tmp
     worker = worker_of(tmp_path, [])
     call = worker.call
     worker.call = lambda *arguments: call(*arguments) or (folder / "metrics.jsonl").write_text("")
-    folder = tmp_path / (short := sweeps.Run("small", 1, {})).key
+    folder = tmp_path / (short := plans.Run("small", 1, {})).key
     with pytest.raises(OSError, match="did not come to its end .exit status 0.: read .*train.log"):
         worker.run(short)
 
 
 def test_a_training_that_diverged_is_a_result_and_never_the_best(plan):
     worker = worker_of(plan.parent / "runs", [], status=Diverged.exit_status)
-    line = worker.run(sweeps.Run("small", 1, {"learning_rate": 9.0}))
+    line = worker.run(plans.Run("small", 1, {"learning_rate": 9.0}))
     assert line["result"] == {"step": 400, "diverged": True} and len(line["validations"]) == 1
-    sweep = sweeps.Sweep(plan)
+    sweep = plans.Sweep(plan)
     first = sweep.ready()[0]
     sweep.add(first, line)
     assert sweep.score(first) == math.inf and sweep.table()[0]["minutes"] is None
@@ -421,7 +429,7 @@ def test_plans_that_cannot_be_read_are_refused(plan, change, message):
 
 
 def test_a_run_that_fails_says_where_to_read(tmp_path):
-    broken = sweeps.Run("broken", 1, {"model_type": "gpt3"})
+    broken = plans.Run("broken", 1, {"model_type": "gpt3"})
     with pytest.raises(OSError, match="did not come to its end .exit status 1.: read .*train.log"):
         sweeps.Worker(tmp_path, [], None).run(broken)
     log = (tmp_path / broken.key / "train.log").read_text()
