@@ -1,7 +1,7 @@
 """How good a model is, and what its equilibrium contributes."""
 
 from .held_out import HeldOut, HeldOutText
-from .model_folders import check_length, load_model
+from .model_folders import check_length, check_remembers, load_model
 from .protocol import Protocol, solver_settings
 from .reports import (
     FIGURES,
@@ -29,6 +29,7 @@ __all__ = [
     "by_budget",
     "by_tolerance",
     "check_length",
+    "check_remembers",
     "dial_label",
     "dial_settings",
     "evaluate_dial",

@@ -21,14 +21,14 @@ def load_model(folder: str | Path, device: str = "cpu", memory_length: int | Non
         arguments: others of `from_pretrained`, such as `dtype`.
 
     Raises:
-        ValueError: if `memory_length` is negative, the model's memory has no length, the weights are damaged, or the
+        ValueError: if `memory_length` is negative, or no field of this model's configuration; or if the weights are damaged, or the
             device is not available.
         OSError: if the folder or repository has no model.
     """
     config = AutoConfig.from_pretrained(folder)
     if memory_length is not None:
         if not hasattr(config, "memory_length"):
-            raise ValueError(f"memory_length: a {config.model_type} has a memory of fixed size; leave it out.")
+            raise ValueError(f"memory_length: a {config.model_type} has no such field; leave it out.")
         check_at_least(0, memory_length=memory_length)
         config.memory_length = memory_length
     try:
@@ -41,6 +41,19 @@ def load_model(folder: str | Path, device: str = "cpu", memory_length: int | Non
         return model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:  # torch raises either, depending on the device
         raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0]}).") from error
+
+
+def check_remembers(config: PreTrainedConfig) -> None:
+    """Refuse to carry the memory of a model that has none.
+
+    Raises:
+        ValueError: if it has none. The message says what to do.
+    """
+    if getattr(config, "remembers", False):
+        return
+    has_length = isinstance(config, DEQConfig) and hasattr(config, "memory_length")
+    remedy = "set memory_length, say to the length of a segment" if has_length else "set carry_memory to false"
+    raise ValueError(f"carry_memory needs a model that remembers, and this {config.model_type} does not: {remedy}.")
 
 
 def check_length(config: PreTrainedConfig, name: str, length: int, remedy: str = "raise {field} to {length}") -> None:

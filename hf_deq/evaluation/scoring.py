@@ -19,6 +19,7 @@ from ..data import TokenStream
 from ..generation_deq import REPORTED
 from ..position_algebra import widest_dtype
 from ..softmax_heads import LogProbabilityHead
+from .model_folders import check_remembers
 from .perplexity.formula import perplexity_of
 from .protocol import Protocol
 
@@ -77,6 +78,7 @@ def evaluate_perplexity(
     ids = torch.cat([torch.tensor([start_id]), stream.ids])
     share = share_of(accelerator)
     if protocol.carry_memory:
+        check_remembers(model.config)
         streams = (
             _equal_streams(stream.ids, protocol.batch_size)
             if protocol.drop_remainder
@@ -232,8 +234,6 @@ def _score_streams(model, streams: _Streams, length, share, dial) -> tuple[int, 
             targets[places >= tokens] = -100
             memory = memory and tuple(state[: len(places)] for state in memory)
             sums, memory = _score(model, ids[places.clamp_max(tokens)], targets, 0, dial | {"memory": memory})
-            if memory is None:
-                raise ValueError("carry_memory: the model remembers nothing. Set memory_length in its configuration.")
             yield sums
 
     return len(offsets), scores()

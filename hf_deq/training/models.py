@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..configuration_deq import DEQConfig, fits_given_weights
 from ..data import read_recipe
-from ..evaluation import check_length
+from ..evaluation import check_length, check_remembers
 from ..generation_deq import REPORTED
 from ..tasks import Task, task_of
 from .arguments import RunArguments
@@ -36,10 +36,8 @@ class EquilibriumModel:
             ValueError: if memory is to be carried, and the model has none; or if training is to begin with shallow
                 steps, and the model is never solved.
         """
-        if task.carries_memory and not self.config.remembers:
-            has_length = hasattr(self.config, "memory_length")
-            remedy = "set memory_length, say to sequence_length" if has_length else f"a {self.config.model_type} cannot"
-            raise ValueError(f"carry_memory needs a model that remembers: {remedy}.")
+        if task.carries_memory:
+            check_remembers(self.config)
         if self.run.shallow_steps and self.config.gradient == "unrolled":
             depth, used = self.run.shallow_depth, self.config.solver_max_evaluations
             raise ValueError(
@@ -113,7 +111,7 @@ class ExplicitModel:
             if getattr(self.run, name) != getattr(RunArguments, name):
                 raise ValueError(f"{name} is for models that solve for an equilibrium: {model_type} does not; omit it.")
         if task.carries_memory:
-            raise ValueError(f"carry_memory needs a model that remembers: {model_type} does not; set it to false.")
+            check_remembers(self.config)
         check_length(self.config, "the training sequences (sequence_length)", len(task.examples[0]["input_ids"]))
         check_length(self.config, "the sample's prompt and sample_tokens", task.sample_length)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from families import TRANSFORMER, TRELLISNET, every_remembering_family, random_ids
+from families import ATTRACTOR, TRANSFORMER, TRELLISNET, every_remembering_family, random_ids
 
 from hf_deq.data import TokenStream
 from hf_deq.evaluation import (
@@ -135,7 +135,9 @@ def test_the_protocol_in_words():
 
 def test_a_model_without_memory_cannot_carry_it():
     stream = TokenStream(random_ids(1, 10)[0], 10, 2)
-    with pytest.raises(ValueError, match="carry_memory.*Set memory_length"):
+    with pytest.raises(ValueError, match="this deq_attractor does not: set carry_memory to false"):
+        evaluate_perplexity(ATTRACTOR.model(), stream, 1, Protocol(4, carry_memory=True))
+    with pytest.raises(ValueError, match="this deq_transformer does not: set memory_length"):
         evaluate_perplexity(model := TRANSFORMER.model().train(), stream, 1, Protocol(4, carry_memory=True))
     assert model.training
     with pytest.raises(ValueError, match="stride=2 is for windows"):
