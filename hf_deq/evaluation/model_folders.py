@@ -21,8 +21,8 @@ def load_model(folder: str | Path, device: str = "cpu", memory_length: int | Non
         arguments: others of `from_pretrained`, such as `dtype`.
 
     Raises:
-        ValueError: if `memory_length` is negative, or no field of this model's configuration; or if the weights are damaged, or the
-            device is not available.
+        ValueError: if `memory_length` is negative, or no field of this model's configuration; or if the weights are
+            damaged, or the device is not available.
         OSError: if the folder or repository has no model.
     """
     config = AutoConfig.from_pretrained(folder)

@@ -439,7 +439,9 @@ def test_bad_input_is_refused_before_training(corpus, tmp_path):
         run(corpus, tmp_path / "a", gradient_accumulation_steps=3)
     with pytest.raises(ValueError, match="carry_memory needs a model that remembers.*: set memory_length"):
         run(corpus, tmp_path / "a", carry_memory=True)
-    with pytest.raises(ValueError, match="carry_memory needs a model that remembers.*deq_attractor does not: set carry_memory to false"):
+    with pytest.raises(
+        ValueError, match="carry_memory needs a model that remembers.*deq_attractor does not: set carry_memory to"
+    ):
         run(corpus, tmp_path / "a", None, "deq_attractor", carry_memory=True)
     with pytest.raises(ValueError, match="less than one for each of 4096 streams"):
         run(corpus, tmp_path / "a", None, "deq_trellisnet", carry_memory=True, batch_size=4096)
@@ -464,7 +466,9 @@ def test_explicit_models_refuse_what_they_cannot_do(corpus, tmp_path):
         run(corpus, **explicit, sequence_length=65)
     with pytest.raises(ValueError, match="n_positions=64 must cover the sample's prompt and sample_tokens"):
         run(corpus, **explicit, sample_tokens=64)
-    with pytest.raises(ValueError, match="carry_memory needs a model that remembers.*gpt2 does not: set carry_memory to false"):
+    with pytest.raises(
+        ValueError, match="carry_memory needs a model that remembers.*gpt2 does not: set carry_memory to"
+    ):
         run(corpus, **explicit, carry_memory=True)
     with pytest.raises(ValueError, match="train_solver_tolerance is for models that solve"):
         run(corpus, **explicit, train_solver_tolerance=1e-2)
