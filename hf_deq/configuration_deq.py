@@ -122,7 +122,6 @@ class DEQConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
-        self.leave_out_cache()
 
     @property
     def is_cacheable(self) -> bool:
@@ -133,11 +132,6 @@ class DEQConfig(PreTrainedConfig):
     def remembers(self) -> bool:
         """Whether `forward` returns a memory for the next segment of a text."""
         return False
-
-    def leave_out_cache(self) -> None:
-        """Set `use_cache` to False if there is nothing to cache."""
-        if not self.is_cacheable and getattr(self, "use_cache", False):
-            self.use_cache = False
 
     @classmethod
     def _refuse_misspelt(cls, unknown: dict) -> None:

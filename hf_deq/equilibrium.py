@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .fixed_point import AndersonSolver, FixedPointSolution, FixedPointSolver, SequenceMap, check_state, image_of
+from .fixed_point import (
+    AndersonSolver,
+    FixedPointSolution,
+    FixedPointSolver,
+    SequenceMap,
+    check_count,
+    check_state,
+    image_of,
+)
 from .packed_texts import Texts
 from .position_algebra import Scopes, own_residuals
 
@@ -42,7 +50,9 @@ def equilibrium(
 
     Args:
         f: maps a state `(batch, sequence, features)` to a state of the same shape. f must be
-            deterministic (draw dropout masks outside of f).
+            deterministic (draw dropout masks outside of f), and causal: its output at a position depends on z at this
+            and earlier positions only. An f that looks ahead needs a solver with `scope="sequence"`, for both
+            directions.
         z0: the state from which the solver starts. It receives gradients only from
             `UnrolledGradient` and `ReversibleGradient`.
         solver: how the equilibrium is found. Default: `AndersonSolver()`.
@@ -56,7 +66,7 @@ def equilibrium(
         calls of f, also those with a graph.
 
     Raises:
-        ValueError: if z0 is not a floating point state of three dimensions, or f changes its shape.
+        ValueError: if z0 is not a floating point state of three dimensions, or is empty, or f changes its shape.
     """
     check_state(z0)
     return (gradient or ImplicitGradient())(f, z0, solver or AndersonSolver(), texts)
@@ -121,10 +131,9 @@ class PhantomGradient:
     damping: float = 0.5
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"PhantomGradient needs steps >= 1, got {self.steps}.")
+        check_count("steps", self.steps)
         if not 0 < self.damping <= 1:
-            raise ValueError(f"PhantomGradient needs damping in (0, 1], got {self.damping}.")
+            raise ValueError(f"damping must be in (0, 1], got {self.damping}.")
 
     def __call__(
         self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver, texts: Texts | None = None
@@ -156,8 +165,7 @@ class UnrolledGradient:
     activation_checkpointing: bool = False
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"UnrolledGradient needs steps >= 1, got {self.steps}.")
+        check_count("steps", self.steps)
 
     def __call__(
         self, f: SequenceMap, z0: Tensor, solver: FixedPointSolver, texts: Texts | None = None

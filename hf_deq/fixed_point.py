@@ -73,10 +73,11 @@ class FixedPointSolver:
         max_evaluations: budget of calls of f, at least 1. If a text does not converge and its best state is not its
             last state, one more call computes f at the best state.
         damping: fraction of the proposed step that is taken, in (0, 1]; 1 is undamped.
-        scope: positions whose residuals may influence position t. `"causal"`: positions <= t of its text;
+        scope: positions whose residuals may influence position t. `"causal"`: positions <= t of its text, for an f
+            whose output at t depends on z at positions <= t only;
             `"anticausal"`: positions >= t, for the transposed map of a backward solve;
-            `"sequence"`: the whole text, as in the literature. Solves in sequence scope are **not**
-            causal before convergence.
+            `"sequence"`: the whole text, as in the literature, and for an f that looks ahead. Solves in sequence
+            scope are **not** causal before convergence.
 
     Raises:
         ValueError: if a field is out of its range.
@@ -90,8 +91,7 @@ class FixedPointSolver:
     def __post_init__(self):
         if not 0 <= self.tolerance < float("inf"):
             raise ValueError(f"tolerance must be zero or positive, and finite; got {self.tolerance}.")
-        if not self.max_evaluations >= 1:
-            raise ValueError(f"max_evaluations must be at least 1, got {self.max_evaluations}.")
+        check_count("max_evaluations", self.max_evaluations)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], got {self.damping}; 1 takes the full step.")
         if self.scope not in SCOPES:
@@ -109,7 +109,8 @@ class FixedPointSolver:
                 every row is one text.
 
         Raises:
-            ValueError: if `z0` is not a floating point tensor of three dimensions, or f changes its shape.
+            ValueError: if `z0` is not a floating point tensor of three dimensions, or is empty, or f changes its
+                shape.
         """
         check_state(z0)
         device, tolerance = z0.device.type, self.attainable_tolerance(z0)
@@ -166,15 +167,26 @@ class FixedPointSolver:
         )
 
 
+def check_count(name: str, value: int) -> None:
+    """Refuse what is not a number of steps.
+
+    Raises:
+        ValueError: if the value is not a whole number of at least 1. The message has the name.
+    """
+    if not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
 def check_state(z0: Tensor) -> None:
     """Refuse what no solver can start from.
 
     Raises:
-        ValueError: if `z0` is not a floating point tensor of three dimensions.
+        ValueError: if `z0` is not a floating point tensor of three dimensions, or is empty.
     """
-    if z0.dim() != 3 or not z0.is_floating_point():
+    if z0.dim() != 3 or not z0.is_floating_point() or 0 in z0.shape:
         raise ValueError(
-            f"z0 must be a floating point state (batch, sequence, features), got shape {tuple(z0.shape)} of {z0.dtype}."
+            "z0 must be a floating point state (batch, sequence, features) with at least one of each, got shape "
+            f"{tuple(z0.shape)} of {z0.dtype}."
         )
 
 
@@ -221,8 +233,7 @@ class _RememberingSolver(FixedPointSolver):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.history >= 1:
-            raise ValueError(f"history must be at least 1, got {self.history}.")
+        check_count("history", self.history)
 
 
 @dataclass(frozen=True)
@@ -310,6 +321,7 @@ class _Record:
             if torch.compiler.is_compiling() or bool(unknown.any()):
                 f_z = torch.where(unknown, f(self.best), f_z)
                 num_evaluations = num_evaluations + unknown
+            num_evaluations = self.scopes.worst(num_evaluations)  # a position that failed has stopped before others
             z, own = self.best, own_residuals(self.best, f_z)
         residual, num_evaluations = self.scopes.residuals(own), self.scopes.at_ends(num_evaluations)
         return FixedPointSolution(z, f_z, residual, num_evaluations, residual <= self.tolerance)

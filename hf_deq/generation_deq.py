@@ -150,10 +150,7 @@ class DEQGenerationMixin(GenerationMixin):
             )
         shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
         draft = copy.deepcopy(self, shared)
-        for compiled in (
-            "_compiled_call",
-            "_last_compile_config",
-        ):  # refers to the model's modules, not the draft's
+        for compiled in ("_compiled_call", "_last_compile_config"):  # both refer to the modules of the model
             vars(draft).pop(compiled, None)
         draft.config.solver_tolerance, draft.config.solver_max_evaluations = solver_tolerance, budget
         draft.config.validate_equilibrium()

@@ -4,7 +4,6 @@ from torch import Tensor
 
 from .configuration_deq import DEQConfig
 from .layer_deq import DEQLayer, Dial
-from .masking_deq import Rows
 from .paging_deq import PagedTexts
 from .softmax_heads import check_ids
 
@@ -47,23 +46,35 @@ def check_inputs(config: DEQConfig, input_size: int, input_ids: Tensor | None, i
         check_ids("input_ids", input_ids, config.vocab_size)
 
 
-def check_memory(config: DEQConfig, memory, sizes: tuple[int, ...], batch: int, rows: Rows, cache) -> None:
+def check_positions(position_ids: Tensor, batch: int, length: int) -> None:
+    """Refuse position ids that are not one for each token."""
+    if position_ids.shape not in ((1, length), (batch, length)):
+        raise ValueError(
+            f"position_ids must be (batch, sequence) = ({batch}, {length}) or (1, {length}), got "
+            f"{tuple(position_ids.shape)}. (cu_seq_lens_q must end with the length of the row.)"
+        )
+
+
+def check_memory(layer: DEQLayer, memory: tuple[Tensor, ...], batch: int, attention_mask: Tensor | None, cache) -> None:
     """Refuse a memory that comes with a cache or padding, or does not belong to this model and these rows."""
+    sizes = layer.memory_sizes
     if cache is not None:
         raise ValueError(
             "memory and cache both say what came before: pass one of them (generate makes a cache of its "
             "own; use_cache=False keeps it from doing so)."
         )
     if not sizes:
-        remedy = "set memory_length in its configuration" if hasattr(config, "memory_length") else "use a cache"
+        remedy = "set memory_length in its configuration" if hasattr(layer.config, "memory_length") else "use a cache"
         raise ValueError(f"memory was given to a model that remembers nothing: {remedy}.")
-    if tuple(state.shape[-1] for state in memory) != sizes or any(len(state) != batch for state in memory):
+    lengths = layer.memory_lengths or (memory[0].shape[1],) * len(sizes)
+    shapes = [(batch, length, size) for length, size in zip(lengths, sizes, strict=True)]
+    if [tuple(state.shape) for state in memory] != shapes:
         raise ValueError(
-            f"memory must be the output of this model for the same {batch} rows, with states of sizes {sizes}; "
-            f"got shapes {[tuple(state.shape) for state in memory]}."
+            f"memory must be the output of this model for the same {batch} rows, with states of shapes {shapes}; got "
+            f"{[tuple(state.shape) for state in memory]}."
         )
-    if rows.tokens is not None:
+    if attention_mask is not None and not (attention_mask.dim() == 2 and bool(attention_mask.all())):
         raise ValueError(
             "memory goes on where a text stopped, so there can be no padding: pass segments of one length, without "
-            "zeros in attention_mask."
+            "zeros in attention_mask, or leave the mask out."
         )

@@ -32,12 +32,14 @@ def jacobian_regularization(
     Raises:
         ValueError: if `f_z` was not computed from `z` with gradients.
     """
-    if not (f_z.requires_grad and z.requires_grad):
+    product = None
+    if f_z.requires_grad and z.requires_grad:
+        noise = torch.randn(f_z.shape, dtype=f_z.dtype, device=f_z.device, generator=generator)
+        (product,) = torch.autograd.grad(f_z, z, noise, create_graph=True, allow_unused=True)
+    if product is None:
         raise ValueError(
             "jacobian_regularization needs f_z = f(z) computed with gradients from a z that requires them."
         )
-    noise = torch.randn(f_z.shape, dtype=f_z.dtype, device=f_z.device, generator=generator)
-    (product,) = torch.autograd.grad(f_z, z, noise, create_graph=True)
     if tokens is None:
         return product.square().mean()
     squares = product.square().masked_fill(~tokens, 0)
@@ -74,7 +76,7 @@ def spectral_radius(f: SequenceMap, z: Tensor, steps: int = 50) -> Tensor:
         vector = vector / torch.linalg.vector_norm(vector, dim=(1, 2), keepdim=True).clamp_min(
             torch.finfo(z.dtype).tiny
         )
-        (vector,) = torch.autograd.grad(f_z, z, vector, retain_graph=True)
+        (vector,) = torch.autograd.grad(f_z, z, vector, retain_graph=True, materialize_grads=True)
         if step >= steps // 2:
             log_growth += torch.linalg.vector_norm(vector, dim=(1, 2)).log()
     return (log_growth / (steps - steps // 2)).exp()

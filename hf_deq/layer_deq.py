@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .configuration_deq import DEQConfig
+from .configuration_deq import GRADIENTS, DEQConfig, require_one_of
 from .equilibrium import (
     GradientEstimator,
     ImplicitGradient,
@@ -23,7 +23,7 @@ from .equilibrium import (
     equilibrium,
     evaluate_with_graph,
 )
-from .fixed_point import SOLVERS, FixedPointSolution, FixedPointSolver, SequenceMap
+from .fixed_point import SOLVERS, FixedPointSolution, FixedPointSolver, SequenceMap, check_count
 from .jacobian import jacobian_regularization
 from .masking_deq import Rows
 from .reversible import ReversibleGradient
@@ -53,9 +53,8 @@ class Dial:
         if self.solver_tolerance is not None and not 0 <= self.solver_tolerance < float("inf"):
             raise ValueError(f"solver_tolerance must be zero or positive, and finite; got {self.solver_tolerance}.")
         for name in ("solver_max_evaluations", "unroll_steps"):
-            value = getattr(self, name)
-            if value is not None and not value >= 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value)
         if self.unroll_steps is not None and self.solver_max_evaluations is not None:
             raise ValueError(
                 f"unroll_steps={self.unroll_steps} does not solve, so solver_max_evaluations="
@@ -70,7 +69,11 @@ def make_solver(config: DEQConfig, name: str, **settings) -> FixedPointSolver:
         config: supplies the history, the damping and the scope, unless `settings` contains them.
         name: a key of `SOLVERS`.
         settings: other arguments of the solver, such as `tolerance` and `max_evaluations`.
+
+    Raises:
+        ValueError: if there is no solver with this name.
     """
+    require_one_of("solver", name, SOLVERS)
     settings = {"damping": config.solver_damping, "scope": config.solver_scope} | settings
     if "history" in SOLVERS[name].__dataclass_fields__:
         settings = {"history": config.solver_history} | settings
@@ -106,6 +109,8 @@ class DEQLayer(nn.Module):
             `(batch,)`, for logging.
         input_size: features of the embedded input.
         memory_sizes: features of each part of the memory; empty if the model has no memory.
+        memory_lengths: positions of each part of the memory; empty if they may differ from segment to segment, and are
+            the same for all parts.
         compile_options: arguments for `torch.compile`, which then compiles f alone; `None` does not compile. See
             `DEQPreTrainedModel.compile_f`.
         gradient_checkpointing: Transformers sets this field for activation checkpointing. Then unrolled applications
@@ -115,6 +120,7 @@ class DEQLayer(nn.Module):
 
     input_size: int
     memory_sizes: tuple[int, ...] = ()
+    memory_lengths: tuple[int, ...] = ()
     compile_options: dict | None = None
     gradient_checkpointing: bool = False
 
@@ -156,8 +162,13 @@ class DEQLayer(nn.Module):
         return make_solver(config, config.solver, tolerance=tolerance, max_evaluations=self._budget(dial))
 
     def gradient_estimator(self, dial: Dial) -> GradientEstimator:
-        """Return the configured gradient estimator, or the unrolled one if the dial sets `unroll_steps`."""
+        """Return the configured gradient estimator, or the unrolled one if the dial sets `unroll_steps`.
+
+        Raises:
+            ValueError: if the configuration was changed, and names no gradient.
+        """
         config = self.config
+        require_one_of("gradient", config.gradient, GRADIENTS)
         if dial.unroll_steps is not None or config.gradient == "unrolled":
             steps = self._budget(dial) if dial.unroll_steps is None else dial.unroll_steps
             return UnrolledGradient(steps, self.gradient_checkpointing and self.training)

@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_deq import check_cacheable
 from .configuration_deq import DEQConfig
 from .generation_deq import DEQGenerationMixin
-from .inputs_deq import check_inputs, check_memory, refuse_growing_cache, refuse_misspelt_dial
+from .inputs_deq import check_inputs, check_memory, check_positions, refuse_growing_cache, refuse_misspelt_dial
 from .layer_deq import DEQLayer, Dial
 from .masking_deq import Rows, check_mask, positions_of_texts, read_rows
 from .paging_deq import PagedTexts
@@ -129,18 +129,19 @@ class DEQPreTrainedModel(PreTrainedModel):
         return embeddings
 
 
-def no_new_cache_in_training(forward: Callable) -> Callable:
-    """Change the default of `use_cache` to False for training steps without a cache.
+def no_useless_cache(forward: Callable) -> Callable:
+    """Change the default of `use_cache` to False where no cache is given and nobody could use a new one.
 
-    Nobody reads a cache that a training step makes. But a wrapper that calls a module again in backward (as torch's
-    `checkpoint_wrapper` does) would read it, and solve after a past that has the same tokens already.
+    With unrolled steps and in sequence scope, there is nothing to cache. And nobody reads a cache that a training step
+    makes, except a wrapper that calls a module again in backward (as torch's `checkpoint_wrapper` does): it would solve
+    after a past that has the same tokens already.
     """
 
     names = [*signature(forward).parameters][1:]
 
     @wraps(forward)
     def with_default(self, *args, **kwargs):
-        if not (self.training and torch.is_grad_enabled()):
+        if self.config.is_cacheable and not (self.training and torch.is_grad_enabled()):
             return forward(self, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         if given.get("use_cache") is None and given.get("cache") is None:
@@ -162,7 +163,6 @@ class DEQModel(DEQPreTrainedModel):
 
     def __init__(self, config: DEQConfig):
         config.validate()  # its fields may have changed since it was constructed
-        config.leave_out_cache()
         super().__init__(config)
         self.embed_tokens = self._make_embedding(config)
         self.layers = nn.ModuleList([self.layer_class(config)])
@@ -188,6 +188,7 @@ class DEQModel(DEQPreTrainedModel):
         if cache is not None and attention_mask is not None and attention_mask.dim() == 4:
             first_query = first_query - cache.get_mask_sizes(length, 0)[1]  # a sliding cache has dropped some keys
         if position_ids is not None:
+            check_positions(position_ids, batch, length)
             position_ids = position_ids.expand(batch, -1)
         has_past, window = cache is not None or memory is not None, getattr(self.config, "sliding_window", None)
         return attention_mask, read_rows(attention_mask, position_ids, has_past, first_query, length, window)
@@ -202,7 +203,7 @@ class DEQModel(DEQPreTrainedModel):
         return cache
 
     @deprecate_kwarg(**FORMER_CACHE_NAME)
-    @no_new_cache_in_training
+    @no_useless_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -232,8 +233,9 @@ class DEQModel(DEQPreTrainedModel):
                 has its own report, so the fields of the report have shape `(texts,)`. Then the model returns neither a
                 cache nor a memory.
             cache: the cache that the previous call returned. Only the new positions are solved.
-            use_cache: whether to return the cache; default: `config.use_cache`, but False in a training step without a
-                `cache`. In training with activation checkpointing, no cache is returned, as in Transformers.
+            use_cache: whether to return the cache; default: `config.use_cache`, but False without a `cache` in a
+                training step, with `gradient="unrolled"` and in sequence scope. In training with activation
+                checkpointing, no cache is returned, as in Transformers.
             memory: the `memory` that the previous segment of the same text returned: its last states, without
                 gradients (truncated backpropagation through time). It replaces a cache in training, with unrolled
                 steps, and in sequence scope. A segment with a memory must not be padded, and no cache is returned.
@@ -249,8 +251,8 @@ class DEQModel(DEQPreTrainedModel):
             ValueError: if there is no input or both kinds of input; if the sequence is empty; if ids are out of range;
                 if there is a cache, but the model has no equilibrium to cache; if a memory comes with a cache or with
                 padding, or belongs to another model; if the mask has a wrong shape or an unsupported structure; if
-                packed texts follow a cache or memory, or `cu_seq_lens_q` comes with a mask; if a value of the dial is
-                out of its range, or has no effect.
+                packed texts follow a cache or memory, or `cu_seq_lens_q` comes with a mask; if position_ids have a
+                wrong shape; if a value of the dial is out of its range, or `unroll_steps` comes with a budget.
             TypeError: if the name of an argument looks like a misspelt argument of the dial.
         """
         refuse_misspelt_dial(kwargs)
@@ -258,6 +260,9 @@ class DEQModel(DEQPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
+        if memory is not None:
+            check_memory(self.layers[0], memory, len(inputs_embeds), attention_mask, cache)
+            attention_mask = None
         if isinstance(cache, PagedAttentionCache):
             cache, kwargs = PagedTexts(cache, **kwargs), {}
             rows = cache.rows
@@ -267,9 +272,6 @@ class DEQModel(DEQPreTrainedModel):
                     raise ValueError("cu_seq_lens_q packs texts into a row without padding: leave attention_mask out.")
                 position_ids = positions_of_texts(kwargs["cu_seq_lens_q"]) if position_ids is None else position_ids
             attention_mask, rows = self._read_rows(inputs_embeds, attention_mask, position_ids, cache, memory)
-        if memory is not None:
-            check_memory(self.config, memory, self.layers[0].memory_sizes, len(inputs_embeds), rows, cache)
-            attention_mask = None
         recomputes = self.layers[0].gradient_checkpointing and self.training
         use_cache = use_cache and not recomputes and unroll_steps is None and memory is None and rows.texts is None
         cache = self._cache_of_call(cache, use_cache, dial)

@@ -73,10 +73,9 @@ class DEQTransformerAttention(nn.Module):
         qkv = (self.qkv_proj(z) + injection).unflatten(-1, (-1, self.head_dim))
         queries_and_keys, value = qkv.split([2 * self.num_heads, self.num_heads], 2)
         query, key = positions.rotate(queries_and_keys).transpose(1, 2).chunk(2, 1)
-        value = value.transpose(1, 2)
-        if self.layer_idx > 0:  # if the layer before has overflowed at a position, other positions must not see it
-            key, value = key.nan_to_num(0.0, 0.0, 0.0), value.nan_to_num(0.0, 0.0, 0.0)
-        return query, key, value
+        # If a state or the layer before has overflowed at a position, other positions must not see it. A mask does not
+        # hide it, because 0 * NaN is NaN.
+        return query, key.nan_to_num(0.0, 0.0, 0.0), value.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0)
 
     def forward(
         self,

@@ -64,7 +64,7 @@ class DEQTrellisNetLayer(DEQLayer):
             gain=STATE_GAIN,
         )
         # Read here, because an adapter may wrap the convolutions later.
-        self.reaches = self.recurrence.reach, self.injection.reach
+        self.memory_lengths = self.recurrence.reach, self.injection.reach
         self.recurrent_shape = 4 * self.channels, self.channels * config.kernel_size
 
     def forward(
@@ -122,7 +122,7 @@ class DEQTrellisNetLayer(DEQLayer):
 
     def _start_of_text(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return zero states and zero inputs, as many as the convolutions reach back."""
-        batch, (state_reach, input_reach) = like.shape[0], self.reaches
+        batch, (state_reach, input_reach) = like.shape[0], self.memory_lengths
         states = like.new_zeros(batch, state_reach, 2 * self.channels)
         return states, like.new_zeros(batch, input_reach, self.config.embedding_size)
 

@@ -56,11 +56,16 @@ class MemoryLaws:
         ids, memory = random_ids(2, 4), model(random_ids(2, 5)).memory
         with pytest.raises(ValueError, match="output of this model for the same 3 rows"):
             model(random_ids(3, 4), memory=memory)
-        with pytest.raises(ValueError, match="states of sizes"):
-            model(ids, memory=(memory[0], memory[1][..., :-1]))
+        for other in (memory[1][..., :-1], memory[1][:, :-1]):
+            with pytest.raises(ValueError, match="output of this model.*states of shapes"):
+                model(ids, memory=(memory[0], other))
         padding = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
         with pytest.raises(ValueError, match="no padding: pass segments of one length"):
             model(ids, memory=memory, attention_mask=padding)
+        hidden = torch.ones(2, memory[0].shape[1] + 4, dtype=torch.long)
+        hidden[:, -4:] = 0
+        with pytest.raises(ValueError, match="no padding: pass segments of one length"):
+            model(ids, memory=memory, attention_mask=hidden)
         assert model(ids, attention_mask=padding).memory is None
         given = model(ids, memory=memory, attention_mask=torch.ones(2, 4, dtype=torch.long))
         assert torch.equal(given.logits, model(ids, memory=memory).logits)

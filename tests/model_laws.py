@@ -160,6 +160,18 @@ class ModelLaws:
             assert torch.equal(before.logits[3], after.logits[3])
             assert after.residual[:3].eq(float("inf")).all() and not after.converged[:3].any()
 
+    @pytest.mark.parametrize("gradient", ["implicit", "phantom", "unrolled", "reversible"])
+    def test_what_is_no_number_reaches_no_earlier_position_with_gradients(self, fields, gradient):
+        """Steps with a graph have no solver that stops a position."""
+        model = self.family.model(**fields, gradient=gradient, solver_max_evaluations=3)
+        embeds = model.get_input_embeddings()(random_ids(2, 8)).detach()
+        poisoned = embeds.clone()
+        poisoned[0, 5] = float("inf")
+        with torch.enable_grad():
+            before, after = model(inputs_embeds=embeds), model(inputs_embeds=poisoned)
+        assert torch.equal(before.logits[:, :5], after.logits[:, :5])
+        assert torch.equal(before.logits[1], after.logits[1])
+
     def test_an_overflow_reaches_no_earlier_position(self, fields):
         """A huge input is a number, but what f makes of it is not."""
         model = self.family.model(**fields)
@@ -211,7 +223,10 @@ class ModelLaws:
             (dict(attention_mask=short), r"attention_mask must be \(batch, past \+ sequence\) = \(2, 6\)"),
             (dict(attention_mask=torch.ones(3, 6)), r"attention_mask must be.*got \(3, 6\)"),
             (dict(solver_tolerance=float("nan")), "solver_tolerance must be zero or positive, and finite; got nan"),
-            (dict(unroll_steps=0), "unroll_steps must be at least 1, got 0"),
+            (dict(position_ids=torch.arange(2)[None]), r"position_ids must be \(batch, sequence\) = \(2, 6\)"),
+            (dict(cu_seq_lens_q=torch.tensor([0, 2])), "cu_seq_lens_q must end with the length of the row"),
+            (dict(solver_max_evaluations=2.5), "solver_max_evaluations must be a whole number of at least 1, got 2.5"),
+            (dict(unroll_steps=0), "unroll_steps must be a whole number of at least 1, got 0"),
             (dict(unroll_steps=3, solver_max_evaluations=9), "solver_max_evaluations=9 would have no effect"),
             (dict(cu_seq_lens_q=torch.tensor([0, 6]), attention_mask=torch.ones(2, 6)), "leave attention_mask out"),
         ):
@@ -486,7 +501,7 @@ class ModelLaws:
             (dict(), "exactly one of input_ids and inputs_embeds"),
             (dict(input_ids=torch.tensor([[3]]), inputs_embeds=torch.zeros(1, 1, 16)), "exactly one of"),
             (dict(inputs_embeds=torch.zeros(1, 2, 5)), r"must be \(batch, sequence, 16\), got \(1, 2, 5\)"),
-            (dict(input_ids=torch.tensor([[3]]), solver_max_evaluations=0), "solver_max_evaluations must be at least"),
+            (dict(input_ids=torch.tensor([[3]]), solver_max_evaluations=0), "solver_max_evaluations must be a whole"),
             (dict(input_ids=torch.tensor([[3]]), solver_tolerance=-1.0), "tolerance must be zero or positive"),
         ],
     )

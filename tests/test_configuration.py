@@ -248,12 +248,6 @@ def test_round_trip(family, fields, tmp_path):
 
 
 @every_family
-def test_an_unrolled_model_does_not_cache(family):
-    assert not family.config(gradient="unrolled").use_cache and family.config().use_cache
-    assert not family.config(solver_scope="sequence").use_cache
-
-
-@every_family
 def test_misspelt_overrides_are_refused_when_a_model_is_loaded(family, tmp_path):
     family.model().save_pretrained(tmp_path)
     for load in (AutoConfig.from_pretrained, family.model_class.from_pretrained):
@@ -264,10 +258,15 @@ def test_misspelt_overrides_are_refused_when_a_model_is_loaded(family, tmp_path)
 @every_family
 @pytest.mark.parametrize("fields", [{"gradient": "unrolled"}, {"solver_scope": "sequence"}])
 @torch.no_grad()
-def test_a_model_loaded_without_an_equilibrium_to_cache_does_not_cache(family, fields, tmp_path):
-    family.model().save_pretrained(tmp_path)
-    model = family.model_class.from_pretrained(tmp_path, **fields)
-    assert not model.config.use_cache and model(torch.tensor([[3, 4, 5]])).cache is None
+def test_a_model_caches_if_it_has_an_equilibrium_to_cache(family, fields, tmp_path):
+    """Whether it was saved with one or not."""
+    family.model(**fields).save_pretrained(tmp_path)
+    ids, back = torch.tensor([[3, 4, 5]]), dict(gradient="implicit", solver_scope="causal")
+    for override, caches in (({}, False), (back, True)):
+        model = family.model_class.from_pretrained(tmp_path, **override)
+        assert (model(ids).cache is not None) == caches
+        output = model.generate(ids, max_new_tokens=2, eos_token_id=None, return_dict_in_generate=True)
+        assert (output.past_key_values is not None) == caches
 
 
 def test_the_embeddings_of_a_trellisnet_are_as_wide_as_its_output():

@@ -427,10 +427,10 @@ def test_a_residual_that_is_no_number_is_infinite(x, gradient):
 
 @pytest.mark.parametrize("make", [lambda: PhantomGradient(0), lambda: UnrolledGradient(0)])
 def test_estimators_need_a_step(make):
-    with pytest.raises(ValueError, match="steps >= 1"):
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 1"):
         make()
 
 
 def test_phantom_damping_is_checked():
-    with pytest.raises(ValueError, match=r"damping in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"damping must be in \(0, 1\]"):
         PhantomGradient(damping=0)

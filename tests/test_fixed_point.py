@@ -263,18 +263,32 @@ def test_non_convergence_warns_once_and_says_what_to_do():
         PicardSolver(max_evaluations=3)(lambda z: z + 1, z0)
 
 
+def test_evaluations_are_counted_until_the_last_position_of_a_text_stops():
+    """Also if that is not the position at the end of the text, which may fail at once."""
+
+    def f(z: torch.Tensor) -> torch.Tensor:
+        image = 0.5 * z + 1
+        image[:, -1] = float("nan")
+        return image
+
+    calls = []
+    solution = PicardSolver(tolerance=1e-3)(lambda z: (calls.append(z), f(z))[1], torch.zeros(1, 3, 2))
+    assert solution.num_evaluations.tolist() == [len(calls)] and len(calls) > 5
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
         ({"tolerance": -1e-3}, "tolerance must be zero or positive"),
         ({"tolerance": float("nan")}, "tolerance must be zero or positive"),
         ({"tolerance": float("inf")}, "and finite; got inf"),
-        ({"max_evaluations": float("nan")}, "max_evaluations must be at least 1"),
-        ({"history": float("nan")}, "history must be at least 1"),
-        ({"max_evaluations": 0}, "max_evaluations must be at least 1"),
+        ({"max_evaluations": float("nan")}, "max_evaluations must be a whole number of at least 1"),
+        ({"history": float("nan")}, "history must be a whole number of at least 1"),
+        ({"max_evaluations": 0}, "max_evaluations must be a whole number of at least 1"),
         ({"damping": 0.0}, r"damping must lie in \(0, 1\]"),
         ({"damping": 1.5}, r"damping must lie in \(0, 1\]"),
-        ({"history": 0}, "history must be at least 1"),
+        ({"max_evaluations": 2.5}, "max_evaluations must be a whole number of at least 1, got 2.5"),
+        ({"history": 0}, "history must be a whole number of at least 1"),
         ({"scope": "prefix"}, "scope must be one of"),
     ],
 )
@@ -288,6 +302,8 @@ def test_bad_states_are_refused():
         PicardSolver()(lambda z: z, torch.zeros(2, 3))
     with pytest.raises(ValueError, match="floating point"):
         PicardSolver()(lambda z: z, torch.zeros(2, 3, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"at least one of each.*\(0, 3, 4\)"):
+        AndersonSolver()(lambda z: z, torch.zeros(0, 3, 4))
     with pytest.raises(ValueError, match="must keep the shape"):
         PicardSolver()(lambda z: z[:, :1], torch.zeros(2, 3, 4))
 

@@ -54,3 +54,10 @@ def test_spectral_radius_of_a_causal_map(causal_map):
 def test_spectral_radius_needs_steps():
     with pytest.raises(ValueError, match="at least 2 steps"):
         spectral_radius(lambda z: z, torch.zeros(1, 1, 1), steps=1)
+
+
+def test_a_map_that_ignores_its_state_has_no_jacobian():
+    z, value = torch.zeros(2, 3, 4, requires_grad=True), torch.ones(2, 3, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="from a z that requires them"):
+        jacobian_regularization(2 * value, z)
+    assert spectral_radius(lambda z: 2 * value, z).tolist() == [0, 0]

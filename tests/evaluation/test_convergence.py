@@ -181,7 +181,7 @@ def test_token_trajectories_refuse_what_has_none():
         token_trajectories(TRANSFORMER.model(gradient="unrolled"), random_ids(1, 3)[0], 3)
     with pytest.raises(ValueError, match="no token"):
         token_trajectories(TRANSFORMER.model(), torch.empty(0, dtype=torch.long), 3)
-    with pytest.raises(ValueError, match="max_evaluations must be at least 1"):
+    with pytest.raises(ValueError, match="max_evaluations must be a whole number of at least 1"):
         token_trajectories(TRANSFORMER.model(), random_ids(1, 3)[0], 0)
 
 
@@ -274,7 +274,7 @@ def test_unknown_solvers_and_empty_budgets_are_refused():
     model, ids = TRANSFORMER.model(), random_ids(1, 3)
     with pytest.raises(ValueError, match=r"solvers must be among .*\['newton'\]"):
         residual_trajectories(model, ids, ["picard", "newton"], 3)
-    with pytest.raises(ValueError, match="max_evaluations must be at least 1"):
+    with pytest.raises(ValueError, match="max_evaluations must be a whole number of at least 1"):
         residual_trajectories(model, ids, ["picard"], 0)
 
 

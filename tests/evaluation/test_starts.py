@@ -85,5 +85,5 @@ def test_the_lens_sees_what_each_budget_predicts(family):
     for evaluations in (1, 3, 5):
         logits = model(ids[None], use_cache=False, solver_tolerance=0.0, solver_max_evaluations=evaluations).logits[0]
         torch.testing.assert_close(seen[evaluations - 1], logits.log_softmax(-1).detach(), rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="solver_max_evaluations must be at least 1"):
+    with pytest.raises(ValueError, match="solver_max_evaluations must be a whole number of at least 1"):
         logit_lens(model, ids, 0)
