@@ -282,6 +282,9 @@ class _Record:
         own: the relative residual of each single position.
         worst: the largest relative residual in the scope of each position. If it is at most the tolerance, the
             position is solved. If it is not a number, the position has failed.
+        lowest_worst: the smallest `worst` so far, which is that of the best iterate.
+        moving: which positions have neither solved nor failed.
+        moved: for each evaluation so far, which positions were moving when it began.
     """
 
     def __init__(self, z0: Tensor, tolerance: float, scopes: Scopes):
@@ -315,6 +318,7 @@ class _Record:
         own, num_evaluations = self.own, torch.stack(self.moved).sum(0)
         self.all_solved = not torch.compiler.is_compiling() and bool((self.worst <= self.threshold).all())
         if not self.all_solved:
+            # A position that had stopped before the last evaluation was at its best state in it.
             at_best = (self.worst == self.lowest_worst) | ~self.moved[-1]
             # Where the best state is not the last one, f at the best state is unknown. One more call computes it.
             unknown = self.scopes.worst((~at_best).float()) > 0

@@ -171,6 +171,7 @@ def _blocks(allowed: Tensor, tokens: Tensor, sliding_window: int | None) -> Text
     """
     previous, length = _previous_token(tokens), tokens.shape[1]
     attends_previous = allowed[:, 0].gather(2, previous.clamp_min(0)[..., None])[..., 0]
+    # A text starts at a token that does not attend to the token before it.
     numbers = (tokens & (previous >= 0) & ~attends_previous).cumsum(1)
     distance = torch.arange(length, device=tokens.device)[:, None] - torch.arange(length, device=tokens.device)
     expected = (distance >= 0) & (numbers[:, :, None] == numbers[:, None]) & tokens[:, None]

@@ -226,7 +226,8 @@ class DEQModel(DEQPreTrainedModel):
             input_ids: `(batch, sequence)`. Alternatively pass `inputs_embeds`, the output of `embed_tokens`.
             attention_mask: `(batch, past + sequence)`, 0 on padding (left or right), or a prepared 4D mask, boolean or
                 additive. Padded positions get the zero state and do not influence other positions. A block-diagonal
-                4D mask packs several texts into a row.
+                4D mask packs several texts into a row. Tokens in a cache should stay as they were masked: a
+                DEQ-TrellisNet remembers a state and not its tokens, so it cannot hide them later.
             position_ids: `(batch, sequence)`. By default, positions are counted from the start of the cache. Without
                 attention_mask, cache and memory, a new text starts wherever position ids do not rise by one (as in
                 Transformers). A row may then hold several packed texts. Each text is solved as if it were alone and

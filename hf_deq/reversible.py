@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from .equilibrium import measured
-from .fixed_point import FixedPointSolution, FixedPointSolver, SequenceMap, image_of
+from .fixed_point import FixedPointSolution, FixedPointSolver, SequenceMap, check_count, image_of
 from .packed_texts import Texts
 from .position_algebra import widest_dtype
 
@@ -54,8 +54,7 @@ class ReversibleGradient:
     beta: float = 0.5
 
     def __post_init__(self):
-        if not self.steps >= 1:
-            raise ValueError(f"ReversibleGradient needs steps >= 1, got {self.steps}.")
+        check_count("steps", self.steps)
         if not 0 < self.beta < 1:
             raise ValueError(f"ReversibleGradient needs beta in (0, 1), got {self.beta}.")
         self._check_steps(torch.float64)
@@ -90,9 +89,22 @@ class ReversibleGradient:
 class _Tape:
     """Calls of f whose activations, and whose arguments, are computed again in backward.
 
-    `checkpoint` drops the activations, and keeps the argument of each call. Here its argument is replaced by the number
-    of the call. In backward, the last call comes first. Its image undoes one update, and this gives the argument of the
-    call before it.
+    `checkpoint` drops the activations of a call, and keeps its argument. Here a hook keeps the number of the call
+    instead of the argument. Backward starts at the last call. Two steps have four calls:
+
+        call    argument    update
+        4       y2          z1 -> z2
+        3       z1          y1 -> y2
+        2       y1          z0 -> z1
+        1       z0          y0 -> y1
+
+    The image of a call undoes its update. The state before the update is the argument of the call before, and the
+    argument is the state that the call before has made.
+
+    Attributes:
+        present: the number of the call that backward has come to.
+        argument: the argument of this call.
+        updated: the state that this call has made.
     """
 
     def __init__(self, f: SequenceMap, dtype: torch.dtype, beta: float):
