@@ -99,6 +99,25 @@ def test_fields_that_would_change_the_copy_are_refused(fields):
         retrofit(pretrained(ORIGINALS["llama"]), 2, 1, **fields)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("initializer_range", [0.02, 0.3])
+def test_half_precision_is_no_difference(dtype, initializer_range):
+    """Neither where a layer adds little to its input, nor where rounded rotary frequencies show."""
+    sizes = SIZES | dict(hidden_size=128, head_dim=32, initializer_range=initializer_range)
+    torch.manual_seed(0)
+    original = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).to(dtype)
+    model = retrofit(original, 2, 1)
+    assert model.dtype == dtype and original.dtype == dtype
+    weight = original.model.layers[0].mlp.down_proj.weight
+    assert torch.equal(model.model.layers[0].prelude[0].mlp.down_proj.weight, weight)
+
+
+def test_half_precision_hides_no_difference():
+    original = AutoModelForCausalLM.from_config(GraniteConfig(**SIZES, residual_multiplier=0.2)).bfloat16()
+    with pytest.raises(ValueError, match="its layer 0 computes something else"):
+        retrofit(original, 2, 1)
+
+
 def test_it_generates_as_the_original_was_configured():
     model = pretrained(LlamaConfig(**SIZES))
     model.generation_config.update(temperature=0.7, do_sample=True, eos_token_id=[2, 5])
