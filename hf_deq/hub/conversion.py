@@ -91,7 +91,7 @@ def convert_checkpoint(
     """
     require_one_of("family", family, FAMILIES)
     base = FAMILIES[family]
-    state_dict = {_without_prefixes(name): tensor for name, tensor in state_dict.items()}
+    state_dict = _without_prefixes(state_dict)
     try:
         config = base.config(constructor_arguments, state_dict, config_fields)
     except StrictDataclassError as error:
@@ -112,10 +112,27 @@ def convert_checkpoint(
     return model
 
 
-def _without_prefixes(name: str) -> str:
+def _without_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors by their names without the prefixes of wrappers.
+
+    Raises:
+        ValueError: if two names become one, and their tensors differ. The message has both.
+    """
+    originals: dict[str, str] = {}
+    for name, tensor in state_dict.items():
+        first = originals.setdefault(_without_prefix(name), name)
+        if first != name and not torch.equal(state_dict[first], tensor):
+            raise ValueError(
+                f"{first} and {name} are one name without the prefixes of wrappers, but their tensors differ: remove "
+                "one of them."
+            )
+    return {bare: state_dict[name] for bare, name in originals.items()}
+
+
+def _without_prefix(name: str) -> str:
     """Return the name of a tensor without the prefixes of wrappers."""
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-    return name if prefix is None else _without_prefixes(name.removeprefix(prefix))
+    return name if prefix is None else _without_prefix(name.removeprefix(prefix))
 
 
 def _with_ties(sources: dict[str, Source], ties: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Source]:

@@ -247,6 +247,16 @@ def test_a_prefix_of_parallel_training_hides_nothing():
         reference.convert(**{"module.trellisnet.deq.func.full_conv.bias": torch.zeros(160, dtype=torch.float64)})
 
 
+def test_two_names_that_become_one_are_refused_unless_their_tensors_are_equal():
+    reference = Reference("trellisnet_lstm")
+    ids, tensor = reference.segment("seg1")["data"], reference.state_dict["encoder.weight"]
+    expected = reference.convert()(ids).logits
+    for name in ("module.encoder.weight", "_orig_mod.module.encoder.weight"):
+        assert torch.equal(reference.convert(**{name: tensor.clone()})(ids).logits, expected)
+        with pytest.raises(ValueError, match=f"^encoder.weight and {name} are one name .* their tensors differ"):
+            reference.convert(**{name: torch.zeros_like(tensor)})
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [({"n_token": "200"}, "vocab_size"), ({"tie_weights": False}, "tied_projections"), ({"d_head": 0}, "head_dim")],
