@@ -13,6 +13,7 @@ tensors.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -67,7 +68,7 @@ FAMILIES = {
 def convert_checkpoint(
     state_dict: dict[str, Tensor], constructor_arguments: dict, family: str, **config_fields
 ) -> DEQForCausalLM:
-    """Convert a state dict of the authors' code to a model, in evaluation mode and in the dtype of the tensors.
+    """Convert a state dict of the authors' code to a model, in evaluation mode and in the widest dtype of the tensors.
 
     In the authors' code, tied projections share storage, but each has its own gradient. Here they are one parameter.
     torchdeq's f has no isolated fixed point, because every sub-layer sees the state through a norm. So torchdeq's
@@ -87,7 +88,8 @@ def convert_checkpoint(
     Raises:
         ValueError: if the family or an argument is unknown; if an argument is missing; if the arguments make no valid
             model; if tensors are missing, are left over, or do not have the shape that the arguments imply (the message
-            names all of them); or if tensors contradict each other or the arguments.
+            names all of them); if a tensor has numbers that are not finite; or if tensors contradict each other or the
+            arguments.
     """
     require_one_of("family", family, FAMILIES)
     base = FAMILIES[family]
@@ -97,6 +99,9 @@ def convert_checkpoint(
     except StrictDataclassError as error:
         raise ValueError(f"constructor_arguments do not make a model: {error}") from error
     tensors = base.parameters(state_dict, config)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite: take another checkpoint.")
     with torch.device("meta"):
         shell = base.model_class(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in shell.named_parameters(remove_duplicate=False)}
@@ -107,7 +112,8 @@ def convert_checkpoint(
             "out what adds parameters."
         )
     _check(tensors, {name: sources[name] for name in shapes}, shapes, constructor_arguments)
-    model = base.model_class(config).to(next(t.dtype for t in tensors.values() if t.is_floating_point())).eval()
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
+    model = base.model_class(config).to(dtype).eval()
     model.load_state_dict({name: sources[name].read(tensors) for name in shapes})
     return model
 

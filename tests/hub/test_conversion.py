@@ -257,6 +257,30 @@ def test_two_names_that_become_one_are_refused_unless_their_tensors_are_equal():
             reference.convert(**{name: torch.zeros_like(tensor)})
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(number):
+    reference = Reference("trellisnet_lstm")
+    spoilt = reference.state_dict["decoder.bias"].clone()
+    spoilt[3] = number
+    with pytest.raises(ValueError, match="^decoder.bias has numbers that are not finite"):
+        reference.convert(**{"decoder.bias": spoilt})
+
+
+@pytest.mark.parametrize(
+    "first, others, widest",
+    [
+        (torch.float16, torch.float64, torch.float64),
+        (torch.float64, torch.float16, torch.float64),
+        (torch.bfloat16, torch.float16, torch.float32),
+    ],
+)
+def test_the_widest_dtype_is_that_of_the_model(first, others, widest):
+    reference = Reference("torchdeq_deqlm")
+    tensors = {name: tensor.to(others) for name, tensor in reference.state_dict.items()}
+    name = next(iter(tensors))
+    assert reference.convert(**(tensors | {name: tensors[name].to(first)})).dtype == widest
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [({"n_token": "200"}, "vocab_size"), ({"tie_weights": False}, "tied_projections"), ({"d_head": 0}, "head_dim")],
