@@ -291,10 +291,22 @@ def test_arguments_that_make_no_model_are_refused(arguments, message):
         convert_checkpoint(reference.state_dict, reference.arguments | arguments, reference.family)
 
 
-def test_fields_that_add_parameters_are_refused():
+@pytest.mark.parametrize("field", [{"final_norm": True}, {"hidden_act": "gelu"}, {"num_attention_heads": 2}])
+def test_fields_that_make_another_model_are_refused(field):
     reference = Reference("transformer_adaptive")
-    with pytest.raises(ValueError, match="'final_norm'.* give the model model.norm.bias, which the"):
-        convert_checkpoint(reference.state_dict, reference.arguments, reference.family, final_norm=True)
+    with pytest.raises(ValueError, match=f"config_fields: {next(iter(field))} follows from the checkpoint .* leave it"):
+        convert_checkpoint(reference.state_dict, reference.arguments, reference.family, **field)
+
+
+def test_fields_that_make_no_other_model_are_free():
+    reference = Reference("trellisnet_lstm")
+    fields = {"solver": "broyden", "hidden_dropout": 0.1, "eos_token_id": 0, "cell_scan": True, "use_cache": False}
+    model = convert_checkpoint(reference.state_dict, reference.arguments, reference.family, **SOLVED, **fields)
+    assert {name: getattr(model.config, name) for name in fields} == fields
+    ids = reference.segment("seg1")["data"]
+    torch.testing.assert_close(model(ids).logits, reference.convert()(ids).logits, rtol=0, atol=1e-8)
+    with pytest.raises(ValueError, match="no field 'solver_tolerence'; did you mean 'solver_tolerance'"):
+        convert_checkpoint(reference.state_dict, reference.arguments, reference.family, solver_tolerence=1e-4)
 
 
 def test_untied_models_convert_too():

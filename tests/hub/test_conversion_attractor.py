@@ -184,6 +184,12 @@ def test_arguments_that_contradict_the_tensors_are_refused(reference, arguments,
         reference.convert(arguments=arguments)
 
 
+@pytest.mark.parametrize("field", [{"embedding_multiplier": 2.0}, {"qk_norm": None}, {"layer_scale_max": 1.0}])
+def test_fields_that_make_another_model_are_refused(reference, field):
+    with pytest.raises(ValueError, match=f"config_fields: {next(iter(field))} follows from the checkpoint"):
+        reference.convert(**field)
+
+
 def test_a_state_dict_of_another_family_is_refused(reference):
     with pytest.raises(ValueError, match="constructor_arguments lacks"):
         convert_checkpoint(reference.state_dict, reference.arguments, "deq_transformer")
