@@ -25,6 +25,11 @@ PARTS = (
     *("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
 OPTIONAL_PARTS = ("self_attn.q_norm", "self_attn.k_norm")
+# The fields of the original's configuration that are fields of ours, with the same meaning.
+SAME_FIELDS = (
+    *("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps"),
+    *("max_position_embeddings", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
 LARGEST_DIFFERENCE = 1e-3  # between a part and its copy, relative to what the part computes
 # The other fields of the configuration follow from the original. Gates are new.
 FREE_FIELDS = {name for name in DEQAttractorConfig.__dataclass_fields__ if fits_given_weights(name)}
@@ -52,13 +57,15 @@ def retrofit(
 
     Raises:
         ValueError: if there are not so many layers; if a part of the original has no counterpart, or computes something
-            else than its copy, or has weights that are not finite; if a field would change what is copied. The message
-            names the part or the field.
+            else than its copy, or has weights that are not finite; if a field would change what is copied, or have no
+            effect. The message names the part or the field.
     """
     if fixed := sorted(config_fields.keys() - FREE_FIELDS):
         raise ValueError(
             f"{fixed[0]} follows from the original: leave it out. Free are {', '.join(sorted(FREE_FIELDS))}."
         )
+    if "layer_scale_max" in config_fields and config_fields.get("layer_scale_init_value") is None:
+        raise ValueError("layer_scale_max limits gates: give layer_scale_init_value, too, or leave it out.")
     layers = _layers_of(model)
     if num_prelude_layers < 0 or num_head_layers < 1 or num_prelude_layers + num_head_layers > len(layers):
         raise ValueError(
@@ -118,8 +125,17 @@ def _layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _config(model, layer, num_prelude_layers: int, num_head_layers: int, fields: dict) -> DEQAttractorConfig:
-    """Return our configuration of the original's sizes."""
+    """Return our configuration of the original's sizes.
+
+    Raises:
+        ValueError: if the original's configuration lacks a field, or makes no valid one of ours.
+    """
     theirs, attention, mlp = model.config, layer.self_attn, layer.mlp
+    if lacking := [name for name in SAME_FIELDS if not hasattr(theirs, name)]:
+        raise ValueError(
+            f"{type(model).__name__} cannot be retrofitted: its configuration has no {lacking[0]}. Give a decoder with "
+            "the layers of Llama: Llama, Mistral, Qwen2 or Qwen3."
+        )
     layer_types = getattr(theirs, "layer_types", None) or []
     slides = layer_types[0] == "sliding_attention" if layer_types else True
     window = getattr(theirs, "sliding_window", None) if slides else None
@@ -127,26 +143,18 @@ def _config(model, layer, num_prelude_layers: int, num_head_layers: int, fields:
     if partial not in (None, 1):
         raise ValueError(f"{type(model).__name__} cannot be retrofitted: partial_rotary_factor is {partial}, not 1.")
     converted = dict(
-        vocab_size=theirs.vocab_size,
-        hidden_size=theirs.hidden_size,
         intermediate_size=mlp.up_proj.out_features,
         num_hidden_layers=num_prelude_layers + num_head_layers,
         num_prelude_layers=num_prelude_layers,
-        num_attention_heads=theirs.num_attention_heads,
-        num_key_value_heads=theirs.num_key_value_heads,
         head_dim=attention.head_dim,
-        hidden_act=theirs.hidden_act,
         gated_mlp=True,
         attention_bias=any(part.bias is not None for part in (attention.q_proj, attention.o_proj)),
         mlp_bias=mlp.up_proj.bias is not None,
         qk_norm="affine" if hasattr(attention, "q_norm") else None,
-        rms_norm_eps=theirs.rms_norm_eps,
         rope_parameters=dict(theirs.rope_parameters),
-        max_position_embeddings=theirs.max_position_embeddings,
         sliding_window=window,
         layer_scale_init_value=None,
-        tie_word_embeddings=theirs.tie_word_embeddings,
-        **{name: getattr(theirs, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+        **{name: getattr(theirs, name) for name in SAME_FIELDS},
     )
     try:
         return DEQAttractorConfig(**(converted | fields))

@@ -16,6 +16,7 @@ from transformers import (
     Olmo2Config,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from hf_deq.hub.retrofit import retrofit
@@ -165,6 +166,21 @@ def test_gates_may_be_added():
     model = retrofit(pretrained(ORIGINALS["llama"]), 2, 1, layer_scale_init_value=0.5)
     assert model.model.layers[0].head[0].attention_scale.weight.isfinite().all()
     assert model.config.layer_scale_init_value == 0.5
+
+
+def test_a_limit_of_no_gates_is_refused():
+    for fields in ({}, {"layer_scale_init_value": None}):
+        with pytest.raises(ValueError, match="layer_scale_max limits gates: give layer_scale_init_value, too"):
+            retrofit(pretrained(ORIGINALS["llama"]), 2, 1, layer_scale_max=0.5, **fields)
+    config = retrofit(pretrained(ORIGINALS["llama"]), 2, 1, layer_scale_max=0.5, layer_scale_init_value=0.5).config
+    assert config.layer_scale_max == 0.5
+
+
+def test_other_norms_are_refused_with_what_is_supported():
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    message = "its configuration has no rms_norm_eps. Give .* the layers of Llama: Llama, Mistral, Qwen2 or Qwen3"
+    with pytest.raises(ValueError, match=f"StableLmForCausalLM cannot be retrofitted: {message}"):
+        retrofit(pretrained(StableLmConfig(**sizes, partial_rotary_factor=1.0)), 1, 1)
 
 
 @pytest.mark.parametrize(
