@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from ..hub.conversion import FAMILIES, convert_checkpoint
+from ..hub.export import require_empty
 from . import run
 
 STATE_DICT_FILES = ("model.safetensors", "model.pt", "pytorch_model.bin")
@@ -60,7 +61,7 @@ class ConvertArguments:
         default=None,
         metadata={"help": "JSON file with the arguments of the model's constructor there; default: a folder's config."},
     )
-    output_dir: str = field(default="converted-model", metadata={"help": "Folder for the model."})
+    output_dir: str = field(default="converted-model", metadata={"help": "New or empty folder for the model."})
     tokenizer: str | None = field(
         default=None, metadata={"help": "Tokenizer to put beside it (folder or Hub name), with ids of the same order."}
     )
@@ -72,7 +73,12 @@ def main() -> None:
 
 
 def convert(checkpoint: str, options: ConvertArguments) -> None:
-    """Write the model folder of a checkpoint."""
+    """Write the model folder of a checkpoint.
+
+    Raises:
+        ValueError: if the output folder is not empty.
+    """
+    require_empty("output_dir", options.output_dir)
     file, arguments_file = find_files(Path(checkpoint), options.arguments)
     state_dict, arguments = read_state_dict(file), read_arguments(arguments_file)
     print(f"{checkpoint}: {len(state_dict)} tensors, to be converted ...", flush=True)

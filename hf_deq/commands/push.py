@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
 
 from ..hub import RunRecord, export_hub_folder, load_model, read_config, read_record
+from ..hub.export import require_empty
 from . import run
 
 
@@ -73,9 +74,9 @@ def check(folder: str, options: PushArguments) -> RunRecord:
         if not options.dry_run:
             raise ValueError(missing)
         print(f"warning: {missing}", file=sys.stderr)
-    if options.dry_run and Path(options.output).exists() and any(Path(options.output).iterdir()):
-        raise ValueError(f"output {options.output!r} is not empty: remove it, or choose another.")
-    if not options.dry_run and get_token() is None:
+    if options.dry_run:
+        require_empty("output", options.output)
+    elif get_token() is None:
         raise ValueError("there is no token for the Hub: run `hf auth login`, or set HF_TOKEN.")
     return record
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..hub.export import require_empty
 from ..hub.retrofit import retrofit
 from . import run
 
@@ -22,7 +23,7 @@ class RetrofitArguments:
 
     num_prelude_layers: int = field(metadata={"help": "Layers that become the prelude: the first ones."})
     num_head_layers: int = field(default=1, metadata={"help": "Layers that become the head: the next ones."})
-    output_dir: str = field(default="retrofitted-model", metadata={"help": "Folder for the model."})
+    output_dir: str = field(default="retrofitted-model", metadata={"help": "New or empty folder for the model."})
 
 
 def main() -> None:
@@ -31,7 +32,12 @@ def main() -> None:
 
 
 def make(folder: str, options: RetrofitArguments) -> None:
-    """Write the folder of the retrofitted model, and say how it is solved as it is."""
+    """Write the folder of the retrofitted model, and say how it is solved as it is.
+
+    Raises:
+        ValueError: if the output folder is not empty.
+    """
+    require_empty("output_dir", options.output_dir)
     original = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = retrofit(original, options.num_prelude_layers, options.num_head_layers)

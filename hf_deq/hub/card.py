@@ -31,8 +31,9 @@ PIPELINE_TAGS = {
 }
 SOLVE = {"num_evaluations": "evaluations of f", "residual": "residual", "converged": "share converged"}
 SHAPE = (
-    *("hidden_size", "intermediate_size", "embedding_size", "num_attention_heads", "num_hidden_layers"),
-    *("kernel_size", "dilation", "vocab_size", "max_position_embeddings", "memory_length", "sliding_window"),
+    *("hidden_size", "intermediate_size", "embedding_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("num_hidden_layers", "num_prelude_layers", "kernel_size", "dilation", "vocab_size", "max_position_embeddings"),
+    *("memory_length", "sliding_window"),
 )
 
 
@@ -59,8 +60,9 @@ def make_card(
         for file, arguments in record.figures.items()
     ]
     shape = {name: value for name in SHAPE if (value := getattr(config, name, None)) is not None}
+    data = _card_data(record, repo_id, PIPELINE_TAGS[auto_class], config, license, language)
     return ModelCard.from_template(
-        _card_data(record, repo_id, PIPELINE_TAGS[auto_class], config, license, language),
+        data,
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,
@@ -76,6 +78,7 @@ def make_card(
         cost=_cost(record),
         steps=record.steps,
         evaluation=record.results and record.own_row(config) | place | command,
+        has_results=bool(data.eval_results),
         dial=_dial_table(record.results) if record.results else None,
         **{name: getattr(record, name) for name in OF_THE_EQUILIBRIUM},
         figures=figures,

@@ -13,12 +13,13 @@ tensors.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from ..configuration_deq import DEQConfig, require_one_of
+from ..configuration_deq import DEQConfig, fits_given_weights, require_one_of
 from ..modeling_deq import DEQForCausalLM
 from ..modeling_deq_attractor import DEQAttractorForCausalLM
 from ..modeling_deq_transformer import DEQTransformerForCausalLM
@@ -37,6 +38,8 @@ from .sources import Source
 
 # What training in parallel, compilation and wrappers put before the names of all tensors.
 PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.")
+# Fields besides those of the equilibrium, of dropout and of token ids that do not change the equilibrium.
+FREE_FIELDS = ("cell_scan", "max_position_embeddings", "memory_length", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ FAMILIES = {
 def convert_checkpoint(
     state_dict: dict[str, Tensor], constructor_arguments: dict, family: str, **config_fields
 ) -> DEQForCausalLM:
-    """Convert a state dict of the authors' code to a model, in evaluation mode and in the dtype of the tensors.
+    """Convert a state dict of the authors' code to a model, in evaluation mode and in the widest dtype of the tensors.
 
     In the authors' code, tied projections share storage, but each has its own gradient. Here they are one parameter.
     torchdeq's f has no isolated fixed point, because every sub-layer sees the state through a norm. So torchdeq's
@@ -82,40 +85,74 @@ def convert_checkpoint(
             TrellisNet with a split softmax also `splits`, the argument of its criterion. The tensors of the criterion
             are `criterion.tail_vectors` and `criterion.tail_bias`.
         family: a key of `FAMILIES`.
-        config_fields: further fields of our configuration, such as the solver. They override converted fields.
+        config_fields: fields of our configuration that do not change the equilibrium: how it is solved, dropout, token
+            ids, `cell_scan`, `max_position_embeddings`, `memory_length` and `use_cache`. They override converted
+            fields.
 
     Raises:
         ValueError: if the family or an argument is unknown; if an argument is missing; if the arguments make no valid
-            model; if tensors are missing, are left over, or do not have the shape that the arguments imply (the message
-            names all of them); or if tensors contradict each other or the arguments.
+            model; if a field would make another model; if tensors are missing, are left over, or do not have the shape
+            that the arguments imply (the message names all of them); if a tensor has numbers that are not finite; or
+            if tensors contradict each other or the arguments.
     """
     require_one_of("family", family, FAMILIES)
     base = FAMILIES[family]
-    state_dict = {_without_prefixes(name): tensor for name, tensor in state_dict.items()}
+    state_dict = _without_prefixes(state_dict)
     try:
         config = base.config(constructor_arguments, state_dict, config_fields)
     except StrictDataclassError as error:
         raise ValueError(f"constructor_arguments do not make a model: {error}") from error
+    _refuse_other_models(config_fields)
     tensors = base.parameters(state_dict, config)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite: take another checkpoint.")
     with torch.device("meta"):
         shell = base.model_class(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in shell.named_parameters(remove_duplicate=False)}
     sources = _with_ties(base.sources(config), shell.all_tied_weights_keys, tensors)
-    if added := sorted(shapes.keys() - sources.keys()):
-        raise ValueError(
-            f"config_fields {sorted(config_fields)} give the model {added[0]}, which the original does not have: leave "
-            "out what adds parameters."
-        )
     _check(tensors, {name: sources[name] for name in shapes}, shapes, constructor_arguments)
-    model = base.model_class(config).to(next(t.dtype for t in tensors.values() if t.is_floating_point())).eval()
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
+    model = base.model_class(config).to(dtype).eval()
     model.load_state_dict({name: sources[name].read(tensors) for name in shapes})
     return model
 
 
-def _without_prefixes(name: str) -> str:
+def _refuse_other_models(config_fields: dict) -> None:
+    """Refuse fields that change what the checkpoint computes.
+
+    Raises:
+        ValueError: if there are some. The message names the first one.
+    """
+    for name in config_fields:
+        if not (fits_given_weights(name) or name.endswith("_token_id") or name in FREE_FIELDS):
+            raise ValueError(
+                f"config_fields: {name} follows from the checkpoint and its constructor arguments: leave it out. Free "
+                f"are the fields of the equilibrium, of dropout and of token ids, and {', '.join(FREE_FIELDS)}."
+            )
+
+
+def _without_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors by their names without the prefixes of wrappers.
+
+    Raises:
+        ValueError: if two names become one, and their tensors differ. The message has both.
+    """
+    originals: dict[str, str] = {}
+    for name, tensor in state_dict.items():
+        first = originals.setdefault(_without_prefix(name), name)
+        if first != name and not torch.equal(state_dict[first], tensor):
+            raise ValueError(
+                f"{first} and {name} are one name without the prefixes of wrappers, but their tensors differ: remove "
+                "one of them."
+            )
+    return {bare: state_dict[name] for bare, name in originals.items()}
+
+
+def _without_prefix(name: str) -> str:
     """Return the name of a tensor without the prefixes of wrappers."""
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-    return name if prefix is None else _without_prefixes(name.removeprefix(prefix))
+    return name if prefix is None else _without_prefix(name.removeprefix(prefix))
 
 
 def _with_ties(sources: dict[str, Source], ties: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Source]:

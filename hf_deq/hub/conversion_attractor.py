@@ -30,6 +30,7 @@ ACTIVATIONS = {
 }
 # Strategies of initialisation. Their names decide the factors of embeddings and logits, so unknown ones are refused.
 STRATEGIES = {name: name for name in ("scaled", "scaled-zero", "takase", "takase-scaled")}
+ROPE_SETTINGS = {"use_rope", "rope_base", "rope_condense_ratio"}
 SOLVERS = {"anderson": "anderson", "fpi": "picard", "picard": "picard"}
 # Arguments with one value for which we have the model.
 ONLY = {
@@ -45,8 +46,8 @@ ONLY = {
 }
 # Arguments that change how their model is made, trained or run, but not what it computes.
 IRRELEVANT = (
-    *("name", "hf_config", "model_class_name", "architecture_class_name", "init_orthogonal", "skip_initialization"),
-    *("use_fused_head", "attn_impl", "activation_checkpoint_impl", "simple_ops", "strategy", "padding_multiple"),
+    *("model_class_name", "architecture_class_name", "init_orthogonal", "skip_initialization", "use_fused_head"),
+    *("attn_impl", "activation_checkpoint_impl", "simple_ops", "strategy", "padding_multiple"),
     *("randomize_positions_from", "recurrent_embedding_dimension", "fp_lr_scale", "fp_wd", "adjoint_grad_clip"),
     *("min_iter", "backward_min_iter", "head_size", "n_head", "n_query_groups"),
 )
@@ -62,6 +63,7 @@ def attractor_config(arguments: dict, state_dict: dict, fields: dict) -> DEQAttr
     for name, value in ONLY.items():
         if given(name, value) != value:
             raise ValueError(f"constructor_arguments: {name}={arguments[name]!r}, but only {value!r} can be converted.")
+    _refuse_unit_offset(given)
     prelude, head = given("n_backbone_layers"), given("n_fp_blocks", 1)
     bias, gates = given("bias", False), given("layer_scale_init", None)
     theirs = dict(
@@ -78,7 +80,7 @@ def attractor_config(arguments: dict, state_dict: dict, fields: dict) -> DEQAttr
         mlp_bias=bias,
         qk_norm="plain" if given("qk_norm", False) else None,
         rms_norm_eps=given("norm_eps", 1e-5),
-        rope_parameters=_rope_parameters(given("rope_settings", {})),
+        rope_parameters=_rope_parameters(given("rope_settings", None) or {}),
         max_position_embeddings=given("block_size", 4096),
         layer_scale_init_value=gates,
         layer_scale_max=_gate_limit(given("gamma_max", None)),
@@ -90,6 +92,20 @@ def attractor_config(arguments: dict, state_dict: dict, fields: dict) -> DEQAttr
     given.ignore(*IRRELEVANT)
     given.refuse_unknown()
     return DEQAttractorConfig(**(theirs | fields))
+
+
+def _refuse_unit_offset(given: Arguments) -> None:
+    """Refuse a model whose norms multiply by 1 + weight. In the authors' code, its name decides this.
+
+    Raises:
+        ValueError: if the name says so.
+    """
+    own, of_the_hub = given("name", None), (given("hf_config", None) or {}).get("name")
+    if "Gemma" in (name := own or of_the_hub or ""):
+        raise ValueError(
+            f"constructor_arguments: the name {name!r} has Gemma in it, so the norms of the original multiply by "
+            "1 + weight; such a model cannot be converted."
+        )
 
 
 def _padded_vocabulary(given: Arguments) -> int:
@@ -120,8 +136,10 @@ def _rope_parameters(settings: dict) -> dict:
     """Return Transformers' rotary parameters.
 
     Raises:
-        ValueError: if the model has no rotary positions.
+        ValueError: if the model has no rotary positions, or a setting is unknown.
     """
+    if unknown := sorted(settings.keys() - ROPE_SETTINGS):
+        raise ValueError(f"constructor_arguments: rope_settings has {unknown}; known are {sorted(ROPE_SETTINGS)}.")
     if not settings.get("use_rope", True):
         raise ValueError("constructor_arguments: rope_settings has use_rope=False; such a model cannot be converted.")
     parameters = {"rope_type": "default", "rope_theta": float(settings.get("rope_base", 50_000))}
@@ -150,12 +168,13 @@ def _scales(strategy: str, width: int) -> dict:
 def _equilibrium(given: Arguments) -> dict:
     """Return how the model is solved and differentiated."""
     backward = _one_of(given, "backward_type", {"onestep": "onestep"} | SOLVERS, "onestep")
+    solver, beta = _one_of(given, "solver", SOLVERS, "anderson"), given("anderson_beta", 1.0)
     fields = dict(
-        solver=_one_of(given, "solver", SOLVERS, "anderson"),
+        solver=solver,
         solver_tolerance=given("tol", 1e-3),
         solver_max_evaluations=given("max_iter", 30),
         solver_history=given("anderson_m", 5),
-        solver_damping=given("anderson_beta", 1.0),
+        solver_damping=beta if solver == "anderson" else 1.0,
         backward_tolerance=given("backward_tol", 1e-2),
         backward_max_evaluations=given("backward_max_iter", 30),
     )

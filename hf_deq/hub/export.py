@@ -115,6 +115,16 @@ def read_config(folder: str | Path) -> DEQConfig:
     return config
 
 
+def require_empty(name: str, folder: str | Path) -> None:
+    """Refuse a folder for output in which something lies: a record of another model would seem to be of the new one.
+
+    Raises:
+        ValueError: if the folder exists and is not empty. The message gives the name of the argument.
+    """
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise ValueError(f"{name} {str(folder)!r} is not empty: choose another folder, or empty it first.")
+
+
 def _reference(cls: type) -> str:
     """How `auto_map` names a class: its file and its name."""
     return f"{cls.__module__.split('.')[-1]}.{cls.__name__}"

@@ -22,6 +22,7 @@ MACHINE_FIELDS = ("output_dir", "overwrite", "resume", "report_to")
 PLACE_FIELDS = ("corpus", "validation_file", "tokenizer", "init_from", "others", "metrics")
 # What an evaluation says of the equilibrium; results of earlier versions have the first alone.
 OF_THE_EQUILIBRIUM = ("spectral_radius", "distance_from_start", "path_independence")
+SETTING = {"solver_tolerance", "solver_max_evaluations"}  # of a row; without a solver it has neither
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,13 @@ def read_record(folder: str | Path, config: PreTrainedConfig) -> RunRecord:
         config: of the model.
 
     Raises:
-        ValueError: if a file cannot be read, or results.json was not written by `hf-deq evaluate`, or belongs to
-            another model.
+        ValueError: if a file cannot be read; if the recipe has something else than one name as its corpus; or if
+            results.json was not written by `hf-deq evaluate`, or belongs to another model.
     """
     folder = Path(folder)
     recipe = parse_recipe(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else {}
+    if not isinstance(recipe.get("corpus", DEFAULT_CORPUS), str):
+        raise ValueError(f"{folder / 'recipe.yaml'}: corpus must be one name, got {recipe['corpus']!r}.")
     lines = _read(folder / "metrics.jsonl", parse_metrics) or []
     results = _read(folder / "results.json", _parse_results) or {"arguments": {}, "measured": "", "rows": []}
     steps = next((line for line in reversed(lines) if "loss" in line), {})
@@ -153,13 +156,24 @@ def _read_figures(folder: Path) -> dict[Path, dict]:
 
 
 def _parse_results(text: str) -> dict:
-    results, kinds = json.loads(text), {"arguments": dict, "measured": str, "rows": list}
+    results = json.loads(text)
     if isinstance(results, list):
         raise ValueError("it has rows but not the arguments that gave them: write it again with hf-deq evaluate.")
-    is_ours = isinstance(results, dict) and all(isinstance(results.get(name), kind) for name, kind in kinds.items())
-    if not is_ours or not all(isinstance(row, dict) and METRICS.keys() & row.keys() for row in results["rows"]):
+    if not isinstance(results, dict) or not _is_ours(results):
         raise ValueError("it was not written by hf-deq evaluate --output.")
     return results
+
+
+def _is_ours(results: dict) -> bool:
+    """Whether results have what an evaluation writes. Those of earlier versions have no dataset and no split."""
+    kinds = {"arguments": dict, "measured": str, "rows": list}
+    kinds |= {"dataset": str, "split": str} if results.get("dataset") else {}
+    if not all(isinstance(results.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return all(
+        isinstance(row, dict) and METRICS.keys() & row.keys() and len(SETTING & row.keys()) != 1
+        for row in results["rows"]
+    )
 
 
 def _name_of(place: str | list[str]) -> str | list[str]:

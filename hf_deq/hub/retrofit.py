@@ -25,6 +25,11 @@ PARTS = (
     *("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
 OPTIONAL_PARTS = ("self_attn.q_norm", "self_attn.k_norm")
+# The fields of the original's configuration that are fields of ours, with the same meaning.
+SAME_FIELDS = (
+    *("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps"),
+    *("max_position_embeddings", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
 LARGEST_DIFFERENCE = 1e-3  # between a part and its copy, relative to what the part computes
 # The other fields of the configuration follow from the original. Gates are new.
 FREE_FIELDS = {name for name in DEQAttractorConfig.__dataclass_fields__ if fits_given_weights(name)}
@@ -52,13 +57,15 @@ def retrofit(
 
     Raises:
         ValueError: if there are not so many layers; if a part of the original has no counterpart, or computes something
-            else than its copy, or has weights that are not finite; if a field would change what is copied. The message
-            names the part or the field.
+            else than its copy, or has weights that are not finite; if a field would change what is copied, or have no
+            effect. The message names the part or the field.
     """
     if fixed := sorted(config_fields.keys() - FREE_FIELDS):
         raise ValueError(
             f"{fixed[0]} follows from the original: leave it out. Free are {', '.join(sorted(FREE_FIELDS))}."
         )
+    if "layer_scale_max" in config_fields and config_fields.get("layer_scale_init_value") is None:
+        raise ValueError("layer_scale_max limits gates: give layer_scale_init_value, too, or leave it out.")
     layers = _layers_of(model)
     if num_prelude_layers < 0 or num_head_layers < 1 or num_prelude_layers + num_head_layers > len(layers):
         raise ValueError(
@@ -118,8 +125,17 @@ def _layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _config(model, layer, num_prelude_layers: int, num_head_layers: int, fields: dict) -> DEQAttractorConfig:
-    """Return our configuration of the original's sizes."""
+    """Return our configuration of the original's sizes.
+
+    Raises:
+        ValueError: if the original's configuration lacks a field, or makes no valid one of ours.
+    """
     theirs, attention, mlp = model.config, layer.self_attn, layer.mlp
+    if lacking := [name for name in SAME_FIELDS if not hasattr(theirs, name)]:
+        raise ValueError(
+            f"{type(model).__name__} cannot be retrofitted: its configuration has no {lacking[0]}. Give a decoder with "
+            "the layers of Llama: Llama, Mistral, Qwen2 or Qwen3."
+        )
     layer_types = getattr(theirs, "layer_types", None) or []
     slides = layer_types[0] == "sliding_attention" if layer_types else True
     window = getattr(theirs, "sliding_window", None) if slides else None
@@ -127,26 +143,18 @@ def _config(model, layer, num_prelude_layers: int, num_head_layers: int, fields:
     if partial not in (None, 1):
         raise ValueError(f"{type(model).__name__} cannot be retrofitted: partial_rotary_factor is {partial}, not 1.")
     converted = dict(
-        vocab_size=theirs.vocab_size,
-        hidden_size=theirs.hidden_size,
         intermediate_size=mlp.up_proj.out_features,
         num_hidden_layers=num_prelude_layers + num_head_layers,
         num_prelude_layers=num_prelude_layers,
-        num_attention_heads=theirs.num_attention_heads,
-        num_key_value_heads=theirs.num_key_value_heads,
         head_dim=attention.head_dim,
-        hidden_act=theirs.hidden_act,
         gated_mlp=True,
         attention_bias=any(part.bias is not None for part in (attention.q_proj, attention.o_proj)),
         mlp_bias=mlp.up_proj.bias is not None,
         qk_norm="affine" if hasattr(attention, "q_norm") else None,
-        rms_norm_eps=theirs.rms_norm_eps,
         rope_parameters=dict(theirs.rope_parameters),
-        max_position_embeddings=theirs.max_position_embeddings,
         sliding_window=window,
         layer_scale_init_value=None,
-        tie_word_embeddings=theirs.tie_word_embeddings,
-        **{name: getattr(theirs, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+        **{name: getattr(theirs, name) for name in SAME_FIELDS},
     )
     try:
         return DEQAttractorConfig(**(converted | fields))
@@ -199,16 +207,20 @@ def _joined(module: nn.Module, names: tuple[str, ...], kind: str) -> Tensor:
 def _compare_layers(model: PreTrainedModel, layers: nn.ModuleList, blocks: list[DEQAttractorBlock]) -> None:
     """Refuse a model whose layers add something else to random states than their copies.
 
+    Layers and copies are compared in single precision or wider, one at a time. In half precision, what a layer adds
+    would be lost in the rounding of its output.
+
     Raises:
         ValueError: if there is such a layer. The message names it.
     """
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, 12, model.config.hidden_size, generator=generator).to(model.device, model.dtype)
+    generator, precise = torch.Generator().manual_seed(0), torch.promote_types(model.dtype, torch.float32)
+    states = torch.randn(1, 12, model.config.hidden_size, generator=generator).to(model.device, precise)
     positions = torch.arange(states.shape[1], device=states.device)[None]
-    ours = RotaryPositions.make(blocks[0].self_attn.config, positions, states.dtype)
+    ours = RotaryPositions.make(blocks[0].self_attn.config, positions, precise)
     theirs = model.model.rotary_emb(states, positions)
-    causal = torch.full((12, 12), torch.finfo(states.dtype).min / 2, dtype=states.dtype, device=states.device).triu(1)
+    causal = torch.full((12, 12), torch.finfo(precise).min / 2, dtype=precise, device=states.device).triu(1)
     for i, (layer, block) in enumerate(zip(layers, blocks, strict=False)):
+        layer, block = copy.deepcopy(layer).to(precise), copy.deepcopy(block).to(precise)
         output = layer(states, attention_mask=causal[None, None], position_ids=positions, position_embeddings=theirs)
         expected = (output[0] if isinstance(output, tuple) else output) - states
         added = _without_gates(block)(states, ours, causal[None, None], None, {})
@@ -244,7 +256,8 @@ def _compare_ends(model: PreTrainedModel, layers: nn.ModuleList, ours: DEQAttrac
 
 def _require_equal(model: PreTrainedModel, part: str, ours: Tensor, theirs: Tensor, cause: str) -> None:
     error = (ours - theirs).norm() / theirs.norm()
-    if not error <= max(LARGEST_DIFFERENCE, 8 * torch.finfo(theirs.dtype).eps):
+    # A cast to half precision also rounds the original's rotary frequencies; ours are never rounded.
+    if not error <= max(LARGEST_DIFFERENCE, 8 * torch.finfo(model.dtype).eps):
         raise ValueError(
             f"{type(model).__name__} cannot be retrofitted: its {part} computes something else than the copy with the "
             f"same weights ({error:.0%} off). {cause}"

@@ -19,7 +19,7 @@ from families import random_ids
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_deq import commands
 from hf_deq.commands import evaluate, serve
@@ -374,22 +374,18 @@ def test_a_checkpoint_of_the_authors_code_becomes_a_model_folder(tmp_path):
         pytest.skip("the reference implementation's tensors are not distributed with the package")
     arguments = json.loads((reference / "config.json").read_text())["constructor"]
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
-    flags = [
-        "--family",
-        "deq_transformer",
-        "--arguments",
-        tmp_path / "arguments.json",
-        "--output_dir",
-        tmp_path / "out",
-    ]
+    flags = ["--family", "deq_transformer", "--arguments", tmp_path / "arguments.json", "--output_dir"]
     checkpoint = tmp_path / "checkpoint.pt"
     torch.save(load_file(reference / "model.safetensors"), checkpoint)
-    for file in (reference / "model.safetensors", checkpoint):
-        finished = script("convert_checkpoint.py", file, *flags)
+    for file, out in ((reference / "model.safetensors", tmp_path / "one"), (checkpoint, tmp_path / "other")):
+        finished = script("convert_checkpoint.py", file, *flags, out)
         assert finished.returncode == 0 and "deq_transformer of 18,954 parameters" in finished.stdout, finished.stderr
-        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() == 18_954
-    card = ModelCard.load(tmp_path / "out" / "README.md")
+        assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == 18_954
+    card = ModelCard.load(tmp_path / "one" / "README.md")
     assert card.data.pipeline_tag == "text-generation" and "18,954 parameters" in card.text
+    finished = script("convert_checkpoint.py", checkpoint, *flags, tmp_path / "one")
+    assert finished.returncode == 1 and "one' is not empty: choose another folder" in finished.stderr
+    flags.append(tmp_path / "new")
     torch.save(torch.nn.Linear(2, 2), checkpoint)
     finished = script("convert_checkpoint.py", checkpoint, *flags)
     assert finished.returncode != 0 and "not a file of tensors alone" in finished.stderr
@@ -417,8 +413,24 @@ def test_a_folder_of_an_attractor_model_becomes_a_model_folder(tmp_path, name):
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4).shape == (1, 7)
     (folder / name).unlink()
-    finished = script("convert_checkpoint.py", folder, "--family", "attractor", "--output_dir", out)
+    finished = script("convert_checkpoint.py", folder, "--family", "attractor", "--output_dir", tmp_path / "other")
     assert "holds none of model.safetensors, model.pt, pytorch_model.bin" in finished.stderr
+
+
+def test_a_decoder_becomes_a_model_folder_and_no_folder_is_written_over(trained, tmp_path):
+    folder, out, flags = tmp_path / "llama", tmp_path / "out", ["--num_prelude_layers", 1, "--output_dir"]
+    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(trained[0]).save_pretrained(folder)
+    finished = script("retrofit.py", folder, *flags, out)
+    assert finished.returncode == 0 and "deq_attractor of" in finished.stdout, finished.stderr
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_prelude_layers == 1
+    for full in (folder, out, trained[0]):
+        before = {file: file.stat().st_mtime_ns for file in full.iterdir()}
+        finished = script("retrofit.py", folder, *flags, full)
+        assert finished.returncode == 1, finished.stdout
+        assert f"error: output_dir {str(full)!r} is not empty: choose another folder" in finished.stderr
+        assert {file: file.stat().st_mtime_ns for file in full.iterdir()} == before
 
 
 def test_copy_memory_goes_through_the_same_scripts(tmp_path):

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from command_line import ROOT, TINY, script
-from families import TRANSFORMER, TRELLISNET
+from families import ATTRACTOR, TRANSFORMER, TRELLISNET
 from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import GPT2Config
@@ -202,6 +203,30 @@ def test_a_row_without_a_number_takes_no_column_away():
     assert "| residual |" in card.text and "| 1 | - | 1 |" in card.text and "| 1 | 0.001 | 1 |" in card.text
 
 
+def test_a_result_that_is_not_finite_is_not_in_the_metadata():
+    model, setting = TRANSFORMER.model(solver_tolerance=1e-2), {"solver_max_evaluations": None}
+    rows = [{"solver_tolerance": 1e-2, "perplexity": None}, {"solver_tolerance": 1e-1, "perplexity": 9.0}]
+    card = make_card(model, "user/model", RunRecord(results=[setting | row for row in rows]))
+    assert not card.data.eval_results and "| tolerance 0.01 | - |\n| tolerance 0.1 | 9 |" in card.text
+    assert "\n\nThe metadata above has no result: none is finite at the setting of the model. This is" in card.text
+    model.config.solver_tolerance = 1e-1
+    card = make_card(model, "user/model", RunRecord(results=[setting | row for row in rows]))
+    assert "\n\nThe metadata above has the row of tolerance 0.1. This is the quality at more" in card.text
+
+
+def test_the_card_says_which_layers_are_the_head():
+    text = make_card(ATTRACTOR.model(), "user/model").text
+    for name in ("num_hidden_layers", "num_prelude_layers", "num_key_value_heads", "head_dim"):
+        assert f"| {name} | {getattr(ATTRACTOR.model().config, name)} |" in text
+
+
+@pytest.mark.parametrize("corpus", [["one.txt", "other.txt"], 3, None])
+def test_a_recipe_with_several_corpora_is_refused(corpus, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"corpus": corpus}))
+    with pytest.raises(ValueError, match="recipe.yaml: corpus must be one name, got "):
+        read_record(tmp_path, TRANSFORMER.model().config)
+
+
 def test_results_that_are_not_of_this_run_are_refused(copied):
     file, config = copied / "results.json", hub.read_config(copied)
     results = json.loads(file.read_text())
@@ -221,6 +246,8 @@ def test_results_that_are_not_of_this_run_are_refused(copied):
         (json.dumps(results["rows"]), "it has rows but not the arguments that gave them"),  # as it once was
         ("{}", "it was not written by hf-deq evaluate --output"),
         (json.dumps(results | {"rows": [{"tokens": 3}]}), "it was not written by hf-deq evaluate --output"),
+        (json.dumps(results | {"rows": [{"perplexity": None, "solver_tolerance": 1e-3}]}), "it was not written by"),
+        (json.dumps({name: results[name] for name in results if name != "split"}), "it was not written by"),
     ]:
         file.write_text(content)
         refused = script("push_to_hub.py", copied, "--repo-id", "user/name").stderr

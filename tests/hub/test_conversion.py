@@ -247,6 +247,40 @@ def test_a_prefix_of_parallel_training_hides_nothing():
         reference.convert(**{"module.trellisnet.deq.func.full_conv.bias": torch.zeros(160, dtype=torch.float64)})
 
 
+def test_two_names_that_become_one_are_refused_unless_their_tensors_are_equal():
+    reference = Reference("trellisnet_lstm")
+    ids, tensor = reference.segment("seg1")["data"], reference.state_dict["encoder.weight"]
+    expected = reference.convert()(ids).logits
+    for name in ("module.encoder.weight", "_orig_mod.module.encoder.weight"):
+        assert torch.equal(reference.convert(**{name: tensor.clone()})(ids).logits, expected)
+        with pytest.raises(ValueError, match=f"^encoder.weight and {name} are one name .* their tensors differ"):
+            reference.convert(**{name: torch.zeros_like(tensor)})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(number):
+    reference = Reference("trellisnet_lstm")
+    spoilt = reference.state_dict["decoder.bias"].clone()
+    spoilt[3] = number
+    with pytest.raises(ValueError, match="^decoder.bias has numbers that are not finite"):
+        reference.convert(**{"decoder.bias": spoilt})
+
+
+@pytest.mark.parametrize(
+    "first, others, widest",
+    [
+        (torch.float16, torch.float64, torch.float64),
+        (torch.float64, torch.float16, torch.float64),
+        (torch.bfloat16, torch.float16, torch.float32),
+    ],
+)
+def test_the_widest_dtype_is_that_of_the_model(first, others, widest):
+    reference = Reference("torchdeq_deqlm")
+    tensors = {name: tensor.to(others) for name, tensor in reference.state_dict.items()}
+    name = next(iter(tensors))
+    assert reference.convert(**(tensors | {name: tensors[name].to(first)})).dtype == widest
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [({"n_token": "200"}, "vocab_size"), ({"tie_weights": False}, "tied_projections"), ({"d_head": 0}, "head_dim")],
@@ -257,10 +291,22 @@ def test_arguments_that_make_no_model_are_refused(arguments, message):
         convert_checkpoint(reference.state_dict, reference.arguments | arguments, reference.family)
 
 
-def test_fields_that_add_parameters_are_refused():
+@pytest.mark.parametrize("field", [{"final_norm": True}, {"hidden_act": "gelu"}, {"num_attention_heads": 2}])
+def test_fields_that_make_another_model_are_refused(field):
     reference = Reference("transformer_adaptive")
-    with pytest.raises(ValueError, match="'final_norm'.* give the model model.norm.bias, which the"):
-        convert_checkpoint(reference.state_dict, reference.arguments, reference.family, final_norm=True)
+    with pytest.raises(ValueError, match=f"config_fields: {next(iter(field))} follows from the checkpoint .* leave it"):
+        convert_checkpoint(reference.state_dict, reference.arguments, reference.family, **field)
+
+
+def test_fields_that_make_no_other_model_are_free():
+    reference = Reference("trellisnet_lstm")
+    fields = {"solver": "broyden", "hidden_dropout": 0.1, "eos_token_id": 0, "cell_scan": True, "use_cache": False}
+    model = convert_checkpoint(reference.state_dict, reference.arguments, reference.family, **SOLVED, **fields)
+    assert {name: getattr(model.config, name) for name in fields} == fields
+    ids = reference.segment("seg1")["data"]
+    torch.testing.assert_close(model(ids).logits, reference.convert()(ids).logits, rtol=0, atol=1e-8)
+    with pytest.raises(ValueError, match="no field 'solver_tolerence'; did you mean 'solver_tolerance'"):
+        convert_checkpoint(reference.state_dict, reference.arguments, reference.family, solver_tolerence=1e-4)
 
 
 def test_untied_models_convert_too():

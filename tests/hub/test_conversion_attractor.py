@@ -142,6 +142,25 @@ def test_names_with_prefixes_and_without_second_copies(reference):
     assert torch.equal(model(ids).logits, expected)
 
 
+def test_rotary_settings_may_be_absent(reference):
+    ids = reference.tensors["data"]  # the default is what both fixtures have
+    assert torch.equal(
+        reference.convert(arguments={"rope_settings": None})(ids).logits, reference.convert()(ids).logits
+    )
+
+
+def test_other_names_do_not_matter(reference):
+    ids = reference.tensors["data"]
+    named = reference.convert(arguments={"name": "attractor-small", "hf_config": {"name": "attractor"}})
+    assert torch.equal(named(ids).logits, reference.convert()(ids).logits)
+
+
+@pytest.mark.parametrize("solver, damping", [("anderson", 0.9), ("fpi", 1.0), ("picard", 1.0)])
+def test_only_anderson_is_damped(reference, solver, damping):
+    config = reference.convert(arguments={"solver": solver, "anderson_beta": 0.9}).config
+    assert config.solver_damping == damping
+
+
 def test_variants_that_no_fixture_shows(reference):
     """Every switch of the equations makes another model, and each loads, solves and saves."""
     variants = [
@@ -170,6 +189,9 @@ def test_variants_that_no_fixture_shows(reference):
         ({"layer_scale_init": None}, "left over: transformer.core_block.0.raw_gamma_attn"),
         ({"rope_settings": {"rope_base": 10_000}}, "freqs_cis .* is not the table .*base 10000"),
         ({"rope_settings": {"use_rope": False}}, "use_rope=False"),
+        ({"rope_settings": {"rope_theta": 10_000}}, r"rope_settings has \['rope_theta'\]; known are \['rope_base', "),
+        ({"name": "Gemma-attractor"}, "the name 'Gemma-attractor' has Gemma in it, .* multiply by 1 [+] weight"),
+        ({"name": "", "hf_config": {"name": "Gemma-2b"}}, "the name 'Gemma-2b' has Gemma in it"),
         ({"nonlin_name": "Softplus"}, "nonlin_name='Softplus' cannot be converted"),
         ({"block_class_name": "SandwichBlock"}, "only 'TransformerPreNormBlock' can be converted"),
         ({"mlp_class_name": "GatedMLP"}, r"mlp.fc.weight is \(64, 32\), but should be \(128, 32\)"),
@@ -182,6 +204,12 @@ def test_variants_that_no_fixture_shows(reference):
 def test_arguments_that_contradict_the_tensors_are_refused(reference, arguments, message):
     with pytest.raises(ValueError, match=message):
         reference.convert(arguments=arguments)
+
+
+@pytest.mark.parametrize("field", [{"embedding_multiplier": 2.0}, {"qk_norm": None}, {"layer_scale_max": 1.0}])
+def test_fields_that_make_another_model_are_refused(reference, field):
+    with pytest.raises(ValueError, match=f"config_fields: {next(iter(field))} follows from the checkpoint"):
+        reference.convert(**field)
 
 
 def test_a_state_dict_of_another_family_is_refused(reference):

@@ -16,6 +16,7 @@ from transformers import (
     Olmo2Config,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from hf_deq.hub.retrofit import retrofit
@@ -99,6 +100,25 @@ def test_fields_that_would_change_the_copy_are_refused(fields):
         retrofit(pretrained(ORIGINALS["llama"]), 2, 1, **fields)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("initializer_range", [0.02, 0.3])
+def test_half_precision_is_no_difference(dtype, initializer_range):
+    """Neither where a layer adds little to its input, nor where rounded rotary frequencies show."""
+    sizes = SIZES | dict(hidden_size=128, head_dim=32, initializer_range=initializer_range)
+    torch.manual_seed(0)
+    original = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).to(dtype)
+    model = retrofit(original, 2, 1)
+    assert model.dtype == dtype and original.dtype == dtype
+    weight = original.model.layers[0].mlp.down_proj.weight
+    assert torch.equal(model.model.layers[0].prelude[0].mlp.down_proj.weight, weight)
+
+
+def test_half_precision_hides_no_difference():
+    original = AutoModelForCausalLM.from_config(GraniteConfig(**SIZES, residual_multiplier=0.2)).bfloat16()
+    with pytest.raises(ValueError, match="its layer 0 computes something else"):
+        retrofit(original, 2, 1)
+
+
 def test_it_generates_as_the_original_was_configured():
     model = pretrained(LlamaConfig(**SIZES))
     model.generation_config.update(temperature=0.7, do_sample=True, eos_token_id=[2, 5])
@@ -146,6 +166,21 @@ def test_gates_may_be_added():
     model = retrofit(pretrained(ORIGINALS["llama"]), 2, 1, layer_scale_init_value=0.5)
     assert model.model.layers[0].head[0].attention_scale.weight.isfinite().all()
     assert model.config.layer_scale_init_value == 0.5
+
+
+def test_a_limit_of_no_gates_is_refused():
+    for fields in ({}, {"layer_scale_init_value": None}):
+        with pytest.raises(ValueError, match="layer_scale_max limits gates: give layer_scale_init_value, too"):
+            retrofit(pretrained(ORIGINALS["llama"]), 2, 1, layer_scale_max=0.5, **fields)
+    config = retrofit(pretrained(ORIGINALS["llama"]), 2, 1, layer_scale_max=0.5, layer_scale_init_value=0.5).config
+    assert config.layer_scale_max == 0.5
+
+
+def test_other_norms_are_refused_with_what_is_supported():
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    message = "its configuration has no rms_norm_eps. Give .* the layers of Llama: Llama, Mistral, Qwen2 or Qwen3"
+    with pytest.raises(ValueError, match=f"StableLmForCausalLM cannot be retrofitted: {message}"):
+        retrofit(pretrained(StableLmConfig(**sizes, partial_rotary_factor=1.0)), 1, 1)
 
 
 @pytest.mark.parametrize(
