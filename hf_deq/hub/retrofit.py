@@ -142,6 +142,8 @@ def _config(model, layer, num_prelude_layers: int, num_head_layers: int, fields:
     partial = theirs.rope_parameters.get("partial_rotary_factor", 1.0)
     if partial not in (None, 1):
         raise ValueError(f"{type(model).__name__} cannot be retrofitted: partial_rotary_factor is {partial}, not 1.")
+    if theirs.rope_parameters.get("llama_4_scaling_beta"):
+        raise ValueError(f"{type(model).__name__} cannot be retrofitted: its positions scale the queries.")
     converted = dict(
         intermediate_size=mlp.up_proj.out_features,
         num_hidden_layers=num_prelude_layers + num_head_layers,

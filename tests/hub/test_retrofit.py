@@ -11,6 +11,7 @@ from transformers import (
     GraniteConfig,
     HeliumConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -187,6 +188,7 @@ def test_other_norms_are_refused_with_what_is_supported():
     "config, what",
     [
         (GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2), "no list of decoder layers with rotary positions"),
+        (Ministral3Config(**SIZES), "positions scale the queries"),
         (GemmaConfig(**SIZES), "layer 0 computes something else"),  # its norms multiply by 1 + weight
         (Gemma2Config(**SIZES), "layer 0 has post_feedforward_layernorm, which has no counterpart"),
         (GraniteConfig(**SIZES, residual_multiplier=0.2), "layer 0 computes something else"),
