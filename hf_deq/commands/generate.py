@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import AutoTokenizer, TextStreamer, set_seed
+from transformers.utils import logging
 
-from ..data import check_at_least
+from ..data import check_at_least, unknown_words
 from ..evaluation import load_model
 from . import run
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -65,6 +68,11 @@ def generate(model_folder: str, arguments: GenerateArguments) -> None:
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one character with --prompt")
+    if strange := unknown_words(arguments.prompt, tokenizer):
+        logger.warning(
+            f"The tokenizer does not know {', '.join(map(repr, strange))} and reads {tokenizer.unk_token} instead: "
+            "write the prompt as the corpus is written (in lower case, perhaps)."
+        )
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
     dial = {"solver_tolerance": arguments.solver_tolerance, "solver_max_evaluations": arguments.solver_max_evaluations}
     started = time.perf_counter()

@@ -67,9 +67,10 @@ class HeldOutText(HeldOut):
         )
 
     def describe(self, scores, config):
+        unknown = f", {self.stream.num_unknown:,} of them read as <unk>" if self.stream.num_unknown else ""
         return (
             f"the {self.split} split: {scores['num_tokens']:,} of {len(self.stream.ids):,} tokens counted "
-            f"({self.stream.num_words:,} words, {self.stream.num_bytes:,} bytes), "
+            f"({self.stream.num_words:,} words{unknown}, {self.stream.num_bytes:,} bytes), "
             f"{self.how(config)}, unless a row says otherwise"
         )
 
