@@ -35,7 +35,7 @@ from ..tasks import Task, make_task, task_for
 from .arguments import RunArguments
 from .checkpoints import Checkpoints
 from .engine import check_engine, save_whole
-from .folder import alone_in, check_free, remove_results, writable_folder
+from .folder import alone_in, check_free, remove_model, writable_folder
 from .log import BAR, Clock, Meter, MetricsFile, Summary
 from .memory import CarriedMemory
 from .models import EquilibriumModel, ExplicitModel, check_trained_on, model_kind, pretrained
@@ -79,7 +79,7 @@ def train(
     folder = writable_folder(run.output_dir)
     accelerator = _make_accelerator(run, folder)
     with alone_in(folder) if accelerator.is_main_process else nullcontext():
-        check_free(folder, run)
+        check_free(folder, run, getattr(task_arguments, "tokenizer", None))
         _start_trackers(accelerator, run)
         return _train(task_arguments, run, model_fields, model_type, folder, accelerator)
 
@@ -165,7 +165,9 @@ class _Trainer:
         elif self.accelerator.is_main_process:
             self.checkpoints.remove_all()
             if self.arguments.overwrite:
-                remove_results(self.folder)
+                remove_model(self.folder)
+        if self.accelerator.is_main_process:
+            (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
         self.metrics.keep_until(self.step)
         with _signals_as_requests(self):
             try:
@@ -280,7 +282,6 @@ class _Trainer:
         save_whole(self.model, self.accelerator, self.folder)
         if self.accelerator.is_main_process:
             self.task.save(self.folder, self.bare_model.config)
-            (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
         self.accelerator.wait_for_everyone()
 
     def _validate(self) -> dict[str, float]:

@@ -193,6 +193,29 @@ def test_what_was_measured_of_an_earlier_model_goes_when_its_folder_is_overwritt
         assert [file.exists() for file in stale] == ["overwrite" not in how] * 4 and (tmp_path / "notes.json").exists()
 
 
+def test_an_overwritten_model_does_not_outlive_the_start_of_the_next_run(finished, monkeypatch):
+    """Stopped early, the folder would have the old model beside the recipe and the metrics of the new one."""
+    for name in ("tokenizer.json", "model-00001-of-00002.safetensors", "notes.json"):
+        (finished / name).write_text("{}")
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_deq.training.loop._Trainer._take_steps", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(finished, overwrite=True, seed=5)
+    left = {file.name for file in finished.iterdir()} - {".training"}
+    assert left == {"checkpoints", "metrics.jsonl", "recipe.yaml", "notes.json"}
+    assert "seed: 5" in (finished / "recipe.yaml").read_text() and not (finished / "metrics.jsonl").read_text()
+
+
+def test_a_run_does_not_overwrite_what_it_starts_from(finished):
+    before = (finished / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="init_from=.* is what --overwrite would remove: choose another output_dir"):
+        run(finished, overwrite=True, init_from=f"{finished}/../{finished.name}")
+    assert (finished / "model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError("flock")])
 def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, error):
     def failing(*arguments, **options):

@@ -427,6 +427,8 @@ def test_an_existing_tokenizer_is_used(corpus, tmp_path):
     run(corpus, tmp_path / "second", {"vocab_size": 999}, max_steps=1, tokenizer=str(tmp_path / "first"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "second").config.vocab_size == 300
     assert yaml.safe_load((tmp_path / "second" / "recipe.yaml").read_text())["vocab_size"] == 300
+    with pytest.raises(ValueError, match="tokenizer=.* is what --overwrite would remove"):
+        run(corpus, tmp_path / "first", overwrite=True, tokenizer=str(tmp_path / "first"))
 
 
 def test_bad_input_is_refused_before_training(corpus, tmp_path):
