@@ -73,7 +73,7 @@ def train(
         ValueError: if arguments do not fit each other, a checkpoint has other arguments, the folder holds another run,
             or another training writes to it.
         OSError: if `output_dir` cannot be written to. This is checked before anything else is done.
-        Interrupted: after a checkpoint was saved on SIGINT or SIGTERM.
+        Interrupted: after a checkpoint was saved on SIGINT or SIGTERM, or on SIGINT in the report at the end.
         Diverged: if gradients are not finite in several steps in a row.
     """
     folder = writable_folder(run.output_dir)
@@ -175,9 +175,18 @@ class _Trainer:
             except Diverged:
                 self.metrics.write({"step": self.step, "diverged": True})
                 raise
-        seconds = self.clock.seconds()
-        self._save_model()
-        return self._report(seconds)
+            with self.clock.paused() as seconds:
+                self._save_model()
+            if not self._saves_now():  # a report may take long, and whatever ends it must not cost the training
+                self._save_checkpoint()
+        try:
+            line = self._report(seconds)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped in the report after the last step; continue with --resume") from None
+        if not self.arguments.save_steps:
+            self.checkpoints.remove(self.step)
+        self._end()
+        return line
 
     def _take_steps(self) -> None:
         arguments = self.arguments
@@ -199,7 +208,7 @@ class _Trainer:
                 with self.clock.paused() as seconds:
                     line = {"step": self.step, "seconds": seconds}
                     self.metrics.write(line | _prefixed("validation", self._validate()))
-            if arguments.save_steps and self.step % arguments.save_steps == 0:
+            if self._saves_now():
                 with self.clock.paused():
                     self._save_checkpoint()
             self._stop_if_requested(bar)
@@ -264,6 +273,10 @@ class _Trainer:
                     f"stopped at step {self.step} of {self.arguments.max_steps}; saved {path}; continue with --resume"
                 )
 
+    def _saves_now(self) -> bool:
+        """Whether `save_steps` asks for a checkpoint of this step."""
+        return bool(self.arguments.save_steps) and self.step % self.arguments.save_steps == 0
+
     def _save_checkpoint(self) -> Path:
         self.guard.check(self.step, self.checkpoints)
         progress = {"step": self.step, "seconds": self.clock.seconds(), "meter": self.meter.totals()}
@@ -310,7 +323,6 @@ class _Trainer:
             f'  model = AutoModelForCausalLM.from_pretrained("{self.folder}")'
             + (f'; tokenizer = AutoTokenizer.from_pretrained("{self.folder}")' if self.task.tokenizer else "")
         )
-        self._end()
         return line
 
     def _end(self) -> None:
