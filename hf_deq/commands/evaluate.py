@@ -70,11 +70,12 @@ def parse_for_folder(description: str, arguments: type) -> tuple:
 def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
     """Print the table of a model."""
     model = load_model(folder, arguments.device, arguments.memory_length)
-    evaluation = evaluate_dial(
-        model,
-        held_out_of(folder, task_arguments),
-        dial_settings(model.config, arguments.budgets, arguments.tolerances),
-    )
+    held_out = held_out_of(folder, task_arguments)
+    check_memory_length(arguments.memory_length, held_out)
+    if arguments.output:  # now, because the numbers may take long
+        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+    settings = dial_settings(model.config, arguments.budgets, arguments.tolerances)
+    evaluation = evaluate_dial(model, held_out, settings)
     print(f"{folder} on {evaluation.measured}\n")
     print(format_table(evaluation.table()))
     if evaluation.spectral_radius is not None:
@@ -84,8 +85,8 @@ def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
     if evaluation.path_independence is not None:
         print(f"path independence (1: the same equilibrium from other starts): {evaluation.path_independence:.4f}")
     if arguments.output:
-        always = ROWS if evaluation.is_solved else ()
-        results = {"arguments": given_arguments(arguments, task_arguments, always=always)}
+        rows = ROWS if evaluation.is_solved else ()
+        results = {"arguments": given_arguments(arguments, task_arguments, rows=rows)}
         results |= asdict(evaluation)
         del results["metrics"]
         Path(arguments.output).write_text(json.dumps(finite(results), indent=1))
@@ -97,11 +98,26 @@ def held_out_of(folder: str, task_arguments) -> HeldOut:
     return task_of(recipe).judge(folder, recipe, task_arguments)
 
 
-def given_arguments(*arguments, always: tuple[str, ...] = ()) -> dict:
-    """The arguments that decide the numbers: those that are not at their defaults, and `always` some of them."""
+def check_memory_length(memory_length: int | None, held_out: HeldOut) -> None:
+    """Refuse a length of the memory where none is handed on.
+
+    Raises:
+        ValueError: if windows are read, or the examples of a synthetic task.
+    """
+    if memory_length is not None and not held_out.carries_memory:
+        raise ValueError(
+            f"memory_length={memory_length} is for streams of a text with a memory: add --carry_memory true, or leave "
+            "memory_length out."
+        )
+
+
+def given_arguments(*arguments, rows: tuple[str, ...] = ROWS) -> dict:
+    """The arguments that decide the numbers: those that are not at their defaults, and which `rows` there are."""
     defaults = {name: value for one in arguments for name, value in asdict(type(one)()).items()}
     given = {one.name: getattr(part, one.name) for part in arguments for one in fields(part) if one.name not in PLACES}
-    return {name: value for name, value in given.items() if name in always or value != defaults[name]}
+    return {
+        name: value for name, value in given.items() if name in rows or (name not in ROWS and value != defaults[name])
+    }
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ class HeldOut:
         """Inputs `(count, length)` to look at solves; fewer rows if there are no more."""
         raise NotImplementedError
 
+    @property
+    def carries_memory(self) -> bool:
+        """Whether scoring hands the model's memory on."""
+        return False
+
 
 @dataclass(frozen=True)
 class HeldOutText(HeldOut):
@@ -73,6 +78,10 @@ class HeldOutText(HeldOut):
             f"({self.stream.num_words:,} words{unknown}, {self.stream.num_bytes:,} bytes), "
             f"{self.how(config)}, unless a row says otherwise"
         )
+
+    @property
+    def carries_memory(self):
+        return self.protocol.carry_memory
 
     def how(self, config: PreTrainedConfig) -> str:
         """Say how the stream is read and how the model is solved."""

@@ -228,7 +228,7 @@ def test_generate_and_evaluate_refuse_what_is_not_a_model(trained, tmp_path):
     assert "task: translation, which does not exist" in script("evaluate.py", damaged).stderr
 
 
-def test_evaluate_uses_or_refuses_every_flag(trained):
+def test_evaluate_refuses_flags_without_an_effect(trained):
     folder, _ = trained
     for flags, message in (
         (["--length", 0], "length must be at least 1, got 0"),
@@ -238,6 +238,7 @@ def test_evaluate_uses_or_refuses_every_flag(trained):
         ),
         (["--stride", 4, "--carry_memory", "true"], "stride=4 is for windows"),
         (["--copy_delay", 3], "--copy_delay"),
+        (["--memory_length", 64], "memory_length=64 is for streams of a text with a memory: add --carry_memory true"),
     ):
         finished = script("evaluate.py", folder, *flags)
         assert finished.returncode != 0 and message in finished.stderr and "Traceback" not in finished.stderr
@@ -352,6 +353,17 @@ def test_an_explicit_baseline_trains_and_its_recipe_is_the_run(corpus, tmp_path)
     generated = script("generate.py", tmp_path / "one", "--prompt", "sentence", "--max_new_tokens", 3)
     assert generated.returncode == 0 and "3 tokens in" in generated.stderr, generated.stderr[-2000:]
     assert "evaluations" not in generated.stderr
+    flags = ["--budgets", 3, "--tolerances", 0.3, "--batch_size", 9, "--output", tmp_path / "new" / "results.json"]
+    evaluated = script("evaluate.py", tmp_path / "one", *flags)  # the sweeps give all their models the same flags
+    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    assert json.loads((tmp_path / "new" / "results.json").read_text())["arguments"] == {"batch_size": 9}
+
+
+def test_the_folder_of_results_is_there_before_they_are_measured(trained, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(evaluate, "evaluate_dial", lambda *arguments: pytest.fail("measured in vain"))
+    finished = script("evaluate.py", trained[0], "--output", tmp_path / "file" / "results.json")
+    assert finished.returncode == 1 and "file" in finished.stderr and "Traceback" not in finished.stderr
 
 
 def test_a_trellisnet_goes_through_the_same_scripts(corpus, tmp_path):
