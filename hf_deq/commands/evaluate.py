@@ -22,7 +22,7 @@ from ..data import check_at_least, read_recipe
 from ..evaluation import HeldOut, dial_settings, evaluate_dial, finite, format_table, load_model
 from ..evaluation.reports import RADIUS_WINDOWS
 from ..tasks import LanguageModeling, task_of
-from . import first_argument, parse, with_errors_in_a_line
+from . import check_folder, first_argument, parse, with_errors_in_a_line
 
 PLACES = ("output", "device")  # arguments that do not decide the numbers
 ROWS = ("budgets", "tolerances")
@@ -57,11 +57,13 @@ def parse_for_folder(description: str, arguments: type) -> tuple:
         The folder, an instance of `arguments`, and one of the task's `evaluation_arguments`.
 
     Raises:
-        ValueError: if it begins with a flag.
+        ValueError: if it begins with a flag, or with a path where there is no folder.
     """
     folder = first_argument(sys.argv[1:])
     if folder is None and sys.argv[1:] and not {"-h", "--help"} & {*sys.argv}:
         raise ValueError("name the model folder first, because its task decides which flags there are: FOLDER --...")
+    if folder is not None:
+        check_folder(folder, "model")
     task = LanguageModeling if folder is None else task_of(read_recipe(folder))
     help_text = "Model folder or Hub repository; the first argument."
     return parse(description, arguments, task.evaluation_arguments, model=help_text)

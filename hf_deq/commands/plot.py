@@ -28,10 +28,8 @@ import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from ..data import check_at_least, read_recipe
-from ..evaluation import HeldOut, finite, load_model
+from ..evaluation import HeldOut, finite, load_model, load_tokenizer
 from ..fixed_point import ConvergenceWarning
 from ..modeling_deq import DEQForCausalLM
 from ..training import evaluations_over_training
@@ -91,7 +89,7 @@ def plot(folder: str, arguments: PlotArguments, task_arguments) -> None:
     """Draw the figures of a model."""
     name, save = Path(folder).resolve().name, Saver(arguments, task_arguments)
     if arguments.text is not None:
-        model, tokenizer = load_equilibrium_model(folder, arguments), AutoTokenizer.from_pretrained(folder)
+        model, tokenizer = load_equilibrium_model(folder, arguments), load_tokenizer(folder)
         kind, draw = ("lens", figures.draw_lens) if arguments.lens else ("text", figures.draw_text)
         save(kind, draw(name, model, tokenizer, arguments.text, arguments.evaluations))
         return

@@ -317,7 +317,8 @@ class _Trainer:
         line = {"step": self.step, "seconds": seconds, "num_processes": self.accelerator.num_processes} | size
         line |= _prefixed("validation", scores) | baselines
         self.metrics.write(line)
-        self._say_sample()
+        if math.isfinite(scores[self.task.held_out.headline]):  # no token can be drawn from weights that are not
+            self._say_sample()
         say(
             "\nLoad it:\n  import hf_deq; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
             f'  model = AutoModelForCausalLM.from_pretrained("{self.folder}")'
