@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import hf_deq  # registers the model types
-from hf_deq.evaluation import format_table
+from hf_deq.evaluation import finite, format_table
 from hf_deq.fixed_point import FixedPointSolution
 from hf_deq.hub.card import markdown_table
 
@@ -139,7 +139,7 @@ def report(name: str, rows: list[dict], arguments: ReportArguments, shown: list[
     device = getattr(arguments, "device", "cpu")
     name = name if device == "cpu" else f"{name} {device}"
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps(rows, indent=1))
+        Path(arguments.output).write_text(json.dumps(finite(rows), indent=1))
     if arguments.page:
         page = Path(arguments.page)
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)

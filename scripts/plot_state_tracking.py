@@ -33,10 +33,10 @@ class PlotStateTrackingArguments(ReportArguments):
 def main(folder: str, arguments: PlotStateTrackingArguments) -> None:
     """Draw, and print the table."""
     sweep = Sweep(Path(folder) / "sweep.yaml")
-    finals = {model: lines[0] for model, lines in sweep.finals().items()}
-    for model in [model for model, line in finals.items() if has_diverged(line)]:
-        print(f"{model} is left out: it diverged")
-        del finals[model]
+    good = {model: [line for line in lines if not has_diverged(line)] for model, lines in sweep.finals().items()}
+    finals = {model: lines[0] for model, lines in good.items() if lines}  # the first seed of each
+    for model in good.keys() - finals.keys():
+        print(f"{model} is left out: every seed diverged")
     draw(finals).savefig(arguments.figure, dpi=150)
     rows = [best_row(name, line) for name, line in finals.items()]
     report("state_tracking", sorted(rows, key=lambda row: list(MOVED).index(row["group"])), arguments)
@@ -44,21 +44,30 @@ def main(folder: str, arguments: PlotStateTrackingArguments) -> None:
 
 def best_row(name: str, line: dict) -> dict:
     """What a model cost to train, and its accuracies at the largest budget."""
-    row = [row for row in line["evaluation"]["rows"] if not is_by_tolerance(row)][-1]
+    row = max(rows_by_budget(line), key=budget_of)
     group, _, model = name.partition("-")
     accuracies = {
         str(length): f"{row[key]:.0%}"
         for length, key in zip(tested_lengths(line["flags"]["word_length"]), ACCURACIES, strict=True)
     }
-    budget = row.get("solver_max_evaluations")
     return {
         "group": group,
         "model": model,
         "parameters": line["result"]["num_parameters"],
         "minutes": round(line["result"]["seconds"] / 60, 1),
-        "budget": budget,
+        "budget": row.get("solver_max_evaluations"),
         "guessed": f"{line['result']['guessed_accuracy']:.0%}",
     } | accuracies
+
+
+def rows_by_budget(line: dict) -> list[dict]:
+    """The rows of an evaluation that stop after a number of evaluations, or the only row of an explicit model."""
+    return [row for row in line["evaluation"]["rows"] if not is_by_tolerance(row)]
+
+
+def budget_of(row: dict) -> int:
+    """The number of evaluations of a row; 0 for an explicit model."""
+    return row.get("solver_max_evaluations", 0)
 
 
 def draw(finals: dict[str, dict]) -> Figure:
@@ -88,7 +97,7 @@ def draw(finals: dict[str, dict]) -> Figure:
 def draw_panel(axes, line: dict) -> None:
     """The lines of one model, from the smallest budget (light) to the largest (dark)."""
     lengths = tested_lengths(line["flags"]["word_length"])
-    for row in (row for row in line["evaluation"]["rows"] if not is_by_tolerance(row)):
+    for row in sorted(rows_by_budget(line), key=budget_of):
         budget = row.get("solver_max_evaluations")
         color = "black" if budget is None else colormaps["viridis_r"](math.log2(1 + budget) / math.log2(1 + DARKEST))
         label = "explicit layers" if budget is None else f"{budget} evaluations" if budget else "no solver"

@@ -154,8 +154,9 @@ def best_validation(lines: list[dict]) -> str:
 
 
 def test_row(line: dict) -> dict:
-    """The row of the evaluation with the smallest tolerance; of an explicit model its only row."""
-    return line["evaluation"]["rows"][-1]
+    """The row of the evaluation with the smallest tolerance. A model without a tolerance has its own row at the end."""
+    rows = line["evaluation"]["rows"]
+    return min(filter(is_by_tolerance, rows), key=itemgetter("solver_tolerance"), default=rows[-1])
 
 
 def is_solved(line: dict) -> bool:

@@ -34,11 +34,14 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 from sweep_plan import Run, Sweep, has_diverged
 
 from hf_deq.commands import run as run_command
@@ -189,16 +192,37 @@ def flags_of(values: dict) -> list[str]:
 
 def main(file: str, arguments: SweepArguments) -> None:
     """Run what is not finished, and print the results."""
-    sweep = Sweep(Path(file))
-    if not arguments.show:
-        evaluation = sweep.plan.get("evaluate")
-        worker = Worker(Path(arguments.runs_dir), arguments.set, evaluation, arguments.num_processes)
-        run_all(sweep, worker, arguments.workers)
+    with nullcontext() if arguments.show else alone_with(Path(file)):
+        sweep = Sweep(Path(file))
+        if not arguments.show:
+            evaluation = sweep.plan.get("evaluate")
+            worker = Worker(Path(arguments.runs_dir), arguments.set, evaluation, arguments.num_processes)
+            run_all(sweep, worker, arguments.workers)
     print(format_table(sweep.table()) if sweep.results else "no run is finished")
     for model in sweep.stuck():
         print(f"\n{model} has no final runs: every setting diverged")
     left = sweep.ready()
     print(f"\n{len(left)} runs can start next, {[run.key for run in left]}" if left else "\nevery run is finished")
+
+
+@contextmanager
+def alone_with(file: Path) -> Iterator[None]:
+    """Within this context no other sweep of this file can run: each would write its results over those of the other.
+
+    Raises:
+        ValueError: if another one runs.
+    """
+    place = file.with_suffix(".lock")
+    lock = FileLock(place)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another sweep of {file} runs: wait for its end, or run more --workers there.") from error
+    try:
+        yield
+    finally:
+        place.unlink(missing_ok=True)
+        lock.release()
 
 
 def run_all(sweep: Sweep, worker: Worker, workers: int) -> None:

@@ -40,15 +40,14 @@ class Sweep:
         file: the YAML file.
 
     Raises:
-        ValueError: if it lacks a name, or has one that does not exist.
+        ValueError: if it lacks a name, or has one that does not exist, or the file of results cannot be read.
     """
 
     def __init__(self, file: Path):
         self.plan = parse_recipe(file)
         check_plan(file, self.plan)
         self.results_file = file.with_name("results.jsonl")
-        lines = self.results_file.read_text() if self.results_file.is_file() else ""
-        self.results = {line["key"]: line for line in map(json.loads, lines.splitlines())}
+        self.results = {line["key"]: line for line in read_lines(self.results_file)}
 
     def score(self, run: Run) -> float:
         """The score of a finished run; infinite if it diverged or is not a number, so that it is never the best.
@@ -140,6 +139,21 @@ class Sweep:
             row["minutes"] = line["result"]["seconds"] / 60 if "seconds" in line["result"] else None
             rows.append(row | {"setting": words})
         return rows
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The JSON objects of a file, one per line; none if there is no such file.
+
+    Raises:
+        ValueError: if a line is not JSON. The message names file and line.
+    """
+    lines = file.read_text().splitlines() if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}, is not JSON ({error}): mend the line, or remove it.") from error
+    return list(map(json.loads, lines))
 
 
 def check_plan(file: Path, plan: dict) -> None:

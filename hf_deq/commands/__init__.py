@@ -7,6 +7,7 @@ import importlib
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
@@ -63,6 +64,16 @@ def parse(description: str, *arguments: type, **positional: str) -> tuple:
 def first_argument(argv: Sequence[str]) -> str | None:
     """The first argument of a command line, if it is not a flag."""
     return argv[0] if argv and not argv[0].startswith("-") else None
+
+
+def check_folder(name: str, what: str) -> None:
+    """Refuse a path where there is no folder. Any other name may be one on the Hub.
+
+    Raises:
+        ValueError: if there is none. The message says `what` it should be.
+    """
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(f"{what}: there is no folder {name!r}.")
 
 
 def with_errors_in_a_line(work: Callable[[], None]) -> None:

@@ -22,7 +22,7 @@ from ..data import check_at_least, read_recipe
 from ..evaluation import HeldOut, dial_settings, evaluate_dial, finite, format_table, load_model
 from ..evaluation.reports import RADIUS_WINDOWS
 from ..tasks import LanguageModeling, task_of
-from . import first_argument, parse, with_errors_in_a_line
+from . import check_folder, first_argument, parse, with_errors_in_a_line
 
 PLACES = ("output", "device")  # arguments that do not decide the numbers
 ROWS = ("budgets", "tolerances")
@@ -57,11 +57,13 @@ def parse_for_folder(description: str, arguments: type) -> tuple:
         The folder, an instance of `arguments`, and one of the task's `evaluation_arguments`.
 
     Raises:
-        ValueError: if it begins with a flag.
+        ValueError: if it begins with a flag, or with a path where there is no folder.
     """
     folder = first_argument(sys.argv[1:])
     if folder is None and sys.argv[1:] and not {"-h", "--help"} & {*sys.argv}:
         raise ValueError("name the model folder first, because its task decides which flags there are: FOLDER --...")
+    if folder is not None:
+        check_folder(folder, "model")
     task = LanguageModeling if folder is None else task_of(read_recipe(folder))
     help_text = "Model folder or Hub repository; the first argument."
     return parse(description, arguments, task.evaluation_arguments, model=help_text)
@@ -70,11 +72,12 @@ def parse_for_folder(description: str, arguments: type) -> tuple:
 def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
     """Print the table of a model."""
     model = load_model(folder, arguments.device, arguments.memory_length)
-    evaluation = evaluate_dial(
-        model,
-        held_out_of(folder, task_arguments),
-        dial_settings(model.config, arguments.budgets, arguments.tolerances),
-    )
+    held_out = held_out_of(folder, task_arguments)
+    check_memory_length(arguments.memory_length, held_out)
+    if arguments.output:  # now, because the numbers may take long
+        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+    settings = dial_settings(model.config, arguments.budgets, arguments.tolerances)
+    evaluation = evaluate_dial(model, held_out, settings)
     print(f"{folder} on {evaluation.measured}\n")
     print(format_table(evaluation.table()))
     if evaluation.spectral_radius is not None:
@@ -84,8 +87,8 @@ def evaluate(folder: str, arguments: EvaluateArguments, task_arguments) -> None:
     if evaluation.path_independence is not None:
         print(f"path independence (1: the same equilibrium from other starts): {evaluation.path_independence:.4f}")
     if arguments.output:
-        always = ROWS if evaluation.is_solved else ()
-        results = {"arguments": given_arguments(arguments, task_arguments, always=always)}
+        rows = ROWS if evaluation.is_solved else ()
+        results = {"arguments": given_arguments(arguments, task_arguments, rows=rows)}
         results |= asdict(evaluation)
         del results["metrics"]
         Path(arguments.output).write_text(json.dumps(finite(results), indent=1))
@@ -97,11 +100,26 @@ def held_out_of(folder: str, task_arguments) -> HeldOut:
     return task_of(recipe).judge(folder, recipe, task_arguments)
 
 
-def given_arguments(*arguments, always: tuple[str, ...] = ()) -> dict:
-    """The arguments that decide the numbers: those that are not at their defaults, and `always` some of them."""
+def check_memory_length(memory_length: int | None, held_out: HeldOut) -> None:
+    """Refuse a length of the memory where none is handed on.
+
+    Raises:
+        ValueError: if windows are read, or the examples of a synthetic task.
+    """
+    if memory_length is not None and not held_out.carries_memory:
+        raise ValueError(
+            f"memory_length={memory_length} is for streams of a text with a memory: add --carry_memory true, or leave "
+            "memory_length out."
+        )
+
+
+def given_arguments(*arguments, rows: tuple[str, ...] = ROWS) -> dict:
+    """The arguments that decide the numbers: those that are not at their defaults, and which `rows` there are."""
     defaults = {name: value for one in arguments for name, value in asdict(type(one)()).items()}
     given = {one.name: getattr(part, one.name) for part in arguments for one in fields(part) if one.name not in PLACES}
-    return {name: value for name, value in given.items() if name in always or value != defaults[name]}
+    return {
+        name: value for name, value in given.items() if name in rows or (name not in ROWS and value != defaults[name])
+    }
 
 
 if __name__ == "__main__":

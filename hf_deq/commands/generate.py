@@ -9,11 +9,14 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoTokenizer, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
+from transformers.utils import logging
 
-from ..data import check_at_least
-from ..evaluation import load_model
-from . import run
+from ..data import check_at_least, unknown_words
+from ..evaluation import check_finite, check_positions, load_model, load_tokenizer
+from . import check_folder, run
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -56,8 +59,10 @@ def main() -> None:
 def generate(model_folder: str, arguments: GenerateArguments) -> None:
     """Print the continuation of a prompt."""
     set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    check_folder(model_folder, "model")
     model = load_model(model_folder, arguments.device, dtype=arguments.dtype).eval()
+    check_finite(model)
+    tokenizer = load_tokenizer(model_folder)
     try:
         arguments.prompt.encode()
     except UnicodeEncodeError:
@@ -65,6 +70,13 @@ def generate(model_folder: str, arguments: GenerateArguments) -> None:
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one character with --prompt")
+    if strange := unknown_words(arguments.prompt, tokenizer):
+        logger.warning(
+            f"The tokenizer does not know {', '.join(map(repr, strange))} and reads {tokenizer.unk_token} instead: "
+            "write the prompt as the corpus is written (in lower case, perhaps)."
+        )
+    length = inputs["input_ids"].shape[1] + arguments.max_new_tokens
+    check_positions(model.config, "the prompt and max_new_tokens", length, "lower max_new_tokens")
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
     dial = {"solver_tolerance": arguments.solver_tolerance, "solver_max_evaluations": arguments.solver_max_evaluations}
     started = time.perf_counter()
@@ -90,9 +102,9 @@ def solves(output) -> str:
     if not hasattr(output, "num_evaluations"):
         return ""
     prefill, *steps = (evaluations.float().mean().item() for evaluations in output.num_evaluations)
-    per_token = sum(steps) / len(steps) if steps else float("nan")
+    per_token = f", {sum(steps) / len(steps):.1f} per new token" if steps else ""
     how = "all solves converged" if torch.cat(output.converged).all() else "NOT all solves converged"
-    return f"; evaluations of f: {prefill:.1f} for the prompt, {per_token:.1f} per new token; {how}"
+    return f"; evaluations of f: {prefill:.1f} for the prompt{per_token}; {how}"
 
 
 if __name__ == "__main__":

@@ -28,15 +28,13 @@ import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from ..data import check_at_least, read_recipe
-from ..evaluation import HeldOut, finite, load_model
+from ..evaluation import HeldOut, finite, load_model, load_tokenizer
 from ..fixed_point import ConvergenceWarning
 from ..modeling_deq import DEQForCausalLM
 from ..training import evaluations_over_training
 from . import with_errors_in_a_line
-from .evaluate import ROWS, EvaluateArguments, given_arguments, held_out_of, parse_for_folder
+from .evaluate import EvaluateArguments, check_memory_length, given_arguments, held_out_of, parse_for_folder
 
 try:
     from ..evaluation import figures
@@ -91,7 +89,7 @@ def plot(folder: str, arguments: PlotArguments, task_arguments) -> None:
     """Draw the figures of a model."""
     name, save = Path(folder).resolve().name, Saver(arguments, task_arguments)
     if arguments.text is not None:
-        model, tokenizer = load_equilibrium_model(folder, arguments), AutoTokenizer.from_pretrained(folder)
+        model, tokenizer = load_equilibrium_model(folder, arguments), load_tokenizer(folder)
         kind, draw = ("lens", figures.draw_lens) if arguments.lens else ("text", figures.draw_text)
         save(kind, draw(name, model, tokenizer, arguments.text, arguments.evaluations))
         return
@@ -117,6 +115,7 @@ def plot(folder: str, arguments: PlotArguments, task_arguments) -> None:
 def load(folder: str, arguments: PlotArguments, task_arguments) -> tuple[figures.Trained, HeldOut]:
     """The model in a folder, and what it is judged on."""
     model, held_out = load_equilibrium_model(folder, arguments), held_out_of(folder, task_arguments)
+    check_memory_length(arguments.memory_length, held_out)
     return figures.Trained(Path(folder).resolve().name, model, held_out.windows(arguments.windows)), held_out
 
 
@@ -137,7 +136,7 @@ class Saver:
 
     def __init__(self, arguments: PlotArguments, task_arguments):
         self.output = Path(arguments.output)
-        self.given = {"arguments": given_arguments(arguments, task_arguments, always=ROWS)}
+        self.given = {"arguments": given_arguments(arguments, task_arguments)}
 
     def __call__(self, name: str, drawn: tuple) -> None:
         figure, data = drawn

@@ -32,7 +32,7 @@ from ..configuration_deq import DEQConfig, require_one_of
 from ..data import find_recipe, parse_recipe
 from ..tasks import TASKS, LanguageModeling
 from ..training import SOLVER_ARGUMENTS, Interrupted, RunArguments, train
-from . import first_argument, with_errors_in_a_line
+from . import check_folder, first_argument, with_errors_in_a_line
 
 DEFAULT_MODEL_TYPE = "deq_transformer"
 EXPLICIT_MODEL_TYPES = ["gpt2", "llama"]  # of Transformers, to compare with
@@ -65,7 +65,7 @@ def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
     first.add_argument("--model_type", default=recipe.get("model_type", usual_type), choices=model_types)
     first.add_argument("--task", default=recipe.get("task", LanguageModeling.name), choices=TASKS)
     chosen, flags = first.parse_known_args(arguments if name is None else arguments[1:])
-    require_one_of("task", chosen.task, TASKS)  # argparse checks flags, but not what comes from the recipe
+    require_one_of("task", chosen.task, [*TASKS])  # argparse checks flags, but not what comes from the recipe
     if start is None:
         require_one_of("model_type", chosen.model_type, model_types)
     parser = HfArgumentParser(
@@ -144,9 +144,10 @@ def initial_folder(arguments: list[str], recipe: dict) -> str | None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--init_from", default=recipe.get("init_from"))
     folder = parser.parse_known_args(arguments)[0].init_from
-    if folder is not None and folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
-        raise ValueError(f"init_from: there is no folder {folder!r}.")
-    return folder
+    if folder is None:
+        return None
+    check_folder(str(folder), "init_from")  # in a recipe, the name may look like a number
+    return str(folder)
 
 
 def initial_model_type(folder: str) -> str:

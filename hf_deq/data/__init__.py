@@ -6,7 +6,7 @@ from .documents import with_progress
 from .ranges import check_at_least
 from .recipes import find_recipe, parse_recipe, read_recipe
 from .tokens import TokenStream, encode_documents, train_tokenizer
-from .words import ID_ORDERS, encode_words, known_corpus, train_word_tokenizer
+from .words import ID_ORDERS, encode_words, known_corpus, train_word_tokenizer, unknown_words
 
 __all__ = [
     "BUILT_IN_CORPORA",
@@ -30,5 +30,6 @@ __all__ = [
     "read_recipe",
     "train_tokenizer",
     "train_word_tokenizer",
+    "unknown_words",
     "with_progress",
 ]

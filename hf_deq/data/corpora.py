@@ -178,9 +178,10 @@ def read_corpus_of(recipe: dict, given: dict) -> Corpus:
     corpus = read_corpus(CorpusArguments(**(trained | given)))
     trained_on = recipe.get("corpus_fingerprint")
     if "corpus" not in given and trained_on and corpus.fingerprint != trained_on:
+        why = "; the built-in one differs between Python versions" if corpus.name in BUILT_IN_CORPORA else ""
         logger.warning(
-            f"This corpus ({corpus.fingerprint}) is not the one the model was trained on ({trained_on}); the built-in "
-            "one differs between Python versions, and parts of it may have been trained on."
+            f"This corpus ({corpus.fingerprint}) is not the one the model was trained on ({trained_on}){why}. Parts of "
+            "it may have been trained on."
         )
     return corpus
 

@@ -2,7 +2,7 @@
 
 
 def check_at_least(smallest: int, **arguments) -> None:
-    """Refuse numbers that are too small, infinite, or not a number.
+    """Refuse what is not a number, and numbers that are too small, infinite, or not a number.
 
     Args:
         smallest: of all these arguments.
@@ -13,6 +13,8 @@ def check_at_least(smallest: int, **arguments) -> None:
     """
     for name, given in arguments.items():
         for value in given if isinstance(given, list) else [] if given is None else [given]:
+            if not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number, got {value!r}.")
             if not value >= smallest:  # also if it is not a number
                 bound = "must not be negative" if smallest == 0 else f"must be at least {smallest}"
                 raise ValueError(f"{name} {bound}, got {value}.")

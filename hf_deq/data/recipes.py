@@ -38,11 +38,11 @@ def parse_recipe(file: Path) -> dict:
     """Read the names and values of a recipe.
 
     Raises:
-        ValueError: if the file is not YAML, or holds something other than names and values.
+        ValueError: if the file is not YAML in UTF-8, or holds something other than names and values.
     """
     try:
-        recipe = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the recipe {file} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"the recipe {file} must be lines of `name: value`, but it is a {type(recipe).__name__}.")

@@ -64,11 +64,14 @@ class TokenStream:
         ids: `(tokens,)`, int64.
         num_bytes, num_words: number of UTF-8 bytes and of whitespace-separated words in the text. With them
             perplexities of different tokenizers can be compared.
+        num_unknown: number of words that a vocabulary of words lacks. `<unk>` stands for them, so a score of these
+            tokens is not one of the text.
     """
 
     ids: Tensor
     num_bytes: int
     num_words: int
+    num_unknown: int = 0
 
 
 def encode_documents(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenStream:

@@ -119,7 +119,7 @@ def encode_words(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenStr
 
     `num_words` counts words without the `<eos>` that the stream adds, and `num_bytes` counts the lines without white
     space at either end, as for any other corpus. So word perplexity and bits per byte divide the nats of all tokens,
-    `<eos>` included, by these numbers.
+    `<eos>` included, by these numbers. `num_unknown` does not count an `<unk>` that the text itself has.
 
     Raises:
         ValueError: the split has no lines, the tokenizer is not one of words, or a word has no id and there is no
@@ -131,7 +131,7 @@ def encode_words(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenStr
             "corpus, or leave word_level out."
         )
     vocabulary, unknown = tokenizer.get_vocab(), tokenizer.unk_token_id
-    pieces, num_bytes, num_words = [], 0, 0
+    pieces, num_bytes, num_words, num_unknown = [], 0, 0, 0
     for lines in batches_of_documents(split, "encode words"):
         words = _words(lines)
         try:
@@ -145,11 +145,19 @@ def encode_words(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenStr
                     'id_order="appearance", which takes in the words of every part.'
                 ) from None
             pieces.append(np.fromiter((vocabulary.get(word, unknown) for word in words), np.int64, len(words)))
+            num_unknown += sum(word not in vocabulary for word in words)
         num_words += len(words) - len(lines)
         num_bytes += sum(len(line.strip().encode("utf-8", "surrogatepass")) for line in lines)
     if not num_words:
         raise ValueError("The corpus has no text in this split.")
-    return TokenStream(torch.from_numpy(np.concatenate(pieces)), num_bytes, num_words)
+    return TokenStream(torch.from_numpy(np.concatenate(pieces)), num_bytes, num_words, num_unknown)
+
+
+def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The words of a text for which the tokenizer puts `<unk>`, each once. An `<unk>` that is written is none."""
+    unknown = tokenizer.unk_token_id
+    words = [word for word in dict.fromkeys(text.split()) if word != tokenizer.unk_token]
+    return [word for word in words if unknown is not None and unknown in tokenizer(word)["input_ids"]]
 
 
 def word_files(folder: Path) -> dict[str, str]:

@@ -1,7 +1,14 @@
 """How good a model is, and what its equilibrium contributes."""
 
 from .held_out import HeldOut, HeldOutText
-from .model_folders import check_length, check_remembers, load_model
+from .model_folders import (
+    check_finite,
+    check_length,
+    check_positions,
+    check_remembers,
+    load_model,
+    load_tokenizer,
+)
 from .protocol import Protocol, solver_settings
 from .reports import (
     FIGURES,
@@ -28,7 +35,9 @@ __all__ = [
     "Protocol",
     "by_budget",
     "by_tolerance",
+    "check_finite",
     "check_length",
+    "check_positions",
     "check_remembers",
     "dial_label",
     "dial_settings",
@@ -40,6 +49,7 @@ __all__ = [
     "in_step",
     "is_by_tolerance",
     "load_model",
+    "load_tokenizer",
     "share_of",
     "solve_sums",
     "solver_settings",

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from ..data import unknown_words
 from ..fixed_point import SOLVERS
 from ..modeling_deq import DEQForCausalLM
 from .activations import activations_by_depth
@@ -260,10 +261,7 @@ def tokens_of(text: str, tokenizer, config) -> list[int]:
     limit = min(MOST_TOKENS, getattr(config, "max_position_embeddings", MOST_TOKENS))
     if len(ids) > limit:
         raise ValueError(f"the text has {len(ids):,} tokens, the model and a figure take {limit:,}: shorten it.")
-    unknown = tokenizer.unk_token_id
-    words = [word for word in dict.fromkeys(text.split()) if word != tokenizer.unk_token]
-    strange = [word for word in words if unknown is not None and unknown in tokenizer(word)["input_ids"]]
-    if strange:
+    if strange := unknown_words(text, tokenizer):
         raise ValueError(
             f"the tokenizer does not know {', '.join(map(repr, strange))}: use other words, as the corpus writes them "
             f"(lower case, perhaps), or {tokenizer.unk_token}."

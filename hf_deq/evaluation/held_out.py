@@ -41,6 +41,11 @@ class HeldOut:
         """Inputs `(count, length)` to look at solves; fewer rows if there are no more."""
         raise NotImplementedError
 
+    @property
+    def carries_memory(self) -> bool:
+        """Whether scoring hands the model's memory on."""
+        return False
+
 
 @dataclass(frozen=True)
 class HeldOutText(HeldOut):
@@ -67,11 +72,16 @@ class HeldOutText(HeldOut):
         )
 
     def describe(self, scores, config):
+        unknown = f", {self.stream.num_unknown:,} of them read as <unk>" if self.stream.num_unknown else ""
         return (
             f"the {self.split} split: {scores['num_tokens']:,} of {len(self.stream.ids):,} tokens counted "
-            f"({self.stream.num_words:,} words, {self.stream.num_bytes:,} bytes), "
+            f"({self.stream.num_words:,} words{unknown}, {self.stream.num_bytes:,} bytes), "
             f"{self.how(config)}, unless a row says otherwise"
         )
+
+    @property
+    def carries_memory(self):
+        return self.protocol.carry_memory
 
     def how(self, config: PreTrainedConfig) -> str:
         """Say how the stream is read and how the model is solved."""

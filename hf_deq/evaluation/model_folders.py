@@ -1,11 +1,18 @@
-"""The model in a folder or Hub repository, of the class that was saved there."""
+"""The model in a folder or Hub repository, of the class that was saved there, and its tokenizer."""
 
 import importlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..configuration_deq import DEQConfig
 from ..data import check_at_least
@@ -43,6 +50,20 @@ def load_model(folder: str | Path, device: str = "cpu", memory_length: int | Non
         raise ValueError(f"device {device!r} is not available here ({str(error).splitlines()[0]}).") from error
 
 
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Raises:
+        ValueError: if the folder or repository has none that can be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, ImportError) as error:
+        raise ValueError(
+            f"{str(folder)!r} has no tokenizer that can be loaded, as a model that was not trained on text: {error}"
+        ) from error
+
+
 def check_remembers(config: PreTrainedConfig) -> None:
     """Refuse to carry the memory of a model that has none.
 
@@ -73,6 +94,26 @@ def check_length(config: PreTrainedConfig, name: str, length: int, remedy: str =
     if positions is not None and length > positions:
         remedy = remedy.format(field=field, length=length, positions=positions)
         raise ValueError(f"{field}={positions} must cover {name} ({length}): {remedy}.")
+
+
+def check_positions(config: PreTrainedConfig, name: str, length: int, remedy: str) -> None:
+    """Refuse sequences that an explicit model cannot read. A table of positions has an end, rotary positions have none.
+
+    Args and errors are those of `check_length`.
+    """
+    if getattr(config, "rope_parameters", None) is None:
+        check_length(config, name, length, remedy)
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Refuse weights that are not finite: no token can be drawn from their probabilities.
+
+    Raises:
+        ValueError: if there are such weights. The message names one.
+    """
+    names = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if names:
+        raise ValueError(f"{names[0]} is not finite, so the training diverged: take an earlier checkpoint.")
 
 
 def _class_of(config) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:

@@ -14,7 +14,7 @@ from ..configuration_deq import DEQConfig
 from ..generation_deq import REPORTED
 from .convergence import spectral_radii
 from .held_out import HeldOut
-from .model_folders import check_length
+from .model_folders import check_positions
 from .starts import distances_from_start, path_independence, starts_at_zero, unsolved
 
 # What evaluations measure, and what a card or a figure calls it.
@@ -117,9 +117,8 @@ def evaluate_dial(model: PreTrainedModel, held_out: HeldOut, settings: list[dict
     Raises:
         ValueError: if windows are longer than the table of positions of an explicit model.
     """
-    if getattr(model.config, "rope_parameters", None) is None:  # rotary positions have no end
-        length = held_out.windows(1).shape[1]
-        check_length(model.config, "the windows (length)", length, remedy="give a length of at most {positions}")
+    length, remedy = held_out.windows(1).shape[1], "give a length of at most {positions}"
+    check_positions(model.config, "the windows (length)", length, remedy)
     rows = score_settings(model, held_out, settings)
     of_equilibrium = {}
     if getattr(model.config, "gradient", "unrolled") != "unrolled":

@@ -34,7 +34,8 @@ class PerplexityReport:
         perplexity: per token. It depends on the tokenizer.
         word_perplexity: per whitespace-separated word of the text. It can be compared between tokenizers. End-of-text
             and end-of-line tokens are not words, but their nats are shared among the words. So for a word-level corpus
-            it is larger than `perplexity`, which papers quote. `None` if tokens were left out.
+            it is larger than `perplexity`, which papers quote. `None` if tokens were left out, or if `<unk>` stands for
+            words of the text.
         bits_per_byte: per UTF-8 byte of the text, likewise.
         num_evaluations: mean number of calls of f per sequence.
         residual: mean relative residual per sequence.
@@ -134,7 +135,7 @@ def solve_sums(outputs) -> list[float]:
 def _report(totals: Tensor, stream: TokenStream) -> PerplexityReport:
     """Make the report from the sums of `_score` over all batches."""
     nats, counted, rows, evaluations, residual, converged = totals.tolist()
-    everything = round(counted) == len(stream.ids)
+    everything = round(counted) == len(stream.ids) and not stream.num_unknown
     spelt: dict = {"num_words": max(1, stream.num_words), "num_bytes": stream.num_bytes} if everything else {}
     return PerplexityReport(
         num_tokens=round(counted),

@@ -149,7 +149,9 @@ class LanguageModeling(Task):
         return ContiguousBatches(len(self.examples), rows, pieces, steps.start, steps.stop)
 
     def baselines(self):
-        """Bits per byte of n-gram models on the same tokens."""
+        """Bits per byte of n-gram models on the same tokens; none if these do not spell the text."""
+        if self.held_out.stream.num_unknown:
+            return {}
         names, start = ("unigram", "bigram", "trigram"), self.tokenizer.eos_token_id
         streams, size = (self.train, self.held_out.stream), len(self.tokenizer)
         return {
@@ -158,11 +160,17 @@ class LanguageModeling(Task):
         }
 
     def describe(self, scores, baselines, config):
+        per_token = f"perplexity {scores['perplexity']:.2f} per token"
+        read = f"over {scores['num_tokens']:,} tokens ({self.held_out.how(config)})"
+        if unknown := self.held_out.stream.num_unknown:
+            return (
+                f"{per_token} {read}\n"
+                f"no score per word or byte: {unknown:,} words are not in the vocabulary, and <unk> stands for them"
+            )
         grams = ", ".join(f"{name.removeprefix('bits_per_byte_')} {bits:.3f}" for name, bits in baselines.items())
         return (
-            f"perplexity {scores['perplexity']:.2f} per token, {scores['word_perplexity']:.1f} per word; "
-            f"{scores['bits_per_byte']:.3f} bits per byte over {scores['num_tokens']:,} tokens "
-            f"({self.held_out.how(config)})\n"
+            f"{per_token}, {scores['word_perplexity']:.1f} per word; "
+            f"{scores['bits_per_byte']:.3f} bits per byte {read}\n"
             f"n-grams (Witten-Bell) on the same tokens: {grams} bits per byte"
         )
 

@@ -58,8 +58,8 @@ class Task:
 
     @classmethod
     def arguments_of(cls, recipe: dict):
-        """The arguments that a model was trained with; all of them must stand in its recipe."""
-        return cls.arguments(**{one.name: recipe[one.name] for one in fields(cls.arguments)})
+        """The arguments that a model was trained with. What its recipe does not name is at its default."""
+        return cls.arguments(**{one.name: recipe[one.name] for one in fields(cls.arguments) if one.name in recipe})
 
     @classmethod
     def judge(cls, folder: str, recipe: dict, arguments) -> HeldOut:

@@ -130,6 +130,11 @@ class Checkpoints:
                 f"resume: {path} belongs to a run with other arguments ({changes}); use those, or another output_dir."
             )
 
+    def remove(self, step: int) -> None:
+        """Remove the checkpoint of a step."""
+        if self.accelerator.is_main_process:
+            _remove(self.folder / NAME.format(step))
+
     def remove_all(self) -> None:
         """Remove the checkpoints of an earlier run, and nothing else."""
         self._remove_unfinished()

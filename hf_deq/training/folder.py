@@ -9,6 +9,14 @@ from filelock import FileLock, Timeout
 from ..evaluation import FIGURES
 from .arguments import RunArguments
 
+# What a run writes at its end: the model and its tokenizer, which has some of these files.
+OF_A_MODEL = (
+    *("config.json", "generation_config.json"),
+    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "tokenizer.model"),
+)
+
 
 def writable_folder(output_dir: str) -> Path:
     """Make the folder, if it is not there.
@@ -27,12 +35,20 @@ def writable_folder(output_dir: str) -> Path:
     return folder
 
 
-def check_free(folder: Path, run: RunArguments) -> None:
+def check_free(folder: Path, run: RunArguments, tokenizer: str | None = None) -> None:
     """Refuse a folder that holds a run, unless the run is to be continued or overwritten.
 
+    Args:
+        folder: of the run.
+        run: its arguments.
+        tokenizer: where the tokenizer comes from, if not from `run.init_from` or the corpus.
+
     Raises:
-        ValueError: if it does.
+        ValueError: if it does; or if the run begins with what it would overwrite, and so could not be resumed.
     """
+    for name, source in (("init_from", run.init_from), ("tokenizer", tokenizer)):
+        if run.overwrite and source is not None and Path(source).resolve() == folder.resolve():
+            raise ValueError(f"{name}={source!r} is what --overwrite would remove: choose another output_dir.")
     if not (run.resume or run.overwrite) and _holds_a_run(folder):
         raise ValueError(
             f"output_dir {str(folder)!r} holds another run: continue it with --resume, begin anew with --overwrite, or "
@@ -65,10 +81,11 @@ def alone_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def remove_results(folder: Path) -> None:
-    """Remove what evaluations and figures say of an earlier model in the folder."""
-    for name in ("results.json", *(f"{figure}.{kind}" for figure in FIGURES for kind in ("png", "json"))):
-        (folder / name).unlink(missing_ok=True)
+def remove_model(folder: Path) -> None:
+    """Remove an earlier model and its tokenizer, and what evaluations and figures say of it."""
+    results = ("results.json", *(f"{figure}.{kind}" for figure in FIGURES for kind in ("png", "json")))
+    for file in [file for name in (*OF_A_MODEL, *results) for file in folder.glob(name)]:
+        file.unlink()
 
 
 def _holds_a_run(folder: Path) -> bool:

@@ -35,7 +35,7 @@ from ..tasks import Task, make_task, task_for
 from .arguments import RunArguments
 from .checkpoints import Checkpoints
 from .engine import check_engine, save_whole
-from .folder import alone_in, check_free, remove_results, writable_folder
+from .folder import alone_in, check_free, remove_model, writable_folder
 from .log import BAR, Clock, Meter, MetricsFile, Summary
 from .memory import CarriedMemory
 from .models import EquilibriumModel, ExplicitModel, check_trained_on, model_kind, pretrained
@@ -73,13 +73,13 @@ def train(
         ValueError: if arguments do not fit each other, a checkpoint has other arguments, the folder holds another run,
             or another training writes to it.
         OSError: if `output_dir` cannot be written to. This is checked before anything else is done.
-        Interrupted: after a checkpoint was saved on SIGINT or SIGTERM.
+        Interrupted: after a checkpoint was saved on SIGINT or SIGTERM, or on SIGINT in the report at the end.
         Diverged: if gradients are not finite in several steps in a row.
     """
     folder = writable_folder(run.output_dir)
     accelerator = _make_accelerator(run, folder)
     with alone_in(folder) if accelerator.is_main_process else nullcontext():
-        check_free(folder, run)
+        check_free(folder, run, getattr(task_arguments, "tokenizer", None))
         _start_trackers(accelerator, run)
         return _train(task_arguments, run, model_fields, model_type, folder, accelerator)
 
@@ -165,7 +165,9 @@ class _Trainer:
         elif self.accelerator.is_main_process:
             self.checkpoints.remove_all()
             if self.arguments.overwrite:
-                remove_results(self.folder)
+                remove_model(self.folder)
+        if self.accelerator.is_main_process:
+            (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
         self.metrics.keep_until(self.step)
         with _signals_as_requests(self):
             try:
@@ -173,9 +175,18 @@ class _Trainer:
             except Diverged:
                 self.metrics.write({"step": self.step, "diverged": True})
                 raise
-        seconds = self.clock.seconds()
-        self._save_model()
-        return self._report(seconds)
+            with self.clock.paused() as seconds:
+                self._save_model()
+            if not self._saves_now():  # a report may take long, and whatever ends it must not cost the training
+                self._save_checkpoint()
+        try:
+            line = self._report(seconds)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped in the report after the last step; continue with --resume") from None
+        if not self.arguments.save_steps:
+            self.checkpoints.remove(self.step)
+        self._end()
+        return line
 
     def _take_steps(self) -> None:
         arguments = self.arguments
@@ -197,7 +208,7 @@ class _Trainer:
                 with self.clock.paused() as seconds:
                     line = {"step": self.step, "seconds": seconds}
                     self.metrics.write(line | _prefixed("validation", self._validate()))
-            if arguments.save_steps and self.step % arguments.save_steps == 0:
+            if self._saves_now():
                 with self.clock.paused():
                     self._save_checkpoint()
             self._stop_if_requested(bar)
@@ -262,6 +273,10 @@ class _Trainer:
                     f"stopped at step {self.step} of {self.arguments.max_steps}; saved {path}; continue with --resume"
                 )
 
+    def _saves_now(self) -> bool:
+        """Whether `save_steps` asks for a checkpoint of this step."""
+        return bool(self.arguments.save_steps) and self.step % self.arguments.save_steps == 0
+
     def _save_checkpoint(self) -> Path:
         self.guard.check(self.step, self.checkpoints)
         progress = {"step": self.step, "seconds": self.clock.seconds(), "meter": self.meter.totals()}
@@ -280,7 +295,6 @@ class _Trainer:
         save_whole(self.model, self.accelerator, self.folder)
         if self.accelerator.is_main_process:
             self.task.save(self.folder, self.bare_model.config)
-            (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
         self.accelerator.wait_for_everyone()
 
     def _validate(self) -> dict[str, float]:
@@ -303,13 +317,13 @@ class _Trainer:
         line = {"step": self.step, "seconds": seconds, "num_processes": self.accelerator.num_processes} | size
         line |= _prefixed("validation", scores) | baselines
         self.metrics.write(line)
-        self._say_sample()
+        if math.isfinite(scores[self.task.held_out.headline]):  # no token can be drawn from weights that are not
+            self._say_sample()
         say(
             "\nLoad it:\n  import hf_deq; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
             f'  model = AutoModelForCausalLM.from_pretrained("{self.folder}")'
             + (f'; tokenizer = AutoTokenizer.from_pretrained("{self.folder}")' if self.task.tokenizer else "")
         )
-        self._end()
         return line
 
     def _end(self) -> None:

@@ -30,7 +30,7 @@ class EquilibriumModel:
         self.config, self.run = config, run
 
     def check(self, task: Task) -> None:
-        """Refuse what the model cannot learn. A warning says if no step of the training is solved.
+        """Refuse what the model cannot learn. A warning says if no step of the training is solved, or to no tolerance.
 
         Raises:
             ValueError: if memory is to be carried, and the model has none; or if training is to begin with shallow
@@ -43,6 +43,11 @@ class EquilibriumModel:
             raise ValueError(
                 f"shallow_steps={self.run.shallow_steps} would train with {depth} applications of f, but "
                 f'gradient="unrolled" always uses {used} (solver_max_evaluations): set shallow_steps to 0.'
+            )
+        if self.run.train_solver_tolerance is not None and self.config.gradient in ("unrolled", "reversible"):
+            logger.warning(
+                f"train_solver_tolerance={self.run.train_solver_tolerance:g} has no effect: with "
+                f'gradient="{self.config.gradient}" every training step has a fixed number of evaluations.'
             )
         if self.run.shallow_steps >= self.run.max_steps:
             logger.warning(

@@ -11,9 +11,12 @@ from bisect import bisect_right
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+from transformers.utils import logging
 
 from .arguments import RunArguments
 from .models import parameter_groups
+
+logger = logging.get_logger(__name__)
 
 MILESTONE_FACTOR = 0.1  # at every milestone, the learning rate is multiplied by this factor
 
@@ -37,8 +40,15 @@ def make_schedule(optimizer: torch.optim.Optimizer, run: RunArguments) -> Lambda
     """Return the schedule of the learning rate: a linear warm-up, then a schedule by `run.lr_scheduler_type`.
 
     `"cosine"` follows a cosine to zero at `max_steps`. `"constant"` keeps the rate. `"multistep"` divides it by ten at
-    every milestone.
+    every milestone. A warning says what lies beyond the last step.
     """
+    if run.warmup_steps >= run.max_steps:
+        logger.warning(
+            f"warmup_steps={run.warmup_steps} covers all of max_steps={run.max_steps}: no step has the full "
+            "learning_rate. Lower warmup_steps."
+        )
+    if beyond := [milestone for milestone in run.lr_milestones or () if milestone >= run.max_steps]:
+        logger.warning(f"lr_milestones={beyond} lie beyond max_steps={run.max_steps}, and have no effect. Lower them.")
     if run.lr_scheduler_type == "cosine":
         return get_cosine_schedule_with_warmup(optimizer, run.warmup_steps, run.max_steps)
     if run.lr_scheduler_type == "constant":

@@ -32,12 +32,17 @@ def as_one_document(pretrained: str, split: str = "validation", **arguments) -> 
             model's other arguments are ignored.
 
     Raises:
-        ValueError: the corpus is not there, has no such split, or no text in it.
+        ValueError: the corpus is not there, has no such split, or no text in it, or the tokenizer lacks words of it.
     """
     names = [field.name for field in fields(CorpusArguments)]
     corpus = read_corpus_of(read_recipe(pretrained), {name: arguments.get(name) for name in names})
     tokenizer = AutoTokenizer.from_pretrained(arguments.get("tokenizer", pretrained))
     stream = corpus.encode(split, tokenizer)
+    if stream.num_unknown:
+        raise ValueError(
+            f"{stream.num_unknown:,} words of the {split} split are not in the vocabulary, and <unk> stands for them: "
+            "a score per word or byte would not be one of the text. Take a corpus whose words the model has."
+        )
     end = "\n" if corpus.word_level else tokenizer.eos_token
     text = "".join(document + end for document in corpus.split(split)["text"] if document or corpus.word_level)
     rows = {"text": [text], "num_words": [stream.num_words], "num_bytes": [stream.num_bytes]}

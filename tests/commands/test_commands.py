@@ -224,11 +224,45 @@ def test_generate_and_evaluate_refuse_what_is_not_a_model(trained, tmp_path):
         assert message in finished.stderr and "Traceback" not in finished.stderr
     (damaged / "recipe.yaml").write_text("a: [")
     assert "is not YAML" in script("evaluate.py", damaged).stderr
-    (damaged / "recipe.yaml").write_text("task: translation")
-    assert "task: translation, which does not exist" in script("evaluate.py", damaged).stderr
+    for content, message in (
+        ("task: translation", "task: translation, which does not exist"),
+        ("task: [a]", "task: ['a'], which does not exist"),
+        ("sequence_length: long", "length must be a number, got 'long'"),
+    ):
+        (damaged / "recipe.yaml").write_text(content)
+        finished = script("evaluate.py", copy_with_weights(trained[0], damaged))
+        assert message in finished.stderr and "Traceback" not in finished.stderr
+    for name in ("generate.py", "evaluate.py", "plot_convergence.py"):
+        assert "error: model: there is no folder '/no/such/folder'" in script(name, "/no/such/folder").stderr
 
 
-def test_evaluate_uses_or_refuses_every_flag(trained):
+def copy_with_weights(folder, damaged):
+    """A damaged copy of a folder, with whole weights and configuration again."""
+    for name in ("model.safetensors", "config.json"):
+        shutil.copyfile(folder / name, damaged / name)
+    return damaged
+
+
+def test_weights_that_are_not_finite_give_no_text(trained, corpus, tmp_path):
+    """Generation says so in a line, and a training that ends with them shows no sample."""
+    spoilt = shutil.copytree(trained[0], tmp_path / "spoilt")
+    weights = load_file(spoilt / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, spoilt / "model.safetensors", {"format": "pt"})
+    finished = script("generate.py", spoilt, "--prompt", "sentence")
+    assert finished.returncode == 1 and "error: model.norm.weight is not finite, so the training" in finished.stderr
+    flags = ["--init_from", spoilt, "--max_steps", 2, "--sequence_length", 16, "--num_threads", 1, "--shallow_steps", 0]
+    finished = script("train.py", "--corpus", corpus, *flags, "--output_dir", tmp_path / "out", "--warmup_steps", 1)
+    assert finished.returncode == 0 and "perplexity nan" in finished.stdout, finished.stderr[-2000:]
+    assert "sample:" not in finished.stdout
+
+
+def test_a_single_token_costs_nothing_after_the_prompt(trained):
+    finished = script("generate.py", trained[0], "--prompt", "sentence", "--max_new_tokens", 1)
+    assert re.search(r"evaluations of f: [\d.]+ for the prompt; ", finished.stderr), finished.stderr[-2000:]
+
+
+def test_evaluate_refuses_flags_without_an_effect(trained):
     folder, _ = trained
     for flags, message in (
         (["--length", 0], "length must be at least 1, got 0"),
@@ -238,6 +272,7 @@ def test_evaluate_uses_or_refuses_every_flag(trained):
         ),
         (["--stride", 4, "--carry_memory", "true"], "stride=4 is for windows"),
         (["--copy_delay", 3], "--copy_delay"),
+        (["--memory_length", 64], "memory_length=64 is for streams of a text with a memory: add --carry_memory true"),
     ):
         finished = script("evaluate.py", folder, *flags)
         assert finished.returncode != 0 and message in finished.stderr and "Traceback" not in finished.stderr
@@ -352,6 +387,20 @@ def test_an_explicit_baseline_trains_and_its_recipe_is_the_run(corpus, tmp_path)
     generated = script("generate.py", tmp_path / "one", "--prompt", "sentence", "--max_new_tokens", 3)
     assert generated.returncode == 0 and "3 tokens in" in generated.stderr, generated.stderr[-2000:]
     assert "evaluations" not in generated.stderr
+    generated = script("generate.py", tmp_path / "one", "--prompt", "s", "--max_new_tokens", 100)
+    limit = "n_positions=32 must cover the prompt and max_new_tokens (101): lower max_new_tokens"
+    assert generated.returncode == 1 and limit in generated.stderr
+    flags = ["--budgets", 3, "--tolerances", 0.3, "--batch_size", 9, "--output", tmp_path / "new" / "results.json"]
+    evaluated = script("evaluate.py", tmp_path / "one", *flags)  # the sweeps give all their models the same flags
+    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    assert json.loads((tmp_path / "new" / "results.json").read_text())["arguments"] == {"batch_size": 9}
+
+
+def test_the_folder_of_results_is_there_before_they_are_measured(trained, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(evaluate, "evaluate_dial", lambda *arguments: pytest.fail("measured in vain"))
+    finished = script("evaluate.py", trained[0], "--output", tmp_path / "file" / "results.json")
+    assert finished.returncode == 1 and "file" in finished.stderr and "Traceback" not in finished.stderr
 
 
 def test_a_trellisnet_goes_through_the_same_scripts(corpus, tmp_path):
@@ -441,6 +490,12 @@ def test_copy_memory_goes_through_the_same_scripts(tmp_path):
     finished = script("evaluate.py", tmp_path, "--tolerances", 1e-3, "--budgets", 1)
     assert "copy memory, variant 'tcn', delay 2" in finished.stdout, finished.stderr[-2000:]
     assert "recalled" in finished.stdout and "tolerance 0.001" in finished.stdout
+    for name, flags in (("generate.py", []), ("plot_convergence.py", ["--text", "a b"])):
+        finished = script(name, tmp_path, *flags)
+        assert finished.returncode == 1 and f"error: '{tmp_path}' has no tokenizer" in finished.stderr
+    (tmp_path / "recipe.yaml").write_text("task: copy_memory\n")
+    finished = script("evaluate.py", tmp_path, "--tolerances", 1, "--budgets", 1, "--batch_size", 1000)
+    assert "copy memory, variant 'deq', delay 400" in finished.stdout, finished.stderr[-2000:]
 
 
 def test_ctrl_c_saves_and_leaves(corpus, tmp_path):
@@ -501,7 +556,10 @@ def test_recipes_go_by_name_and_broken_ones_are_refused(tmp_path):
     for content, message in (
         ("- a\n- list\n", "must be lines of `name: value`, but it is a list"),
         ("a: [", "not YAML"),
+        ("corpus: caf\udce9", f"the recipe {tmp_path / 'recipe.yaml'} is not YAML: 'utf-8' codec can't decode"),
+        ("task: [a]", "task must be one of"),
+        ("init_from: 3", "init_from: there is no folder '3' here"),
     ):
-        (tmp_path / "recipe.yaml").write_text(content)
+        (tmp_path / "recipe.yaml").write_text(content, errors="surrogateescape")
         finished = script("train.py", tmp_path / "recipe.yaml")
         assert message in finished.stderr and "Traceback" not in finished.stderr

@@ -193,6 +193,7 @@ def test_tables_and_a_figure_are_made_of_the_results(tmp_path):
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(whole | {"evaluate": {"split": "test"}}))
     dial = [{"solver_max_evaluations": n, "solver_tolerance": 0.0, "num_evaluations": n} for n in (1, 2)]
     dial += [{"solver_max_evaluations": None, "solver_tolerance": 1e-3, "num_evaluations": 5.5}]
+    dial += [{"solver_max_evaluations": None, "solver_tolerance": 1e-1, "num_evaluations": 2.5}]
     sweep = plans.Sweep(tmp_path / "sweep.yaml")
     while ready := sweep.ready():
         is_solved, seed = ready[0].model == "solved", ready[0].flags.get("seed", 0)
@@ -227,6 +228,11 @@ def reports(monkeypatch):
     """The module of the report. It finds the modules of its folder as a script does, but no longer than this."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     return load("report_sweep")
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_file_of_a_table(reports, tmp_path):
+    reports.report("any", [{"one": math.nan, "two": 2.0}], reports.ReportArguments(str(tmp_path / "rows.json")))
+    assert (tmp_path / "rows.json").read_text().split() == ["[", "{", '"one":', "null,", '"two":', "2.0", "}", "]"]
 
 
 def test_depth_counts_the_layers_that_a_token_passes_through(reports):
@@ -288,15 +294,18 @@ def test_measurements_of_an_earlier_version_are_made_again(reports):
 
 
 def test_state_tracking_is_drawn_by_group_and_model(tmp_path):
-    """The table has the largest budget of each model; an explicit model has none."""
+    """The table has the largest budget of each model, and its first seed that did not diverge."""
     names = ("s3-deq-trellisnet", "parity-deq-trellisnet", "s3-llama")
     models = {name: dict(common={"word_length": 8}, rounds=[]) for name in names}
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(PLAN | {"models": models, "seeds": [0]}))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(PLAN | {"models": models, "seeds": [0, 1]}))
     sweep = plans.Sweep(tmp_path / "sweep.yaml")
     accuracies = dict(accuracy=1.0, accuracy_2x=0.75, accuracy_4x=0.5, accuracy_8x=0.25)
-    dial = [{"solver_max_evaluations": n, "solver_tolerance": 0.0, "num_evaluations": n} for n in (8, 64)]
+    dial = [{"solver_max_evaluations": n, "solver_tolerance": 0.0, "num_evaluations": n} for n in (64, 8)]
     loose = {"solver_max_evaluations": None, "solver_tolerance": 0.1, "num_evaluations": 3.0}
     for run in sweep.ready():
+        if run.flags["seed"] == 0 and run.model != "s3-deq-trellisnet":
+            sweep.add(run, {"result": {"step": 9, "diverged": True}, "validations": []})
+            continue
         rows = [accuracies] if run.model == "s3-llama" else [row | accuracies for row in (*dial, loose)]
         result = {"num_parameters": 10, "seconds": 1.0, "validation_loss": 0.1, "guessed_accuracy": 0.5}
         sweep.add(run, {"result": result, "validations": [], "evaluation": {"rows": rows}})
@@ -306,6 +315,22 @@ def test_state_tracking_is_drawn_by_group_and_model(tmp_path):
     assert [row[0] for row in table if row and row[0] in ("parity", "s3")] == ["parity", "s3", "s3"]
     assert ["s3", "deq-trellisnet", "10", "0", "64", "50%", "100%", "75%", "50%", "25%"] in table
     assert ["s3", "llama", "10", "0", "-", "50%", "100%", "75%", "50%", "25%"] in table
+
+
+def test_two_sweeps_of_a_file_do_not_run_side_by_side(plan):
+    with sweeps.alone_with(plan):
+        finished = script("sweep.py", plan)
+        assert finished.returncode == 1 and f"another sweep of {plan} runs: wait for its end" in finished.stderr
+        assert script("sweep.py", plan, "--show").returncode == 0
+    assert [file.name for file in plan.parent.iterdir()] == ["sweep.yaml"]
+
+
+def test_a_broken_line_of_results_is_named(plan):
+    run(plan, Recorder(stop_after=1))
+    with open(plan.with_name("results.jsonl"), "a") as file:
+        file.write('{"key": "x", "mod')
+    with pytest.raises(ValueError, match="results.jsonl, line 2, is not JSON .*: mend the line, or remove it"):
+        plans.Sweep(plan)
 
 
 def test_a_plan_without_its_names_is_refused(plan):

@@ -1,6 +1,9 @@
 """Word-level corpora: lines, words, ids, and the counts of the published ones."""
 
 import json
+import math
+import re
+import runpy
 
 import pytest
 from command_line import ROOT, TINY, script
@@ -17,6 +20,7 @@ from hf_deq.data.words import (
     known_corpus,
     train_word_tokenizer,
 )
+from hf_deq.evaluation import evaluate_perplexity
 from hf_deq.tasks import LanguageModeling, LanguageModelingArguments
 
 
@@ -54,7 +58,9 @@ def test_lines_are_split_on_white_space_and_end_in_eos(folder):
     assert stream.num_words == 9  # without <eos>
     assert stream.num_bytes == len(b"the cat sat") + len("the\tdog <unk>s\u00a0on the <unk>".encode())
     expected = "<unk> cat <unk> <eos> <eos> the dog <eos>"  # "a" is new to it
-    assert " ".join(tokenizer.convert_ids_to_tokens(encode_words(corpus["validation"], tokenizer).ids)) == expected
+    validation = encode_words(corpus["validation"], tokenizer)
+    assert " ".join(tokenizer.convert_ids_to_tokens(validation.ids)) == expected
+    assert (stream.num_unknown, validation.num_unknown) == (0, 1)  # an <unk> that is written does not count
 
 
 def test_ids_by_frequency_or_by_appearance(folder):
@@ -182,7 +188,7 @@ def test_penn_treebank_is_what_papers_count(id_order, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
-def test_training_and_evaluation_from_the_command_line(folder, tmp_path):
+def test_training_and_evaluation_from_the_command_line(folder, tmp_path, caplog):
     """On words, and on the test part with another memory and the literature's streams."""
     model = tmp_path / "model"
     flags = ["--corpus", folder, "--word_level", "true", *TINY, "--max_steps", 2, "--batch_size", 1]
@@ -191,15 +197,37 @@ def test_training_and_evaluation_from_the_command_line(folder, tmp_path):
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert "memory carried (at most 4 tokens); solver anderson, scope causal" in finished.stdout
     assert "sample:\n<eos>" in finished.stdout
+    assert "no score per word or byte: 1 words are not in the vocabulary" in finished.stdout
+    assert "None" not in finished.stdout and "n-grams" not in finished.stdout
     dial = ["--tolerances", 1e-2, "--budgets", 1, "--device", "cpu"]
     more = ["--split", "train", "--memory_length", 9, "--drop_remainder", "--batch_size", 2, "--length", 3]
     finished = script("evaluate.py", model, *dial, *more)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    assert "the train split: 10 of 12 tokens counted" in finished.stdout
+    assert "the train split: 10 of 12 tokens counted (9 words, " in finished.stdout
     how = "2 streams in segments of 3, memory carried (at most 9 tokens), remainder dropped; solver anderson, scope"
     assert how in finished.stdout
     finished = script("evaluate.py", model, *dial, "--split", "test", "--batch_size", 1)
-    assert "the test split: 3 of 3 tokens counted (2 words, 8 bytes), 1 streams" in finished.stdout
+    counted = "3 of 3 tokens counted (2 words, 1 of them read as <unk>, 8 bytes), 1 streams"
+    assert f"the test split: {counted}" in finished.stdout
     assert "memory carried (at most 4 tokens)" in finished.stdout
     finished = script("evaluate.py", model, *dial, "--memory_length", -1)
     assert "error: memory_length must not be negative, got -1" in finished.stderr
+    for prompt, strange in (("the zebra", ["'zebra'"]), ("the <unk> cat", [])):
+        finished = script("generate.py", model, "--prompt", prompt, "--max_new_tokens", 2)
+        assert finished.returncode == 0, finished.stderr[-2000:]
+        assert re.findall("does not know (.*) and reads <unk> instead", caplog.text) == strange
+        caplog.clear()
+    as_one_document = runpy.run_path(ROOT / "scripts" / "lm_eval_tasks" / "corpus.py")["as_one_document"]
+    assert as_one_document(str(model), "train")["test"]["num_words"] == [9]
+    with pytest.raises(ValueError, match="1 words of the validation split are not in the vocabulary"):
+        as_one_document(str(model))
+
+
+def test_unknown_words_leave_a_score_of_the_tokens_alone(folder):
+    """An `<unk>` is easy to predict, so nats over it say nothing of the words or bytes that it stands for."""
+    corpus = lines_of(folder)
+    tokenizer, model = train_word_tokenizer(corpus), TRANSFORMER.model(vocab_size=8)
+    for split, is_spelt in (("train", True), ("validation", False)):
+        report = evaluate_perplexity(model, encode_words(corpus[split], tokenizer), 0)
+        assert math.isfinite(report.perplexity)
+        assert [score is not None for score in (report.word_perplexity, report.bits_per_byte)] == [is_spelt] * 2

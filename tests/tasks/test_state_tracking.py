@@ -1,6 +1,7 @@
 """State tracking: the groups are groups, the targets are products, and accuracy is counted where it should be."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -96,8 +97,9 @@ def learn(folder, model_type: str, fields: dict, steps: int) -> dict:
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_every_family_learns_and_is_judged_on_it(model_type, tmp_path, capsys):
-    result = learn(tmp_path, model_type, MODELS[model_type], 2)
-    assert result["guessed_accuracy"] == 0.5 and 0 <= result["validation_accuracy_8x"] <= 1
+    result = learn(tmp_path, model_type, MODELS[model_type], 20)
+    assert result["guessed_accuracy"] == 0.5
+    assert result["validation_loss"] < 0.85 * math.log(2)  # of guessing; a new model has more
     assert "right products in the last quarter of a word" in capsys.readouterr().out
     held_out = held_out_of(str(tmp_path), StateTrackingEvaluation())
     scores = held_out.score(load_model(str(tmp_path)))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_deq import DEQTransformerForCausalLM
 from hf_deq.tasks import CopyMemoryArguments
-from hf_deq.training import Diverged, RunArguments, checkpoints, log, train
+from hf_deq.training import Diverged, Interrupted, RunArguments, checkpoints, log, train
 from hf_deq.training.checkpoints import Checkpoints, find_fault, write_manifest
 
 MODEL = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, hidden_dropout=0.1, solver_tolerance=1e-2)
@@ -191,6 +191,51 @@ def test_what_was_measured_of_an_earlier_model_goes_when_its_folder_is_overwritt
             file.write_text("{}")
         run(tmp_path, **how)
         assert [file.exists() for file in stale] == ["overwrite" not in how] * 4 and (tmp_path / "notes.json").exists()
+
+
+def test_an_overwritten_model_does_not_outlive_the_start_of_the_next_run(finished, monkeypatch):
+    """Stopped early, the folder would have the old model beside the recipe and the metrics of the new one."""
+    for name in ("tokenizer.json", "model-00001-of-00002.safetensors", "notes.json"):
+        (finished / name).write_text("{}")
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_deq.training.loop._Trainer._take_steps", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(finished, overwrite=True, seed=5)
+    left = {file.name for file in finished.iterdir()} - {".training"}
+    assert left == {"checkpoints", "metrics.jsonl", "recipe.yaml", "notes.json"}
+    assert "seed: 5" in (finished / "recipe.yaml").read_text() and not (finished / "metrics.jsonl").read_text()
+
+
+def test_a_run_does_not_overwrite_what_it_starts_from(finished):
+    before = (finished / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="init_from=.* is what --overwrite would remove: choose another output_dir"):
+        run(finished, overwrite=True, init_from=f"{finished}/../{finished.name}")
+    assert (finished / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("error, said", [(KeyboardInterrupt, Interrupted), (ZeroDivisionError, ZeroDivisionError)])
+def test_what_ends_the_report_does_not_cost_the_training(tmp_path, whole, monkeypatch, error, said):
+    """Without --save_steps, too. The checkpoint for it goes when the run is finished."""
+
+    def fail(*arguments, **how):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_deq.tasks.copy_memory.HeldOutSequences.score", fail)
+        with pytest.raises(said):
+            run(tmp_path, save_steps=0)
+    assert names(tmp_path) == ["step-00000012"] and find_fault(tmp_path / "checkpoints" / "step-00000012") is None
+    line = run(tmp_path, save_steps=0, resume=True)
+    assert line["step"] == STEPS and names(tmp_path) == []
+    assert_same(tmp_path, whole)
+
+
+def test_a_run_that_saves_keeps_its_last_step(tmp_path):
+    run(tmp_path, save_steps=5)
+    assert names(tmp_path) == ["step-00000010", "step-00000012"]
 
 
 @pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError("flock")])

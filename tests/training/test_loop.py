@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_deq import DEQTransformerForCausalLM, DEQTransformerModel, DEQTrellisNetForCausalLM
 from hf_deq.evaluation import HeldOutText
-from hf_deq.tasks import CopyMemoryArguments, LanguageModelingArguments, StateTrackingArguments
+from hf_deq.tasks import CopyMemoryArguments, LanguageModelingArguments, StateTracking, StateTrackingArguments
 from hf_deq.training import Interrupted, RunArguments, log, loop, train
 from hf_deq.training.log import parse_metrics
-from hf_deq.training.models import parameter_groups
+from hf_deq.training.models import model_kind, parameter_groups
 from hf_deq.training.optimizers import make_optimizer, make_schedule
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -341,6 +341,14 @@ def test_a_training_without_a_solved_step_is_said(corpus, tmp_path, caplog):
     assert "shallow_steps=12 covers all of max_steps=12: no step" in caplog.text
 
 
+@pytest.mark.parametrize("gradient, is_said", [("unrolled", True), ("reversible", True), ("implicit", False)])
+def test_a_tolerance_that_no_step_is_solved_to_is_said(tmp_path, gradient, is_said, caplog):
+    task = StateTracking(StateTrackingArguments("parity", 4), {})
+    config = TRANSFORMER.config(gradient=gradient, solver_damping=1.0)
+    model_kind(config, RunArguments(str(tmp_path), train_solver_tolerance=1e-2)).check(task)
+    assert ("train_solver_tolerance=0.01 has no effect" in caplog.text) == is_said
+
+
 def test_a_half_written_line_blocks_neither_a_resume_nor_a_fresh_run(corpus, tmp_path, caplog):
     """A run that is killed while it writes its metrics leaves a part of a line, here in the middle and at the end."""
     run(corpus, tmp_path, save_steps=8)
@@ -427,6 +435,8 @@ def test_an_existing_tokenizer_is_used(corpus, tmp_path):
     run(corpus, tmp_path / "second", {"vocab_size": 999}, max_steps=1, tokenizer=str(tmp_path / "first"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "second").config.vocab_size == 300
     assert yaml.safe_load((tmp_path / "second" / "recipe.yaml").read_text())["vocab_size"] == 300
+    with pytest.raises(ValueError, match="tokenizer=.* is what --overwrite would remove"):
+        run(corpus, tmp_path / "first", overwrite=True, tokenizer=str(tmp_path / "first"))
 
 
 def test_bad_input_is_refused_before_training(corpus, tmp_path):
@@ -526,6 +536,15 @@ def test_schedules_of_the_learning_rate():
     decaying = dict(lr_scheduler_type="multistep", lr_milestones=[4, 9])
     assert learning_rates(warmup_steps=2, **decaying) == pytest.approx([0, 0.5, 1, 1, *[0.1] * 5, *[0.01] * 3])
     assert learning_rates(warmup_steps=0, **decaying)[0] == 1
+
+
+def test_what_a_schedule_does_not_reach_is_said(caplog):
+    decaying = dict(lr_scheduler_type="multistep", lr_milestones=[4, 11])
+    learning_rates(warmup_steps=11, **decaying)
+    assert not caplog.text
+    learning_rates(warmup_steps=12, **decaying | {"lr_milestones": [4, 12, 13]})
+    assert "warmup_steps=12 covers all of max_steps=12: no step has the full learning_rate" in caplog.text
+    assert "lr_milestones=[12, 13] lie beyond max_steps=12" in caplog.text
 
 
 @pytest.mark.parametrize(
