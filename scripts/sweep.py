@@ -34,19 +34,18 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 from sweep_plan import Run, Sweep, has_diverged
 
 from hf_deq.commands import run as run_command
 from hf_deq.data import check_at_least
 from hf_deq.evaluation import format_table
+from hf_deq.training.folder import locked
 from hf_deq.training.log import has_ended, parse_metrics
 
 SCRIPTS = Path(__file__).parent
@@ -205,24 +204,15 @@ def main(file: str, arguments: SweepArguments) -> None:
     print(f"\n{len(left)} runs can start next, {[run.key for run in left]}" if left else "\nevery run is finished")
 
 
-@contextmanager
-def alone_with(file: Path) -> Iterator[None]:
+def alone_with(file: Path) -> AbstractContextManager[None]:
     """Within this context no other sweep of this file can run: each would write its results over those of the other.
 
     Raises:
         ValueError: if another one runs.
     """
-    place = file.with_suffix(".lock")
-    lock = FileLock(place)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another sweep of {file} runs: wait for its end, or run more --workers there.") from error
-    try:
-        yield
-    finally:
-        place.unlink(missing_ok=True)
-        lock.release()
+    return locked(
+        file.with_suffix(".lock"), f"another sweep of {file} runs: wait for its end, or run more --workers there."
+    )
 
 
 def run_all(sweep: Sweep, worker: Worker, workers: int) -> None:

@@ -147,13 +147,13 @@ def read_lines(file: Path) -> list[dict]:
     Raises:
         ValueError: if a line is not JSON. The message names file and line.
     """
-    lines = file.read_text().splitlines() if file.is_file() else []
-    for number, line in enumerate(lines, start=1):
+    objects = []
+    for number, line in enumerate(file.read_text().splitlines() if file.is_file() else [], start=1):
         try:
-            json.loads(line)
+            objects.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{file}, line {number}, is not JSON ({error}): mend the line, or remove it.") from error
-    return list(map(json.loads, lines))
+    return objects
 
 
 def check_plan(file: Path, plan: dict) -> None:

@@ -1,7 +1,7 @@
 """The folder of a run: it can be written to, holds one run, and belongs to one training at a time."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -56,28 +56,44 @@ def check_free(folder: Path, run: RunArguments, tokenizer: str | None = None) ->
         )
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Within this context no other training can write to the folder. The system frees it if the process is killed.
+def alone_in(folder: Path) -> AbstractContextManager[None]:
+    """Within this context no other training can write to the folder.
 
     Raises:
         ValueError: if another training writes to it.
         OSError: if it cannot be locked, as on some file systems.
     """
-    lock = FileLock(folder / ".training")
+    return locked(
+        folder / ".training",
+        f"another training runs in {str(folder)!r}: wait for its end, or choose another output_dir.",
+    )
+
+
+@contextmanager
+def locked(place: Path, refusal: str) -> Iterator[None]:
+    """Within this context no other process can lock this file. The system frees it if the process is killed.
+
+    Args:
+        place: a file of no other use. It is removed at the end.
+        refusal: what to say if another process has locked it.
+
+    Raises:
+        ValueError: if another process has locked it.
+        OSError: if it cannot be locked, as on some file systems.
+    """
+    lock = FileLock(place)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(
-            f"another training runs in {str(folder)!r}: wait for its end, or choose another output_dir."
-        ) from error
+        raise ValueError(refusal) from error
     except (OSError, NotImplementedError) as error:
         raise OSError(
-            f"output_dir {str(folder)!r} cannot be locked, which keeps two trainings apart ({error}): choose another."
+            f"{str(place.parent)!r} cannot be locked, which keeps two runs apart ({error}): choose another folder."
         ) from error
     try:
         yield
     finally:
+        place.unlink(missing_ok=True)
         lock.release()
 
 
