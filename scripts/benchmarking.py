@@ -126,11 +126,18 @@ def double_precision(model):
     return deepcopy(model).double()
 
 
-def report(name: str, rows: list[dict], arguments: ReportArguments, shown: list[dict] | None = None) -> None:
+def report(
+    name: str,
+    rows: list[dict],
+    arguments: ReportArguments,
+    shown: list[dict] | None = None,
+    footer: str | None = None,
+) -> None:
     """Print rows as a table; write them as JSON, and into a page, if the arguments say so.
 
     A page has the table called `name` between the lines `<!-- name -->` and `<!-- end -->`; on an accelerator it is
-    called `name cuda`, for example. It shows all rows, or the rows `shown`.
+    called `name cuda`, for example. It shows all rows, or the rows `shown`. The footer says what they were measured on:
+    this machine, today, if it is left out.
 
     Raises:
         ValueError: if the page has no such place.
@@ -145,13 +152,15 @@ def report(name: str, rows: list[dict], arguments: ReportArguments, shown: list[
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.S)
         if not place.search(page.read_text()):
             raise ValueError(f"{page} has no place for this table: <!-- {name} --> and <!-- end -->.")
-        table = f"{markdown_table(shown or rows)}\n\n{machine(device)}\n"
+        footer = machine(device) if footer is None else footer
+        table = f"{markdown_table(shown or rows)}\n\n{footer}".rstrip() + "\n"
         page.write_text(place.sub(lambda found: found[1] + table + found[2], page.read_text(), count=1))
 
 
 def machine(device: str) -> str:
-    """What the numbers were measured on, and when."""
-    names = {"cpu": f"CPU, {torch.get_num_threads()} threads"}
+    """What numbers are measured on, and when."""
+    threads = torch.get_num_threads()
+    names = {"cpu": f"CPU, {threads} thread{'s' * (threads > 1)}"}
     if device.startswith("cuda"):
         names[device] = torch.cuda.get_device_name()
     device = names.get(device, device)

@@ -35,7 +35,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-from benchmarking import ReportArguments, report, take_turns
+from benchmarking import ReportArguments, machine, report, take_turns
 from matplotlib.figure import Figure
 from sweep_plan import Sweep
 from transformers import AutoModelForCausalLM
@@ -78,13 +78,13 @@ def main(folder: str, arguments: ReportSweepArguments) -> None:
     measurements = json.loads(place.read_text()) if place.is_file() else {}
     if arguments.runs_dir is not None:
         runs_dir = Path(arguments.runs_dir)
-        measurements |= measure(at_hand(scored, runs_dir), runs_dir, arguments)
+        measurements |= {"machine": machine("cpu")} | measure(at_hand(scored, runs_dir), runs_dir, arguments)
         place.write_text(json.dumps(measurements, indent=1))
     page = ReportArguments(page=str(Path(folder) / "README.md"))
     if tuning := tuning_rows(sweep):
-        report("tuning", tuning, page)
+        report("tuning", tuning, page, footer="")  # nothing was measured here
     if scored:
-        report("final", final_rows(scored, finals, measurements), page)
+        report("final", final_rows(scored, finals, measurements), page, footer=measurements.get("machine", ""))
         draw(scored, measurements).savefig(Path(folder) / "pareto.png", dpi=150)
     for model in finals.keys() - scored.keys():
         print(f"{model} is left out: all its final runs diverged")

@@ -51,45 +51,64 @@ def main() -> None:
 
 
 def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
-    """Turn recipe and flags into the arguments of `train`.
+    """Turn recipe and flags into the arguments of `train`. A flag counts more than the recipe.
+
+    The model type and the task decide which other flags there are, so they are read first.
 
     Raises:
         ValueError: if there is no such recipe, or it has names that do not exist.
     """
     name = first_argument(arguments)
-    recipe = {} if name is None else parse_recipe(find_recipe(name))
-    start = initial_folder(arguments, recipe)
-    first = argparse.ArgumentParser(add_help=False)
-    model_types = [config_class.model_type for config_class in DEQConfig.__subclasses__()] + EXPLICIT_MODEL_TYPES
-    usual_type = DEFAULT_MODEL_TYPE if start is None else initial_model_type(start)
-    first.add_argument("--model_type", default=recipe.get("model_type", usual_type), choices=model_types)
-    first.add_argument("--task", default=recipe.get("task", LanguageModeling.name), choices=TASKS)
+    recipe = None if name is None else parse_recipe(find_recipe(name))
+    start = initial_folder(arguments, recipe or {})
+    first = first_parser(recipe or {}, start)
     chosen, flags = first.parse_known_args(arguments if name is None else arguments[1:])
     require_one_of("task", chosen.task, [*TASKS])  # argparse checks flags, but not what comes from the recipe
     if start is None:
-        require_one_of("model_type", chosen.model_type, model_types)
+        require_one_of("model_type", chosen.model_type, model_types())
     parser = HfArgumentParser(
         (TASKS[chosen.task].arguments, RunArguments, model_arguments(chosen.model_type)),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[first],
     )
-    names = {action.dest for action in parser._actions}
-    if name is None:
-        recipe = default_recipe(chosen.model_type, chosen.task)
-        if start is not None:  # it says what the model is; the recipe says how to train
-            of_the_model = {one.name for one in fields(model_arguments(chosen.model_type))}
-            recipe = {name: value for name, value in recipe.items() if name not in of_the_model}
-    if chosen.model_type in EXPLICIT_MODEL_TYPES:
-        recipe = without_equilibrium(recipe, names)
-    recipe.pop("corpus_fingerprint", None)  # a saved run records it; it is not an argument
-    unknown = sorted(set(recipe) - names)
-    if unknown:
-        raise ValueError(f"{name or 'the default recipe'}: unknown names {unknown}; see --help for those that exist.")
-    parser.set_defaults(**(read_values(recipe, parser, name or "the default recipe") | vars(chosen)))
+    if recipe is None:
+        recipe = default_recipe(chosen.model_type, chosen.task, start)
+    values = read_recipe_for(parser, recipe, chosen.model_type, name or "the default recipe")
+    parser.set_defaults(**(values | vars(chosen)))
     task, run, model, _ = parser.parse_args_into_dataclasses(flags)
     model_fields = {name: value for name, value in vars(model).items() if value is not None}
     return task, run, model_fields, chosen.model_type
+
+
+def first_parser(recipe: dict, start: str | None) -> argparse.ArgumentParser:
+    """The parser of model type and task. Defaults come from the recipe, or from the folder to start from."""
+    parser = argparse.ArgumentParser(add_help=False)
+    usual_type = DEFAULT_MODEL_TYPE if start is None else initial_model_type(start)
+    parser.add_argument("--model_type", default=recipe.get("model_type", usual_type), choices=model_types())
+    parser.add_argument("--task", default=recipe.get("task", LanguageModeling.name), choices=TASKS)
+    return parser
+
+
+def model_types() -> list[str]:
+    """The model types that can be trained from new weights."""
+    return [config_class.model_type for config_class in DEQConfig.__subclasses__()] + EXPLICIT_MODEL_TYPES
+
+
+def read_recipe_for(parser: argparse.ArgumentParser, recipe: dict, model_type: str, source: str) -> dict:
+    """The values of a recipe for the flags of a parser.
+
+    Raises:
+        ValueError: if the recipe has names that are no flags, or as in `read_values`.
+    """
+    names = {action.dest for action in parser._actions}
+    if model_type in EXPLICIT_MODEL_TYPES:
+        recipe = without_equilibrium(recipe, names)
+    # A saved run records the fingerprint of its corpus; it is not an argument.
+    recipe = {name: value for name, value in recipe.items() if name != "corpus_fingerprint"}
+    if unknown := sorted(recipe.keys() - names):
+        raise ValueError(f"{source}: unknown names {unknown}; see --help for those that exist.")
+    return read_values(recipe, parser, source)
 
 
 def read_values(recipe: dict, parser: argparse.ArgumentParser, source: str) -> dict:
@@ -190,10 +209,15 @@ def flag_type(annotation) -> type | None:
     return next(kind for kind in (str, float, int, bool) if kind in kinds)
 
 
-def default_recipe(model_type: str, task: str) -> dict:
-    """The smallest recipe for a model type and a task; for an explicit model that of the default model type."""
-    model_type = DEFAULT_MODEL_TYPE if model_type in EXPLICIT_MODEL_TYPES else model_type
-    return parse_recipe(find_recipe(f"{model_type.replace('_', '-')}-{TASKS[task].recipe}"))
+def default_recipe(model_type: str, task: str, start: str | None) -> dict:
+    """The smallest recipe for a model type and a task; for an explicit model that of the default model type.
+
+    If training starts from the weights of a folder, this folder says what the model is, and the recipe how to train it.
+    """
+    trained_as = DEFAULT_MODEL_TYPE if model_type in EXPLICIT_MODEL_TYPES else model_type
+    recipe = parse_recipe(find_recipe(f"{trained_as.replace('_', '-')}-{TASKS[task].recipe}"))
+    of_the_model = set() if start is None else {one.name for one in fields(model_arguments(model_type))}
+    return {name: value for name, value in recipe.items() if name not in of_the_model}
 
 
 def without_equilibrium(recipe: dict, names: set[str]) -> dict:
