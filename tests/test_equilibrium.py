@@ -166,7 +166,7 @@ def test_reversible_steps_of_an_f_without_activations(x):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"steps": 0}, "steps >= 1, got 0"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"beta": 0.0}, r"beta in \(0, 1\), got 0.0"),
         ({"beta": 1.0}, "got 1.0"),
         ({"beta": float("nan")}, "got nan"),
