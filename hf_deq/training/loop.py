@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,21 +29,16 @@ from accelerate.utils import (
 )
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..tasks import Task, make_task, task_for
 from .arguments import RunArguments
 from .checkpoints import Checkpoints
 from .engine import check_engine, save_whole
 from .folder import alone_in, check_free, remove_model, writable_folder
 from .log import BAR, Clock, Meter, MetricsFile, Summary
 from .memory import CarriedMemory
-from .models import EquilibriumModel, ExplicitModel, check_trained_on, model_kind, pretrained
 from .optimizers import make_optimizer, make_schedule
+from .preparation import Prepared, prepare
 from .step_guard import Diverged, StepGuard
-
-# Arguments that belong to one start of a run. A recipe that kept them would overwrite the run that it came from.
-OF_ONE_START = ("overwrite", "resume")
 
 
 class Interrupted(Exception):
@@ -90,55 +85,17 @@ def _train(task_arguments, run: RunArguments, model_fields: dict, model_type: st
         torch.set_num_threads(run.num_threads or _cores_per_process())
     set_seed(run.seed)
     with accelerator.main_process_first():
-        prepared = _prepare(task_arguments, run, model_fields, model_type)
+        prepared = prepare(task_arguments, run, model_fields, model_type)
     accelerator.print(f"{prepared.task}; {model_type} with {prepared.model.num_parameters():,} parameters")
     _check_divisible(run, accelerator.num_processes)
     set_seed(run.seed, device_specific=True)  # from here on: dropout, which processes must not share
     return _Trainer(prepared, run, folder, accelerator).run()
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """What a run has before it starts. The recipe holds all arguments, but those of `OF_ONE_START`."""
-
-    task: Task
-    model: torch.nn.Module
-    kind: EquilibriumModel | ExplicitModel
-    recipe: dict
-
-
-def _prepare(task_arguments, run: RunArguments, model_fields: dict, model_type: str) -> _Prepared:
-    if run.init_from is not None:
-        check_trained_on(run.init_from, task_for(task_arguments))
-        if getattr(task_arguments, "tokenizer", "") is None:
-            task_arguments = replace(task_arguments, tokenizer=run.init_from)
-    task = make_task(task_arguments, model_fields)
-    settled = {name: value for name, value in task.model_fields.items() if name in model_fields}
-    for name, value in settled.items():
-        if task.tokenizer is None and model_fields[name] != value:
-            raise ValueError(
-                f"{name} must be {value} for the task {task.name}, got {model_fields[name]}: leave it out."
-            )
-    fields = model_fields | task.model_fields
-    if run.init_from is None:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
-    else:
-        model = pretrained(run.init_from, model_type, fields)
-    kind = model_kind(model.config, run)
-    kind.check(task)
-    recipe = {"task": task.name, "model_type": model_type} | task.recorded | asdict(task_arguments) | asdict(run)
-    recipe = {
-        name: value
-        for name, value in (recipe | model_fields | settled).items()
-        if value is not None and name not in OF_ONE_START
-    }
-    return _Prepared(task, model, kind, recipe)
-
-
 class _Trainer:
     """One run: optimizer, data, progress, the steps, and the report at the end."""
 
-    def __init__(self, prepared: _Prepared, arguments: RunArguments, folder: Path, accelerator: Accelerator):
+    def __init__(self, prepared: Prepared, arguments: RunArguments, folder: Path, accelerator: Accelerator):
         self.task, self.kind, self.recipe = prepared.task, prepared.kind, prepared.recipe
         self.num_parameters = prepared.model.num_parameters()  # before processes share the parameters
         self.arguments, self.folder, self.accelerator = arguments, folder, accelerator
@@ -160,15 +117,7 @@ class _Trainer:
         return self.accelerator.unwrap_model(self.model)
 
     def run(self) -> dict:
-        if self.arguments.resume:
-            self._load_checkpoint()
-        elif self.accelerator.is_main_process:
-            self.checkpoints.remove_all()
-            if self.arguments.overwrite:
-                remove_model(self.folder)
-        if self.accelerator.is_main_process:
-            (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
-        self.metrics.keep_until(self.step)
+        self._begin()
         with _signals_as_requests(self):
             try:
                 self._take_steps()
@@ -187,6 +136,18 @@ class _Trainer:
             self.checkpoints.remove(self.step)
         self._end()
         return line
+
+    def _begin(self) -> None:
+        """Bring the folder to where the run starts: to a checkpoint, or without what an earlier run has left."""
+        if self.arguments.resume:
+            self._load_checkpoint()
+        elif self.accelerator.is_main_process:
+            self.checkpoints.remove_all()
+            if self.arguments.overwrite:
+                remove_model(self.folder)
+        if self.accelerator.is_main_process:
+            (self.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
+        self.metrics.keep_until(self.step)
 
     def _take_steps(self) -> None:
         arguments = self.arguments
