@@ -68,9 +68,8 @@ class DEQForSequenceClassification(DEQPreTrainedModel):
                 that is not `config.pad_token_id`, or the last position of `inputs_embeds`.
             labels: classes `(batch,)`, -100 ignored. For regression, numbers: `(batch,)` with one label, which is
                 always regression, and `(batch, num_labels)` with `problem_type="regression"`. For several labels per
-                row: 0 and 1 as floats `(batch, num_labels)`. The loss
-                is that of Transformers for `config.problem_type`, plus the weighted Jacobian regularization in
-                training.
+                row: 0 and 1 as floats `(batch, num_labels)`. The loss is that of Transformers for
+                `config.problem_type`, plus the weighted Jacobian regularization in training.
             num_items_in_batch: number of labels in all micro-batches of a step. The loss is then the share of this
                 micro-batch.
 

@@ -51,8 +51,8 @@ def equilibrium(
     Args:
         f: maps a state `(batch, sequence, features)` to a state of the same shape. f must be
             deterministic (draw dropout masks outside of f), and causal: its output at a position depends on z at this
-            and earlier positions only. An f that looks ahead needs a solver with `scope="sequence"`, for both
-            directions.
+            and earlier positions only. An f that looks ahead needs solvers with `scope="sequence"`: this one, and that
+            of `ImplicitGradient`.
         z0: the state from which the solver starts. It receives gradients only from
             `UnrolledGradient` and `ReversibleGradient`.
         solver: how the equilibrium is found. Default: `AndersonSolver()`.

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -173,7 +174,7 @@ def check_count(name: str, value: int) -> None:
     Raises:
         ValueError: if the value is not a whole number of at least 1. The message has the name.
     """
-    if not hasattr(value, "__index__") or value < 1:
+    if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
 

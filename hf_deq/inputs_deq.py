@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .configuration_deq import DEQConfig
 from .layer_deq import DEQLayer, Dial
+from .masking_deq import Rows
 from .paging_deq import PagedTexts
 from .softmax_heads import check_ids
 
@@ -46,17 +47,26 @@ def check_inputs(config: DEQConfig, input_size: int, input_ids: Tensor | None, i
         check_ids("input_ids", input_ids, config.vocab_size)
 
 
-def check_positions(position_ids: Tensor, batch: int, length: int) -> None:
+def check_position_ids(position_ids: Tensor, batch: int, length: int) -> None:
     """Refuse position ids that are not one for each token."""
     if position_ids.shape not in ((1, length), (batch, length)):
         raise ValueError(
             f"position_ids must be (batch, sequence) = ({batch}, {length}) or (1, {length}), got "
-            f"{tuple(position_ids.shape)}. (cu_seq_lens_q must end with the length of the row.)"
+            f"{tuple(position_ids.shape)}. (If they come from cu_seq_lens_q: it must end with the length of the row.)"
         )
 
 
-def check_memory(layer: DEQLayer, memory: tuple[Tensor, ...], batch: int, attention_mask: Tensor | None, cache) -> None:
-    """Refuse a memory that comes with a cache or padding, or does not belong to this model and these rows."""
+def check_memory(layer: DEQLayer, memory, batch: int, attention_mask: Tensor | None, rows: Rows, cache) -> None:
+    """Refuse a memory that comes with a cache or padding, or does not belong to this model and these rows.
+
+    Args:
+        layer: of the model.
+        memory: as the caller gave it.
+        batch: number of rows.
+        attention_mask: as the caller gave it. It may have columns for the memory.
+        rows: the structure of the new positions.
+        cache: as the caller gave it.
+    """
     sizes = layer.memory_sizes
     if cache is not None:
         raise ValueError(
@@ -66,14 +76,15 @@ def check_memory(layer: DEQLayer, memory: tuple[Tensor, ...], batch: int, attent
     if not sizes:
         remedy = "set memory_length in its configuration" if hasattr(layer.config, "memory_length") else "use a cache"
         raise ValueError(f"memory was given to a model that remembers nothing: {remedy}.")
-    lengths = layer.memory_lengths or (memory[0].shape[1],) * len(sizes)
-    shapes = [(batch, length, size) for length, size in zip(lengths, sizes, strict=True)]
-    if [tuple(state.shape) for state in memory] != shapes:
+    lengths = layer.memory_lengths or [state.shape[1] for state in memory[:1]] * len(sizes)
+    shapes = [(batch, length, size) for length, size in zip(lengths, sizes, strict=False)]
+    if not memory or [tuple(state.shape) for state in memory] != shapes:
         raise ValueError(
             f"memory must be the output of this model for the same {batch} rows, with states of shapes {shapes}; got "
             f"{[tuple(state.shape) for state in memory]}."
         )
-    if attention_mask is not None and not (attention_mask.dim() == 2 and bool(attention_mask.all())):
+    hides_memory = attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask.all())
+    if rows.tokens is not None or hides_memory:
         raise ValueError(
             "memory goes on where a text stopped, so there can be no padding: pass segments of one length, without "
             "zeros in attention_mask, or leave the mask out."

@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_deq import check_cacheable
 from .configuration_deq import DEQConfig
 from .generation_deq import DEQGenerationMixin
-from .inputs_deq import check_inputs, check_memory, check_positions, refuse_growing_cache, refuse_misspelt_dial
+from .inputs_deq import check_inputs, check_memory, check_position_ids, refuse_growing_cache, refuse_misspelt_dial
 from .layer_deq import DEQLayer, Dial
 from .masking_deq import Rows, check_mask, positions_of_texts, read_rows
 from .paging_deq import PagedTexts
@@ -188,7 +188,7 @@ class DEQModel(DEQPreTrainedModel):
         if cache is not None and attention_mask is not None and attention_mask.dim() == 4:
             first_query = first_query - cache.get_mask_sizes(length, 0)[1]  # a sliding cache has dropped some keys
         if position_ids is not None:
-            check_positions(position_ids, batch, length)
+            check_position_ids(position_ids, batch, length)
             position_ids = position_ids.expand(batch, -1)
         has_past, window = cache is not None or memory is not None, getattr(self.config, "sliding_window", None)
         return attention_mask, read_rows(attention_mask, position_ids, has_past, first_query, length, window)
@@ -261,22 +261,22 @@ class DEQModel(DEQPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
-        if memory is not None:
-            check_memory(self.layers[0], memory, len(inputs_embeds), attention_mask, cache)
-            attention_mask = None
         if isinstance(cache, PagedAttentionCache):
             cache, kwargs = PagedTexts(cache, **kwargs), {}
-            rows = cache.rows
+            mask, rows = attention_mask, cache.rows
         else:
             if kwargs.get("cu_seq_lens_q") is not None:
                 if attention_mask is not None:
                     raise ValueError("cu_seq_lens_q packs texts into a row without padding: leave attention_mask out.")
                 position_ids = positions_of_texts(kwargs["cu_seq_lens_q"]) if position_ids is None else position_ids
-            attention_mask, rows = self._read_rows(inputs_embeds, attention_mask, position_ids, cache, memory)
+            mask, rows = self._read_rows(inputs_embeds, attention_mask, position_ids, cache, memory)
+        if memory is not None:
+            check_memory(self.layers[0], memory, len(inputs_embeds), attention_mask, rows, cache)
+            mask = None
         recomputes = self.layers[0].gradient_checkpointing and self.training
         use_cache = use_cache and not recomputes and unroll_steps is None and memory is None and rows.texts is None
         cache = self._cache_of_call(cache, use_cache, dial)
-        context = self._context(inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs)
+        context = self._context(inputs_embeds, mask, position_ids, cache, memory, rows, **kwargs)
         hidden_states = self._embed(inputs_embeds, input_ids)
         output = self.layers[0](hidden_states, dial, rows, cache=cache, memory=memory, **context)
         return DEQModelOutputWithPast(

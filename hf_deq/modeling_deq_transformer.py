@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.utils.output_capturing import OutputRecorder
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from .attention_deq import additive_mask, attend, make_causal_mask, positions_after
+from .attention_deq import additive_mask, attend, contain_failures, make_causal_mask, positions_after
 from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_transformer import DEQTransformerConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
@@ -68,14 +68,13 @@ class DEQTransformerAttention(nn.Module):
             self.content_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
             self.position_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
 
-    def project(self, z: Tensor, injection: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, each `(batch, heads, sequence, size)`."""
-        qkv = (self.qkv_proj(z) + injection).unflatten(-1, (-1, self.head_dim))
-        queries_and_keys, value = qkv.split([2 * self.num_heads, self.num_heads], 2)
+    def project(self, z: Tensor, injection: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each `(batch, heads, sequence, size)`, and the mark of failed positions."""
+        heads = (self.qkv_proj(z) + injection).unflatten(-1, (-1, self.head_dim))
+        heads, failed = contain_failures(heads)
+        queries_and_keys, value = heads.split([2 * self.num_heads, self.num_heads], 2)
         query, key = positions.rotate(queries_and_keys).transpose(1, 2).chunk(2, 1)
-        # If a state or the layer before has overflowed at a position, other positions must not see it. A mask does not
-        # hide it, because 0 * NaN is NaN.
-        return query, key.nan_to_num(0.0, 0.0, 0.0), value.transpose(1, 2).nan_to_num(0.0, 0.0, 0.0)
+        return query, key, value.transpose(1, 2), failed
 
     def forward(
         self,
@@ -88,12 +87,12 @@ class DEQTransformerAttention(nn.Module):
         kernel_arguments: dict,
     ) -> tuple[Tensor, Tensor | None]:
         """Map a state `(batch, sequence, hidden)` and an injection `(..., 3 heads size)` to output and weights."""
-        query, key, value = self.project(z, injection, positions)
+        query, key, value, failed = self.project(z, injection, positions)
         if view is not None:
             key, value = view.update(key, value, self.layer_idx)
         query, attention_mask = positions.score(query, attention_mask)
         output, weights = attend(self, query, key, value, attention_mask, kernel_arguments, dropout_mask)
-        return self.o_proj(self.output_norm(output.flatten(2))), weights
+        return self.o_proj(self.output_norm((output + failed).flatten(2))), weights
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,8 @@ class DEQTransformerBlock(nn.Module):
     def remember(self, states: Tensor, injections: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Return the keys and values of earlier states."""
         attending = self.attention_norm(states) if self.pre_norm else states
-        return self.self_attn.project(attending, injections, positions)[1:]
+        _, key, value, _ = self.self_attn.project(attending, injections, positions)
+        return key, value
 
 
 class DEQTransformerLayer(DEQLayer):
@@ -257,14 +257,11 @@ class DEQTransformerLayer(DEQLayer):
     def _inject(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the injection into queries, keys and values, and the injection into the residual stream.
 
-        Both are the same in every evaluation. Non-finite numbers become zero in keys and values. Otherwise every
-        position would become NaN, even positions that do not attend to the affected key. Queries and the residual
-        stream keep non-finite numbers, so that the affected position becomes NaN, and no earlier position does.
+        Both are the same in every evaluation.
         """
-        width = self.into_attention // 3
-        queries, others, residual = self.injection(hidden_states).split([width, 2 * width, self.into_residual], -1)
-        into_attention = torch.cat([queries, others.nan_to_num(0.0, 0.0, 0.0)], -1)
-        return into_attention, residual if self.into_residual else None
+        sizes = [self.into_attention, self.into_residual]
+        into_attention, into_residual = self.injection(hidden_states).split(sizes, -1)
+        return into_attention, into_residual if self.into_residual else None
 
 
 class DEQTransformerPreTrainedModel(DEQPreTrainedModel):

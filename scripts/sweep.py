@@ -35,7 +35,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -191,11 +191,12 @@ def flags_of(values: dict) -> list[str]:
 
 def main(file: str, arguments: SweepArguments) -> None:
     """Run what is not finished, and print the results."""
-    with nullcontext() if arguments.show else alone_with(Path(file)):
-        sweep = Sweep(Path(file))
-        if not arguments.show:
-            evaluation = sweep.plan.get("evaluate")
-            worker = Worker(Path(arguments.runs_dir), arguments.set, evaluation, arguments.num_processes)
+    sweep = Sweep(Path(file))
+    if not arguments.show:
+        evaluation = sweep.plan.get("evaluate")
+        worker = Worker(Path(arguments.runs_dir), arguments.set, evaluation, arguments.num_processes)
+        with alone_with(sweep.results_file):
+            sweep = Sweep(Path(file))  # another sweep may have ended since it was read
             run_all(sweep, worker, arguments.workers)
     print(format_table(sweep.table()) if sweep.results else "no run is finished")
     for model in sweep.stuck():
@@ -204,15 +205,14 @@ def main(file: str, arguments: SweepArguments) -> None:
     print(f"\n{len(left)} runs can start next, {[run.key for run in left]}" if left else "\nevery run is finished")
 
 
-def alone_with(file: Path) -> AbstractContextManager[None]:
-    """Within this context no other sweep of this file can run: each would write its results over those of the other.
+def alone_with(results_file: Path) -> AbstractContextManager[None]:
+    """Within this context no other sweep can write to this file: each would write its results over those of the other.
 
     Raises:
         ValueError: if another one runs.
     """
-    return locked(
-        file.with_suffix(".lock"), f"another sweep of {file} runs: wait for its end, or run more --workers there."
-    )
+    refusal = f"another sweep runs that writes {results_file}: wait for its end, or run more --workers there."
+    return locked(results_file.with_name(".sweep"), refusal)
 
 
 def run_all(sweep: Sweep, worker: Worker, workers: int) -> None:

@@ -56,9 +56,11 @@ class MemoryLaws:
         ids, memory = random_ids(2, 4), model(random_ids(2, 5)).memory
         with pytest.raises(ValueError, match="output of this model for the same 3 rows"):
             model(random_ids(3, 4), memory=memory)
-        for other in (memory[1][..., :-1], memory[1][:, :-1]):
+        for other in ((), memory[:1], (memory[0], memory[1][..., :-1]), (memory[0], memory[1][:, :-1])):
             with pytest.raises(ValueError, match="output of this model.*states of shapes"):
-                model(ids, memory=(memory[0], other))
+                model(ids, memory=other)
+        with pytest.raises(ValueError, match="attention_mask must be"):
+            model(ids, memory=memory, attention_mask=torch.ones(1, 3))
         padding = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
         with pytest.raises(ValueError, match="no padding: pass segments of one length"):
             model(ids, memory=memory, attention_mask=padding)
@@ -69,6 +71,8 @@ class MemoryLaws:
         assert model(ids, attention_mask=padding).memory is None
         given = model(ids, memory=memory, attention_mask=torch.ones(2, 4, dtype=torch.long))
         assert torch.equal(given.logits, model(ids, memory=memory).logits)
+        causal = torch.ones(2, 1, 4, 4).tril().bool()
+        assert torch.equal(model(ids, memory=memory, attention_mask=causal).logits, given.logits)
 
     def test_generation_goes_on_from_a_memory_without_a_cache(self):
         model = self.family.model(**self.family.remembering)

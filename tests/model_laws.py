@@ -224,7 +224,7 @@ class ModelLaws:
             (dict(attention_mask=torch.ones(3, 6)), r"attention_mask must be.*got \(3, 6\)"),
             (dict(solver_tolerance=float("nan")), "solver_tolerance must be zero or positive, and finite; got nan"),
             (dict(position_ids=torch.arange(2)[None]), r"position_ids must be \(batch, sequence\) = \(2, 6\)"),
-            (dict(cu_seq_lens_q=torch.tensor([0, 2])), "cu_seq_lens_q must end with the length of the row"),
+            (dict(cu_seq_lens_q=torch.tensor([0, 2])), "cu_seq_lens_q: it must end with the length of the row"),
             (dict(solver_max_evaluations=2.5), "solver_max_evaluations must be a whole number of at least 1, got 2.5"),
             (dict(unroll_steps=0), "unroll_steps must be a whole number of at least 1, got 0"),
             (dict(unroll_steps=3, solver_max_evaluations=9), "solver_max_evaluations=9 would have no effect"),

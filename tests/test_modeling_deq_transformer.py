@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import PAPER, TRANSFORMER, application_of_f, random_ids
+from families import ATTRACTOR, PAPER, TRANSFORMER, application_of_f, random_ids
 from generation_laws import GenerationLaws
 from memory_laws import MemoryLaws
 from model_laws import ModelLaws
@@ -197,3 +197,17 @@ def test_a_projection_can_be_shared_by_embeddings_and_softmax(tmp_path):
         ):
             assert getattr(embedding, name) is getattr(head, name), name
         assert embedding.projection0_weight is not head.projection0_weight
+
+
+@pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
+@pytest.mark.parametrize("family", [TRANSFORMER, ATTRACTOR], ids=["transformer", "attractor"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keys_and_values_that_overflow_are_no_solution(family, attention):
+    """They become zero for the others, and their own position fails, even if the kernel makes numbers of its NaN."""
+    model = family.model(attn_implementation=attention)
+    (*_, last) = (module for module in model.modules() if hasattr(module, "qkv_proj"))
+    queries = last.num_heads * model.config.head_dim
+    with torch.no_grad():
+        last.qkv_proj.weight[queries:] *= 1e308
+    output = model(random_ids(2, 5), use_cache=False)
+    assert last.qkv_proj.weight.isfinite().all() and not output.converged.any()

@@ -108,18 +108,17 @@ def check_memory_length(memory_length: int | None, held_out: HeldOut) -> None:
     """
     if memory_length is not None and not held_out.carries_memory:
         raise ValueError(
-            f"memory_length={memory_length} is for streams of a text with a memory: add --carry_memory true, or leave "
-            "memory_length out."
+            f"memory_length={memory_length} is for a text that is read in streams with a memory (--carry_memory true): "
+            "leave it out."
         )
 
 
 def given_arguments(*arguments, rows: tuple[str, ...] = ROWS) -> dict:
-    """The arguments that decide the numbers: those that are not at their defaults, and which `rows` there are."""
+    """The arguments that decide the numbers: those that are not at their defaults, and always those of `rows`."""
     defaults = {name: value for one in arguments for name, value in asdict(type(one)()).items()}
     given = {one.name: getattr(part, one.name) for part in arguments for one in fields(part) if one.name not in PLACES}
-    return {
-        name: value for name, value in given.items() if name in rows or (name not in ROWS and value != defaults[name])
-    }
+    changed = {name: value for name, value in given.items() if name not in ROWS and value != defaults[name]}
+    return changed | {name: given[name] for name in rows}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Ranges of arguments, checked with the name of the argument in the message."""
 
+from numbers import Real
+
 
 def check_at_least(smallest: int, **arguments) -> None:
-    """Refuse what is not a number, and numbers that are too small, infinite, or not a number.
+    """Refuse what is no number, NaN, and numbers that are too small or infinite.
 
     Args:
         smallest: of all these arguments.
@@ -13,9 +15,9 @@ def check_at_least(smallest: int, **arguments) -> None:
     """
     for name, given in arguments.items():
         for value in given if isinstance(given, list) else [] if given is None else [given]:
-            if not isinstance(value, int | float):
+            if not isinstance(value, Real):
                 raise ValueError(f"{name} must be a number, got {value!r}.")
-            if not value >= smallest:  # also if it is not a number
+            if not float(value) >= smallest:  # also if it is not a number
                 bound = "must not be negative" if smallest == 0 else f"must be at least {smallest}"
                 raise ValueError(f"{name} {bound}, got {value}.")
             if value == float("inf"):

@@ -60,7 +60,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError, ImportError) as error:
         raise ValueError(
-            f"{str(folder)!r} has no tokenizer that can be loaded, as a model that was not trained on text: {error}"
+            f"{str(folder)!r} has no tokenizer that can be loaded (models that learned no text have none): {error}"
         ) from error
 
 
@@ -113,7 +113,9 @@ def check_finite(model: PreTrainedModel) -> None:
     """
     names = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
     if names:
-        raise ValueError(f"{names[0]} is not finite, so the training diverged: take an earlier checkpoint.")
+        raise ValueError(
+            f"{names[0]} is not finite, perhaps because the training diverged: take an earlier checkpoint."
+        )
 
 
 def _class_of(config) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:

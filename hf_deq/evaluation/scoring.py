@@ -135,8 +135,8 @@ def solve_sums(outputs) -> list[float]:
 def _report(totals: Tensor, stream: TokenStream) -> PerplexityReport:
     """Make the report from the sums of `_score` over all batches."""
     nats, counted, rows, evaluations, residual, converged = totals.tolist()
-    everything = round(counted) == len(stream.ids) and not stream.num_unknown
-    spelt: dict = {"num_words": max(1, stream.num_words), "num_bytes": stream.num_bytes} if everything else {}
+    is_spelt = round(counted) == len(stream.ids) and not stream.num_unknown
+    spelt: dict = {"num_words": max(1, stream.num_words), "num_bytes": stream.num_bytes} if is_spelt else {}
     return PerplexityReport(
         num_tokens=round(counted),
         num_evaluations=evaluations / rows,

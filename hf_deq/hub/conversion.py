@@ -143,8 +143,8 @@ def _without_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         first = originals.setdefault(_without_prefix(name), name)
         if first != name and not torch.equal(state_dict[first], tensor):
             raise ValueError(
-                f"{first} and {name} are one name without the prefixes of wrappers, but their tensors differ: remove "
-                "one of them."
+                f"{first} and {name} are one name without the prefixes of wrappers, but their tensors are not equal: "
+                "remove one of them."
             )
     return {bare: state_dict[name] for bare, name in originals.items()}
 

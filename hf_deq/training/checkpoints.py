@@ -131,9 +131,10 @@ class Checkpoints:
             )
 
     def remove(self, step: int) -> None:
-        """Remove the checkpoint of a step."""
-        if self.accelerator.is_main_process:
-            _remove(self.folder / NAME.format(step))
+        """Remove the checkpoint of a step, if there is one."""
+        path = self.folder / NAME.format(step)
+        if self.accelerator.is_main_process and path.is_dir():
+            _remove(path)
 
     def remove_all(self) -> None:
         """Remove the checkpoints of an earlier run, and nothing else."""

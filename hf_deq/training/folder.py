@@ -9,7 +9,7 @@ from filelock import FileLock, Timeout
 from ..evaluation import FIGURES
 from .arguments import RunArguments
 
-# What a run writes at its end: the model and its tokenizer, which has some of these files.
+# What a run writes at its end: the model, and some of the files of a tokenizer.
 OF_A_MODEL = (
     *("config.json", "generation_config.json"),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
@@ -44,7 +44,7 @@ def check_free(folder: Path, run: RunArguments, tokenizer: str | None = None) ->
         tokenizer: where the tokenizer comes from, if not from `run.init_from` or the corpus.
 
     Raises:
-        ValueError: if it does; or if the run begins with what it would overwrite, and so could not be resumed.
+        ValueError: if it does; or if the run starts from the folder that it would overwrite.
     """
     for name, source in (("init_from", run.init_from), ("tokenizer", tokenizer)):
         if run.overwrite and source is not None and Path(source).resolve() == folder.resolve():
@@ -74,7 +74,7 @@ def locked(place: Path, refusal: str) -> Iterator[None]:
     """Within this context no other process can lock this file. The system frees it if the process is killed.
 
     Args:
-        place: a file of no other use. It is removed at the end.
+        place: a file of no other use. It stays.
         refusal: what to say if another process has locked it.
 
     Raises:
@@ -88,12 +88,12 @@ def locked(place: Path, refusal: str) -> Iterator[None]:
         raise ValueError(refusal) from error
     except (OSError, NotImplementedError) as error:
         raise OSError(
-            f"{str(place.parent)!r} cannot be locked, which keeps two runs apart ({error}): choose another folder."
+            f"{str(place.parent)!r} cannot be locked, so two runs in it could not be kept apart ({error}): choose "
+            "another folder."
         ) from error
     try:
         yield
     finally:
-        place.unlink(missing_ok=True)
         lock.release()
 
 

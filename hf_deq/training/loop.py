@@ -29,6 +29,7 @@ from accelerate.utils import (
 )
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .arguments import RunArguments
 from .checkpoints import Checkpoints
@@ -39,6 +40,8 @@ from .memory import CarriedMemory
 from .optimizers import make_optimizer, make_schedule
 from .preparation import Prepared, prepare
 from .step_guard import Diverged, StepGuard
+
+logger = logging.get_logger(__name__)
 
 
 class Interrupted(Exception):
@@ -117,7 +120,8 @@ class _Trainer:
         return self.accelerator.unwrap_model(self.model)
 
     def run(self) -> dict:
-        self._begin()
+        self._prepare_folder()
+        first = self.step
         with _signals_as_requests(self):
             try:
                 self._take_steps()
@@ -126,18 +130,21 @@ class _Trainer:
                 raise
             with self.clock.paused() as seconds:
                 self._save_model()
-            if not self._saves_now():  # a report may take long, and whatever ends it must not cost the training
-                self._save_checkpoint()
+            if self.step > first:
+                self._save_last_step()
+            if self._stops():
+                self._release()
+                raise Interrupted("stopped after the last step, before the report; continue with --resume")
         try:
             line = self._report(seconds)
         except KeyboardInterrupt:
             raise Interrupted("stopped in the report after the last step; continue with --resume") from None
         if not self.arguments.save_steps:
             self.checkpoints.remove(self.step)
-        self._end()
+        self._release()
         return line
 
-    def _begin(self) -> None:
+    def _prepare_folder(self) -> None:
         """Bring the folder to where the run starts: to a checkpoint, or without what an earlier run has left."""
         if self.arguments.resume:
             self._load_checkpoint()
@@ -222,17 +229,20 @@ class _Trainer:
         bar.set_postfix_str(self.summary(line))
         self.metrics.write(line)
 
-    def _stop_if_requested(self, bar: tqdm) -> None:
+    def _stops(self) -> bool:
+        """Whether a signal has asked any process to stop: all processes leave at the same step."""
         if self.stop_requested:
             self.accelerator.set_trigger()
-        if self.accelerator.check_trigger():  # all processes leave at the same step
+        return self.accelerator.check_trigger()
+
+    def _stop_if_requested(self, bar: tqdm) -> None:
+        if self.step < self.arguments.max_steps and self._stops():
             bar.close()
-            if self.step < self.arguments.max_steps:
-                path = self._save_checkpoint()
-                self._end()
-                raise Interrupted(
-                    f"stopped at step {self.step} of {self.arguments.max_steps}; saved {path}; continue with --resume"
-                )
+            path = self._save_checkpoint()
+            self._release()
+            raise Interrupted(
+                f"stopped at step {self.step} of {self.arguments.max_steps}; saved {path}; continue with --resume"
+            )
 
     def _saves_now(self) -> bool:
         """Whether `save_steps` asks for a checkpoint of this step."""
@@ -242,6 +252,20 @@ class _Trainer:
         self.guard.check(self.step, self.checkpoints)
         progress = {"step": self.step, "seconds": self.clock.seconds(), "meter": self.meter.totals()}
         return self.checkpoints.save(progress | {"guard": self.guard.state()})
+
+    def _save_last_step(self) -> None:
+        """Save a checkpoint before the report. A report may take long, and whatever ends it must not cost the training.
+
+        The model is saved already. So if the checkpoint cannot be written, a single process goes on with a warning.
+        """
+        if self._saves_now():  # it is there
+            return
+        try:
+            self._save_checkpoint()
+        except OSError as error:
+            if self.accelerator.num_processes > 1:  # the others wait for this one
+                raise
+            logger.warning(f"{error} The model of the last step is saved.")
 
     def _load_checkpoint(self) -> None:
         progress = self.checkpoints.load()
@@ -287,7 +311,7 @@ class _Trainer:
         )
         return line
 
-    def _end(self) -> None:
+    def _release(self) -> None:
         """Release the wrapped model before the process group ends. In the other order, gloo can deadlock."""
         self.model, self.optimizer, self.schedule = self.accelerator.free_memory(
             self.model, self.optimizer, self.schedule

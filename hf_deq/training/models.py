@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..configuration_deq import DEQConfig, fits_given_weights
 from ..data import read_recipe
-from ..evaluation import check_length, check_remembers
+from ..evaluation import check_length
 from ..generation_deq import REPORTED
 from ..tasks import Task, task_of
 from .arguments import RunArguments
@@ -33,11 +33,8 @@ class EquilibriumModel:
         """Refuse what the model cannot learn. A warning says if no step of the training is solved, or to no tolerance.
 
         Raises:
-            ValueError: if memory is to be carried, and the model has none; or if training is to begin with shallow
-                steps, and the model is never solved.
+            ValueError: if training is to begin with shallow steps, and the model is never solved.
         """
-        if task.carries_memory:
-            check_remembers(self.config)
         if self.run.shallow_steps and self.config.gradient == "unrolled":
             depth, used = self.run.shallow_depth, self.config.solver_max_evaluations
             raise ValueError(
@@ -108,15 +105,12 @@ class ExplicitModel:
         """Refuse what the model cannot learn.
 
         Raises:
-            ValueError: if an argument is for a solver, memory is to be carried, or sequences are longer than the model
-                can read.
+            ValueError: if an argument is for a solver, or sequences are longer than the model can read.
         """
         model_type = self.config.model_type
         for name in SOLVER_ARGUMENTS:
             if getattr(self.run, name) != getattr(RunArguments, name):
                 raise ValueError(f"{name} is for models that solve for an equilibrium: {model_type} does not; omit it.")
-        if task.carries_memory:
-            check_remembers(self.config)
         check_length(self.config, "the training sequences (sequence_length)", len(task.examples[0]["input_ids"]))
         check_length(self.config, "the sample's prompt and sample_tokens", task.sample_length)
 

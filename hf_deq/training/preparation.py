@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..evaluation import check_remembers
 from ..tasks import Task, make_task, task_for
 from .arguments import RunArguments
 from .models import EquilibriumModel, ExplicitModel, check_trained_on, model_kind, pretrained
@@ -49,6 +50,8 @@ def prepare(task_arguments, run: RunArguments, model_fields: dict, model_type: s
         model = pretrained(run.init_from, model_type, fields)
     kind = model_kind(model.config, run)
     kind.check(task)
+    if task.carries_memory:
+        check_remembers(model.config)
     given = {name: fields[name] for name in model_fields}  # the task may have changed some, such as vocab_size
     arguments = asdict(task_arguments) | asdict(run)
     recipe = {"task": task.name, "model_type": model_type} | task.recorded | arguments | given

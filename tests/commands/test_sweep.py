@@ -205,11 +205,14 @@ def test_tables_and_a_figure_are_made_of_the_results(tmp_path):
         sweep.add(ready[0], line | {"validations": [{"step": 10, "validation_perplexity": 90.0 + 2 * seed}]})
     (tmp_path / "README.md").write_text("<!-- tuning -->\nold\n<!-- end -->\n\n<!-- final -->\n<!-- end -->\n")
     measured = {name: {"step ms": 9000, "saved MB": 1.5, "token ms": None, "nats over 15": 0.25} for name in models}
-    (tmp_path / "measurements.json").write_text(json.dumps(measured))
+    (tmp_path / "measurements.json").write_text(json.dumps({"machine": "*CPU, then.*"} | measured))
     finished = script("report_sweep.py", tmp_path)
     assert finished.returncode == 0 and (tmp_path / "pareto.png").is_file(), finished.stderr[-2000:]
     page = (tmp_path / "README.md").read_text()
     assert "| solved | 1 | learning_rate 0.001 | 100 | 50% |" in page and "old" not in page
+    assert [line for line in page.splitlines() if line.startswith("*")] == [
+        "*CPU, then.*"
+    ]  # what was measured, and when
     scores = "| 10 | 2 | 3 | 2 | 80.0 ± 0.0 | 101.0 ± 1.4 | 91.0 (10) |"
     assert f"| solved {scores} 71.0 ± 1.4 | 6.2 | 9,000 | - | 1.5 | - | 0.25 |" in page
     assert f"| explicit {scores} 91.0 ± 1.4 | - | 9,000 | - | 1.5 | - | 0.25 |" in page
@@ -285,6 +288,8 @@ def test_only_final_runs_that_are_at_hand_are_measured(reports, tmp_path, capsys
     lines = {"kept": [{"key": "first"}, {"key": "second"}], "lost": [{"key": "third"}]}
     assert reports.at_hand(lines, tmp_path) == {"kept": [{"key": "second"}]}
     assert "lost is not in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has no final run of this sweep"):
+        reports.at_hand({"lost": lines["lost"]}, tmp_path)
 
 
 def test_measurements_of_an_earlier_version_are_made_again(reports):
@@ -309,7 +314,9 @@ def test_state_tracking_is_drawn_by_group_and_model(tmp_path):
         rows = [accuracies] if run.model == "s3-llama" else [row | accuracies for row in (*dial, loose)]
         result = {"num_parameters": 10, "seconds": 1.0, "validation_loss": 0.1, "guessed_accuracy": 0.5}
         sweep.add(run, {"result": result, "validations": [], "evaluation": {"rows": rows}})
-    finished = script("plot_state_tracking.py", tmp_path, "--figure", tmp_path / "figure.png")
+    (page := tmp_path / "page.md").write_text("<!-- state_tracking -->\n<!-- end -->\n")
+    finished = script("plot_state_tracking.py", tmp_path, "--figure", tmp_path / "figure.png", "--page", page)
+    assert page.read_text().count("| s3 |") == 2 and "CPU" not in page.read_text()  # nothing was measured here
     assert finished.returncode == 0 and (tmp_path / "figure.png").is_file(), finished.stderr[-2000:]
     table = [line.split() for line in finished.stdout.splitlines()]
     assert [row[0] for row in table if row and row[0] in ("parity", "s3")] == ["parity", "s3", "s3"]
@@ -317,12 +324,20 @@ def test_state_tracking_is_drawn_by_group_and_model(tmp_path):
     assert ["s3", "llama", "10", "0", "-", "50%", "100%", "75%", "50%", "25%"] in table
 
 
-def test_two_sweeps_of_a_file_do_not_run_side_by_side(plan):
-    with sweeps.alone_with(plan):
-        finished = script("sweep.py", plan)
-        assert finished.returncode == 1 and f"another sweep of {plan} runs: wait for its end" in finished.stderr
-        assert script("sweep.py", plan, "--show").returncode == 0
-    assert [file.name for file in plan.parent.iterdir()] == ["sweep.yaml"]
+def test_two_sweeps_of_a_folder_do_not_run_side_by_side(plan):
+    """Also those of two files: they have one file of results."""
+    results = plan.with_name("results.jsonl")
+    other = plan.with_name("other.yaml")
+    other.write_text(plan.read_text())
+    with sweeps.alone_with(results):
+        finished = script("sweep.py", other)
+        assert finished.returncode == 1 and f"another sweep runs that writes {results}: wait" in finished.stderr
+        assert script("sweep.py", other, "--show").returncode == 0
+
+
+def test_a_sweep_that_is_not_there_makes_no_folder(tmp_path):
+    assert script("sweep.py", tmp_path / "typo" / "sweep.yaml").returncode == 1
+    assert not (tmp_path / "typo").exists()
 
 
 def test_a_broken_line_of_results_is_named(plan):

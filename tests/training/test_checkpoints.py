@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_deq import DEQTransformerForCausalLM
 from hf_deq.tasks import CopyMemoryArguments
-from hf_deq.training import Diverged, Interrupted, RunArguments, checkpoints, log, train
+from hf_deq.training import Diverged, Interrupted, RunArguments, checkpoints, log, loop, train
 from hf_deq.training.checkpoints import Checkpoints, find_fault, write_manifest
 
 MODEL = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, hidden_dropout=0.1, solver_tolerance=1e-2)
@@ -204,7 +204,7 @@ def test_an_overwritten_model_does_not_outlive_the_start_of_the_next_run(finishe
     monkeypatch.setattr("hf_deq.training.loop._Trainer._take_steps", stop)
     with pytest.raises(KeyboardInterrupt):
         run(finished, overwrite=True, seed=5)
-    left = {file.name for file in finished.iterdir()}
+    left = {file.name for file in finished.iterdir()} - {".training"}
     assert left == {"checkpoints", "metrics.jsonl", "recipe.yaml", "notes.json"}
     assert "seed: 5" in (finished / "recipe.yaml").read_text() and not (finished / "metrics.jsonl").read_text()
 
@@ -230,6 +230,36 @@ def test_what_ends_the_report_does_not_cost_the_training(tmp_path, whole, monkey
     assert names(tmp_path) == ["step-00000012"] and find_fault(tmp_path / "checkpoints" / "step-00000012") is None
     line = run(tmp_path, save_steps=0, resume=True)
     assert line["step"] == STEPS and names(tmp_path) == []
+    assert_same(tmp_path, whole)
+
+
+def test_a_resume_after_the_last_step_leaves_its_checkpoint_alone(tmp_path, monkeypatch):
+    """To write it again could lose it: a kill in between would leave none."""
+    run(tmp_path, save_steps=5)
+    monkeypatch.setattr("hf_deq.training.checkpoints.Checkpoints.save", lambda *arguments: pytest.fail("saved again"))
+    assert run(tmp_path, save_steps=5, resume=True)["step"] == STEPS
+
+
+def test_a_last_checkpoint_that_cannot_be_written_does_not_cost_the_report(tmp_path, monkeypatch, caplog):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_deq.training.checkpoints.write_manifest", full)
+    assert run(tmp_path, save_steps=0)["step"] == STEPS
+    assert "could not be written" in caplog.text and (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_stop_while_the_model_is_saved_ends_the_run_before_the_report(tmp_path, whole, monkeypatch):
+    def stopped(trainer):
+        saved(trainer)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    saved = loop._Trainer._save_model
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_deq.training.loop._Trainer._save_model", stopped)
+        with pytest.raises(Interrupted, match="before the report; continue with --resume"):
+            run(tmp_path, save_steps=0)
+    assert run(tmp_path, save_steps=0, resume=True)["step"] == STEPS
     assert_same(tmp_path, whole)
 
 
