@@ -81,9 +81,9 @@ def attend(
 def contain_failures(heads: Tensor) -> tuple[Tensor, Tensor]:
     """Return queries, keys and values of which none is infinite or NaN, and a mark for the output of the attention.
 
-    No mask hides such a number from the other positions, because 0 * NaN is NaN. So it becomes zero, and its position
-    is marked. Added to the output, the mark lets this position fail, and no other. (A query of NaN is not enough: some
-    attention kernels return a finite output for it.)
+    No mask hides such a number from the other positions, because 0 * NaN is NaN. So all heads of its position become
+    zero, and the position is marked. Added to the output, the mark lets this position fail, and no other. (A query of
+    NaN is not enough: some attention kernels return a finite output for it.)
 
     Args:
         heads: `(batch, sequence, heads, size)`.
@@ -91,7 +91,8 @@ def contain_failures(heads: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The finite heads, and the mark `(batch, sequence, 1, 1)`: NaN where a position has failed, otherwise zero.
     """
-    return heads.nan_to_num(0.0, 0.0, 0.0), (0 * heads.detach()).sum((2, 3), keepdim=True)
+    mark = (0 * heads.detach()).sum((2, 3), keepdim=True)
+    return heads.masked_fill(mark.isnan(), 0), mark
 
 
 def positions_after(cache: Cache | None, inputs_embeds: Tensor) -> Tensor:
