@@ -117,8 +117,8 @@ def given_arguments(*arguments, rows: tuple[str, ...] = ROWS) -> dict:
     """The arguments that decide the numbers: those that are not at their defaults, and always those of `rows`."""
     defaults = {name: value for one in arguments for name, value in asdict(type(one)()).items()}
     given = {one.name: getattr(part, one.name) for part in arguments for one in fields(part) if one.name not in PLACES}
-    changed = {name: value for name, value in given.items() if name not in ROWS and value != defaults[name]}
-    return changed | {name: given[name] for name in rows}
+    changed = {name for name, value in given.items() if name not in ROWS and value != defaults[name]}
+    return {name: value for name, value in given.items() if name in changed or name in rows}
 
 
 if __name__ == "__main__":
