@@ -250,7 +250,7 @@ def test_weights_that_are_not_finite_give_no_text(trained, corpus, tmp_path):
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, spoilt / "model.safetensors", {"format": "pt"})
     finished = script("generate.py", spoilt, "--prompt", "sentence")
-    assert finished.returncode == 1 and "error: model.norm.weight is not finite, perhaps because the training" in finished.stderr
+    assert finished.returncode == 1 and "error: model.norm.weight is not finite" in finished.stderr
     flags = ["--init_from", spoilt, "--max_steps", 2, "--sequence_length", 16, "--num_threads", 1, "--shallow_steps", 0]
     finished = script("train.py", "--corpus", corpus, *flags, "--output_dir", tmp_path / "out", "--warmup_steps", 1)
     assert finished.returncode == 0 and "perplexity nan" in finished.stdout, finished.stderr[-2000:]
@@ -272,7 +272,7 @@ def test_evaluate_refuses_flags_without_an_effect(trained):
         ),
         (["--stride", 4, "--carry_memory", "true"], "stride=4 is for windows"),
         (["--copy_delay", 3], "--copy_delay"),
-        (["--memory_length", 64], "memory_length=64 is for a text that is read in streams with a memory (--carry_memory true)"),
+        (["--memory_length", 64], "memory_length=64 is for a text that is read in streams"),
     ):
         finished = script("evaluate.py", folder, *flags)
         assert finished.returncode != 0 and message in finished.stderr and "Traceback" not in finished.stderr
