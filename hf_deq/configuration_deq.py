@@ -251,7 +251,7 @@ def require_one_of(name: str, value: str, allowed) -> None:
     Raises:
         ValueError: if the value is not allowed. The message gives the name of the field and the allowed names.
     """
-    if value not in allowed:
+    if value not in [*allowed]:  # a value from a recipe may be a list, which no dictionary can look up
         raise ValueError(f"{name} must be one of {sorted(allowed)}, got {value!r}.")
 
 

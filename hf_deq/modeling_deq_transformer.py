@@ -203,7 +203,9 @@ class DEQTransformerLayer(DEQLayer):
         kernel_arguments: dict,
     ) -> DEQLayerOutput:
         """Map the embedded input `(batch, sequence, hidden)` to its equilibrium."""
-        into_attention, into_residual = self._inject(hidden_states)
+        sizes = [self.into_attention, self.into_residual]
+        into_attention, into_residual = self.injection(hidden_states).split(sizes, -1)
+        into_residual = into_residual if self.into_residual else None
         follows_cache = cache is not None and cache.get_seq_length() > 0
         if memory is not None:
             cache = self._remembered_keys(memory, memory_positions)
@@ -253,15 +255,6 @@ class DEQTransformerLayer(DEQLayer):
             return None
         past = past or [state[:, :0] for state in new]
         return tuple(latest(old, state, length) for old, state in zip(past, new, strict=True))
-
-    def _inject(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the injection into queries, keys and values, and the injection into the residual stream.
-
-        Both are the same in every evaluation.
-        """
-        sizes = [self.into_attention, self.into_residual]
-        into_attention, into_residual = self.injection(hidden_states).split(sizes, -1)
-        return into_attention, into_residual if self.into_residual else None
 
 
 class DEQTransformerPreTrainedModel(DEQPreTrainedModel):

@@ -63,7 +63,7 @@ def parse(arguments: list[str]) -> tuple[object, RunArguments, dict, str]:
     start = initial_folder(arguments, recipe or {})
     first = first_parser(recipe or {}, start)
     chosen, flags = first.parse_known_args(arguments if name is None else arguments[1:])
-    require_one_of("task", chosen.task, [*TASKS])  # argparse checks flags, but not what comes from the recipe
+    require_one_of("task", chosen.task, TASKS)  # argparse checks flags, but not what comes from the recipe
     if start is None:
         require_one_of("model_type", chosen.model_type, model_types())
     parser = HfArgumentParser(
