@@ -35,7 +35,9 @@ def eager_attention_forward(
         key, value = (heads.repeat_interleave(module.num_key_value_groups, 1) for heads in (key, value))
     scores = query @ key.transpose(-2, -1) * scaling
     if attention_mask is not None:
-        scores = scores + attention_mask
+        # A masked score is replaced. In half precision it can be larger than the mask is negative.
+        hidden = attention_mask < torch.finfo(attention_mask.dtype).min / 4
+        scores = torch.where(hidden, torch.finfo(scores.dtype).min, scores + attention_mask)
     weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     return (apply_mask(weights, dropout_mask) @ value).transpose(1, 2), weights
 
@@ -79,20 +81,36 @@ def attend(
 
 
 def contain_failures(heads: Tensor) -> tuple[Tensor, Tensor]:
-    """Return queries, keys and values of which none is infinite or NaN, and a mark for the output of the attention.
+    """Return queries, keys and values that are small enough for an attention score, and the positions where they were.
 
-    No mask hides such a number from the other positions, because 0 * NaN is NaN. So all heads of its position become
-    zero, and the position is marked. Added to the output, the mark lets this position fail, and no other. (A query of
-    NaN is not enough: some attention kernels return a finite output for it.)
+    No mask hides an infinite number or NaN from the other positions, because 0 * NaN is NaN. So all heads of a position
+    with such a number, or with one so large that rotations or scores could overflow, become zero. This position then
+    fails, see `let_fail`. (A query of NaN is not enough: some attention kernels return a finite output for it.)
 
     Args:
         heads: `(batch, sequence, heads, size)`.
 
     Returns:
-        The finite heads, and the mark `(batch, sequence, 1, 1)`: NaN where a position has failed, otherwise zero.
+        The heads, and whether they are as they were, bool `(batch, sequence, 1, 1)`.
     """
-    mark = (0 * heads.detach()).sum((2, 3), keepdim=True)
-    return heads.masked_fill(mark.isnan(), 0), mark
+    # A product with zero would find NaN, too, but a compiler may take it for zero.
+    largest = torch.linalg.vector_norm(heads.detach(), float("inf"), (2, 3), keepdim=True)
+    holds = largest <= largest_head(heads.dtype, heads.shape[-1])
+    return torch.where(holds, heads, 0), holds
+
+
+def largest_head(dtype: torch.dtype, size: int) -> float:
+    """Return the largest number that queries, keys and values of this size may have.
+
+    Then neither a rotation overflows nor a score: kernels add up scores in single precision or wider.
+    """
+    scores = torch.finfo(torch.promote_types(dtype, torch.float32))
+    return min(torch.finfo(dtype).max / 4, (scores.max / (8 * size)) ** 0.5)
+
+
+def let_fail(output: Tensor, holds: Tensor) -> Tensor:
+    """Return the output of the attention `(batch, sequence, heads, size)` with NaN where heads do not hold."""
+    return torch.where(holds, output, float("nan"))
 
 
 def positions_after(cache: Cache | None, inputs_embeds: Tensor) -> Tensor:

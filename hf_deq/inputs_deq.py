@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .configuration_deq import DEQConfig
 from .layer_deq import DEQLayer, Dial
-from .masking_deq import Rows
+from .masking_deq import check_mask, token_mask
 from .paging_deq import PagedTexts
 from .softmax_heads import check_ids
 
@@ -56,15 +56,15 @@ def check_position_ids(position_ids: Tensor, batch: int, length: int) -> None:
         )
 
 
-def check_memory(layer: DEQLayer, memory, batch: int, attention_mask: Tensor | None, rows: Rows, cache) -> None:
+def check_memory(layer: DEQLayer, memory, batch: int, length: int, attention_mask: Tensor | None, cache) -> None:
     """Refuse a memory that comes with a cache or padding, or does not belong to this model and these rows.
 
     Args:
         layer: of the model.
         memory: as the caller gave it.
         batch: number of rows.
-        attention_mask: as the caller gave it. It may have columns for the memory.
-        rows: the structure of the new positions.
+        length: number of new positions.
+        attention_mask: as the caller gave it. A 2D mask may have columns for the memory.
         cache: as the caller gave it.
     """
     sizes = layer.memory_sizes
@@ -78,14 +78,25 @@ def check_memory(layer: DEQLayer, memory, batch: int, attention_mask: Tensor | N
         raise ValueError(f"memory was given to a model that remembers nothing: {remedy}.")
     lengths = layer.memory_lengths or [state.shape[1] for state in memory[:1]] * len(sizes)
     shapes = [(batch, length, size) for length, size in zip(lengths, sizes, strict=False)]
-    if not memory or [tuple(state.shape) for state in memory] != shapes:
+    if isinstance(memory, Tensor) or not memory or [tuple(state.shape) for state in memory] != shapes:
         raise ValueError(
-            f"memory must be the output of this model for the same {batch} rows, with states of shapes {shapes}; got "
-            f"{[tuple(state.shape) for state in memory]}."
+            f"memory must be the output of this model for the same {batch} rows, a tuple of states of shapes {shapes}; "
+            f"got {[tuple(state.shape) for state in memory]}."
         )
-    hides_memory = attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask.all())
-    if rows.tokens is not None or hides_memory:
+    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[-1] != length:
+        raise ValueError(
+            f"a 4D attention_mask after a memory is for the new positions only, ({batch}, heads, {length}, {length}): "
+            f"every token sees the whole memory. Got {tuple(attention_mask.shape)}."
+        )
+    if attention_mask is not None and not bool(_tokens(attention_mask, batch, length).all()):
         raise ValueError(
             "memory goes on where a text stopped, so there can be no padding: pass segments of one length, without "
             "zeros in attention_mask, or leave the mask out."
         )
+
+
+def _tokens(attention_mask: Tensor, batch: int, length: int) -> Tensor:
+    """Return which positions are tokens, those of the memory included if a 2D mask has columns for them."""
+    if attention_mask.dim() == 2:
+        return attention_mask
+    return token_mask(check_mask(attention_mask, batch, length, 0), 0, length)

@@ -261,6 +261,8 @@ class DEQModel(DEQPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         dial = Dial(solver_tolerance, solver_max_evaluations, unroll_steps)
+        if memory is not None:
+            check_memory(self.layers[0], memory, *inputs_embeds.shape[:2], attention_mask, cache)
         if isinstance(cache, PagedAttentionCache):
             cache, kwargs = PagedTexts(cache, **kwargs), {}
             mask, rows = attention_mask, cache.rows
@@ -271,8 +273,7 @@ class DEQModel(DEQPreTrainedModel):
                 position_ids = positions_of_texts(kwargs["cu_seq_lens_q"]) if position_ids is None else position_ids
             mask, rows = self._read_rows(inputs_embeds, attention_mask, position_ids, cache, memory)
         if memory is not None:
-            check_memory(self.layers[0], memory, len(inputs_embeds), attention_mask, rows, cache)
-            mask = None
+            mask = None  # every token sees the whole memory, and every token of the segment before it
         recomputes = self.layers[0].gradient_checkpointing and self.training
         use_cache = use_cache and not recomputes and unroll_steps is None and memory is None and rows.texts is None
         cache = self._cache_of_call(cache, use_cache, dial)

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils.output_capturing import OutputRecorder
 
-from .attention_deq import attend, contain_failures, make_causal_mask, positions_after
+from .attention_deq import attend, contain_failures, let_fail, make_causal_mask, positions_after
 from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_attractor import DEQAttractorConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial
@@ -67,14 +67,14 @@ class DEQAttractorAttention(nn.Module):
         kernel_arguments: dict,
     ) -> tuple[Tensor, Tensor | None]:
         """Map normalised states `(batch, sequence, hidden)` to an output of the same shape and the weights."""
-        heads, failed = contain_failures(self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim)))
+        heads, holds = contain_failures(self.qkv_proj(x).unflatten(-1, (-1, self.config.head_dim)))
         query, key, value = heads.split([self.num_heads, self.num_key_value_heads, self.num_key_value_heads], 2)
         query, key = positions.rotate(self.q_norm(query)), positions.rotate(self.k_norm(key))
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if view is not None:
             key, value = view.update(key, value, self.layer_idx)
         output, weights = attend(self, query, key, value, attention_mask, kernel_arguments)
-        return self.o_proj((output + failed).flatten(2)), weights
+        return self.o_proj(let_fail(output, holds).flatten(2)), weights
 
 
 class DEQAttractorMLP(nn.Module):

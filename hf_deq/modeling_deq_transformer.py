@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.utils.output_capturing import OutputRecorder
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from .attention_deq import additive_mask, attend, contain_failures, make_causal_mask, positions_after
+from .attention_deq import additive_mask, attend, contain_failures, let_fail, make_causal_mask, positions_after
 from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_transformer import DEQTransformerConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
@@ -69,12 +69,12 @@ class DEQTransformerAttention(nn.Module):
             self.position_bias = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
 
     def project(self, z: Tensor, injection: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, each `(batch, heads, sequence, size)`, and the mark of failed positions."""
+        """Return queries, keys and values, each `(batch, heads, sequence, size)`, and the positions that hold."""
         heads = (self.qkv_proj(z) + injection).unflatten(-1, (-1, self.head_dim))
-        heads, failed = contain_failures(heads)
+        heads, holds = contain_failures(heads)
         queries_and_keys, value = heads.split([2 * self.num_heads, self.num_heads], 2)
         query, key = positions.rotate(queries_and_keys).transpose(1, 2).chunk(2, 1)
-        return query, key, value.transpose(1, 2), failed
+        return query, key, value.transpose(1, 2), holds
 
     def forward(
         self,
@@ -87,12 +87,12 @@ class DEQTransformerAttention(nn.Module):
         kernel_arguments: dict,
     ) -> tuple[Tensor, Tensor | None]:
         """Map a state `(batch, sequence, hidden)` and an injection `(..., 3 heads size)` to output and weights."""
-        query, key, value, failed = self.project(z, injection, positions)
+        query, key, value, holds = self.project(z, injection, positions)
         if view is not None:
             key, value = view.update(key, value, self.layer_idx)
         query, attention_mask = positions.score(query, attention_mask)
         output, weights = attend(self, query, key, value, attention_mask, kernel_arguments, dropout_mask)
-        return self.o_proj(self.output_norm((output + failed).flatten(2))), weights
+        return self.o_proj(self.output_norm(let_fail(output, holds).flatten(2))), weights
 
 
 @dataclass(frozen=True)

@@ -49,14 +49,15 @@ class MemoryLaws:
         model = self.family.model(**self.family.remembering)
         first = model(random_ids(1, 4), use_cache=True)
         with pytest.raises(ValueError, match="memory and cache.*pass one of them"):
-            model(random_ids(1, 4), memory=first.memory, cache=first.cache)
+            model(random_ids(1, 4), memory=first.memory, cache=first.cache, attention_mask=torch.ones(1, 4))
 
     def test_bad_memories_are_refused(self):
         model = self.family.model(**self.family.remembering)
         ids, memory = random_ids(2, 4), model(random_ids(2, 5)).memory
         with pytest.raises(ValueError, match="output of this model for the same 3 rows"):
             model(random_ids(3, 4), memory=memory)
-        for other in ((), memory[:1], (memory[0], memory[1][..., :-1]), (memory[0], memory[1][:, :-1])):
+        parts = (memory[0], memory[1][..., :-1]), (memory[0], memory[1][:, :-1])
+        for other in ((), memory[:1], memory[0], *parts):
             with pytest.raises(ValueError, match="output of this model.*states of shapes"):
                 model(ids, memory=other)
         with pytest.raises(ValueError, match="attention_mask must be"):
@@ -66,8 +67,15 @@ class MemoryLaws:
             model(ids, memory=memory, attention_mask=padding)
         hidden = torch.ones(2, memory[0].shape[1] + 4, dtype=torch.long)
         hidden[:, -4:] = 0
-        with pytest.raises(ValueError, match="no padding: pass segments of one length"):
-            model(ids, memory=memory, attention_mask=hidden)
+        padded = torch.ones(2, 1, 4, 4).tril().bool()
+        padded[0, :, :, 0] = False
+        for mask in (hidden, padded):
+            with pytest.raises(ValueError, match="no padding: pass segments of one length"):
+                model(ids, memory=memory, attention_mask=mask)
+        for queries in (1, 4):
+            wide = torch.ones(2, 1, queries, memory[0].shape[1] + queries).bool()
+            with pytest.raises(ValueError, match="4D attention_mask after a memory is for the new positions only"):
+                model(ids[:, :queries], memory=memory, attention_mask=wide)
         assert model(ids, attention_mask=padding).memory is None
         given = model(ids, memory=memory, attention_mask=torch.ones(2, 4, dtype=torch.long))
         assert torch.equal(given.logits, model(ids, memory=memory).logits)

@@ -1,0 +1,71 @@
+"""Attention: what one position holds, however large, reaches no position that may not see it."""
+
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import ATTRACTOR, TRANSFORMER, random_ids
+
+from hf_deq.attention_deq import additive_mask, attend, contain_failures, let_fail
+from hf_deq.positions_deq import RotaryPositions
+
+LENGTH, HEADS, SIZE, BAD = 6, 2, 8, 4
+CAUSAL = torch.ones(LENGTH, LENGTH).tril().bool()[None, None]
+
+
+def attention_of(heads, implementation, mask):
+    """The output for queries, keys and values `(1, sequence, 3 heads, size)`, as a layer computes it."""
+    config = SimpleNamespace(
+        _attn_implementation=implementation, sliding_window=None, head_dim=SIZE,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    module = SimpleNamespace(
+        config=config, scaling=SIZE**-0.5, num_key_value_groups=1, is_causal=True, training=False
+    )  # fmt: skip
+    heads, holds = contain_failures(heads)
+    query, key, value = heads.chunk(3, 2)
+    positions = RotaryPositions.make(config, torch.arange(LENGTH)[None], heads.dtype)
+    query, key = positions.rotate(query).transpose(1, 2), positions.rotate(key).transpose(1, 2)
+    return let_fail(attend(module, query, key, value.transpose(1, 2), mask, {})[0], holds)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("share", [float("nan"), float("inf"), 1.0, 0.8, 0.4, 0.2, 1e-2, 1e-9, 1e-20, 1e-120])
+def test_a_large_number_reaches_no_position_that_may_not_see_it(share, dtype, implementation):
+    """`share` is the part of the largest number of the dtype."""
+    torch.manual_seed(0)
+    heads = torch.randn(1, LENGTH, 3 * HEADS, SIZE, dtype=dtype).abs()
+    masks = [CAUSAL, None] if implementation == "sdpa" else [additive_mask(CAUSAL, dtype)]
+    queries, keys, values, every = slice(0, 2), slice(2, 4), slice(4, 6), slice(0, 6)
+    for mask, part in product(masks, (queries, keys, values, every)):
+        large = heads.clone()
+        large[:, BAD, part] = share * torch.finfo(dtype).max
+        before, after = attention_of(heads, implementation, mask), attention_of(large, implementation, mask)
+        assert torch.equal(before[:, :BAD], after[:, :BAD])
+        assert before.isfinite().all() and after[:, :BAD].isfinite().all()
+        if not share <= 0.4:
+            assert after[:, BAD].isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::hf_deq.ConvergenceWarning")
+@pytest.mark.parametrize("family", [TRANSFORMER, ATTRACTOR], ids=["transformer", "attractor"])
+def test_a_compiler_keeps_the_failure_where_it_is(family):
+    """Compilers simplify arithmetic on numbers that are not finite."""
+    embeds = family.model().get_input_embeddings()(random_ids(1, 6)).detach()
+    poisoned = embeds.clone()
+    poisoned[:, 1] = float("inf")
+    packed = dict(position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
+    outputs = []
+    for compiles in (False, True):
+        model = family.model()
+        if compiles:
+            torch._dynamo.reset()
+            model.compile_f()
+        outputs.append(model(inputs_embeds=poisoned, **packed))
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=0, atol=1e-9, equal_nan=True)
+    for output in outputs:
+        assert output.converged.tolist() == [False, True]
+        assert output.logits.isnan().any(-1)[0].tolist() == [False, True, False, False, False, False]
