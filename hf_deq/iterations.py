@@ -107,8 +107,7 @@ class AndersonIteration(SafeguardedIteration):
         residual = torch.sub(image, z, out=self.residuals.slots[slot])
         products = self.residuals.products(residual)
         for matrix, values in zip(self.matrices, self.scopes.own_and_total(products), strict=True):
-            matrix.rows[slot].copy_(values)
-            matrix.columns[slot].copy_(values)
+            matrix.write(slot, values, values)
         return products[..., slot : slot + 1].sqrt()
 
     def propose(self, own):
@@ -157,8 +156,7 @@ class BroydenIteration(SafeguardedIteration):
         products = torch.cat([row, column, norm(step).square()], -1)
         for matrix, values in zip(self.matrices, self.scopes.own_and_total(products), strict=True):
             row, column, size = values.split([self.history, self.history, 1], -1)
-            matrix.rows[slot].copy_(row)
-            matrix.columns[slot].copy_(column)
+            matrix.write(slot, row, column)
             matrix.sizes[..., slot : slot + 1] = size
 
     def propose(self, own):

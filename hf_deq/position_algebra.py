@@ -134,18 +134,25 @@ class ProductMatrix:
     """A matrix of inner products for every position, written one row or column at a time. Empty entries are zero.
 
     Attributes:
-        matrix: `(batch, sequence, history, history)`. `rows` and `columns` are views of it.
-        sizes: squared norms `(batch, sequence, history)`. `blend` divides the matrix by their sum. They are the
-            diagonal of the matrix, or a separate tensor if the diagonal holds other values (`own_sizes`).
+        matrix: `(batch, sequence, history, history)`.
     """
 
     def __init__(self, like: Tensor, history: int, own_sizes: bool = False):
-        shape = (*like.shape[:2], history, history)
-        self.matrix = torch.zeros(shape, dtype=widest_dtype(like.device), device=like.device)
-        self.rows, self.columns = self.matrix.unbind(2), self.matrix.unbind(3)
-        self.sizes = self.matrix.diagonal(dim1=-2, dim2=-1)
-        if own_sizes:
-            self.sizes = torch.zeros_like(self.sizes)
+        shape, dtype = (*like.shape[:2], history, history), widest_dtype(like.device)
+        self.matrix = torch.zeros(shape, dtype=dtype, device=like.device)
+        self._sizes = torch.zeros(shape[:3], dtype=dtype, device=like.device) if own_sizes else None
+
+    # Views are made where they are needed: a compiler of the whole model cannot follow those that are kept.
+    @property
+    def sizes(self) -> Tensor:
+        """Squared norms `(batch, sequence, history)`. `blend` divides the matrix by their sum. They are the diagonal of
+        the matrix, or a separate tensor if the diagonal holds other values (`own_sizes`)."""
+        return self.matrix.diagonal(dim1=-2, dim2=-1) if self._sizes is None else self._sizes
+
+    def write(self, slot: int, row: Tensor, column: Tensor) -> None:
+        """Write a row and a column, each `(batch, sequence, history)`. Where they meet, the column stays."""
+        self.matrix.select(2, slot).copy_(row)
+        self.matrix.select(3, slot).copy_(column)
 
 
 def blend(products: list[Tensor], matrices: list[ProductMatrix]) -> Tensor:

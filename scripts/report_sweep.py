@@ -97,7 +97,7 @@ def at_hand(scored: dict[str, list[dict]], runs_dir: Path) -> dict[str, list[dic
         ValueError: if there is no folder of any.
     """
     found = {model: [line for line in lines if (runs_dir / line["key"]).is_dir()] for model, lines in scored.items()}
-    if not any(found.values()):
+    if scored and not any(found.values()):
         raise ValueError(f"runs_dir {str(runs_dir)!r} has no final run of this sweep: leave it out, or name another.")
     for model in (model for model, lines in found.items() if not lines):
         print(f"{model} is not in {runs_dir}, and was not measured: an earlier measurement stays")

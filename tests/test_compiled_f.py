@@ -110,3 +110,14 @@ def test_with_a_compiler(family):
     model.compile_f()
     for a, b in zip(step(model, ids), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
+def test_a_whole_model_with_a_compiler(solver):
+    """As `TrainingArguments(torch_compile=True)` does."""
+    model, ids = TRANSFORMER.model(solver=solver, solver_max_evaluations=3), random_ids(2, 6)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        found = torch.compile(model)(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)

@@ -76,7 +76,7 @@ def generate(model_folder: str, arguments: GenerateArguments) -> None:
             "write the prompt as the corpus is written (in lower case, perhaps)."
         )
     length = inputs["input_ids"].shape[1] + arguments.max_new_tokens - 1  # the last token is not read
-    check_positions(model.config, "the prompt and max_new_tokens", length, "lower max_new_tokens")
+    check_positions(model.config, "what the prompt and max_new_tokens need", length, "lower max_new_tokens")
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
     dial = {"solver_tolerance": arguments.solver_tolerance, "solver_max_evaluations": arguments.solver_max_evaluations}
     started = time.perf_counter()

@@ -17,7 +17,7 @@ def check_at_least(smallest: int, **arguments) -> None:
         for value in given if isinstance(given, list) else [] if given is None else [given]:
             if not isinstance(value, Real):
                 raise ValueError(f"{name} must be a number, got {value!r}.")
-            if not float(value) >= smallest:  # also if it is not a number
+            if value < smallest or value != value:  # NaN is not equal to itself
                 bound = "must not be negative" if smallest == 0 else f"must be at least {smallest}"
                 raise ValueError(f"{name} {bound}, got {value}.")
             if value == float("inf"):

@@ -118,10 +118,12 @@ def read_config(folder: str | Path) -> DEQConfig:
 def require_empty(name: str, folder: str | Path) -> None:
     """Refuse a folder for output in which something lies: a record of another model would seem to be of the new one.
 
+    Hidden files do not count, such as the lock of a training.
+
     Raises:
         ValueError: if the folder exists and is not empty. The message gives the name of the argument.
     """
-    if Path(folder).exists() and any(Path(folder).iterdir()):
+    if Path(folder).exists() and any(not file.name.startswith(".") for file in Path(folder).iterdir()):
         raise ValueError(f"{name} {str(folder)!r} is not empty: choose another folder, or empty it first.")
 
 

@@ -82,6 +82,8 @@ class Checkpoints:
                 _sync(self.folder)
                 self._remove_old(path)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise errors of their own
+            if self.accelerator.is_main_process:
+                shutil.rmtree(new, ignore_errors=True)  # on a full disk, what comes next needs its space
             raise OSError(
                 f"the checkpoint of step {progress['step']} could not be written to {self.folder} ({error}); free some "
                 f"space, and continue with --resume from {self.last or 'the beginning'}."

@@ -81,7 +81,7 @@ def locked(place: Path, refusal: str) -> Iterator[None]:
         ValueError: if another process has locked it.
         OSError: if it cannot be locked, as on some file systems.
     """
-    lock = FileLock(place)
+    lock = FileLock(place, mode=0o666)  # another user may train there later
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

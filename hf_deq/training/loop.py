@@ -45,7 +45,7 @@ logger = logging.get_logger(__name__)
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal; a checkpoint has been saved."""
+    """Training was stopped by a signal. The message says whether it can be continued."""
 
 
 def train(
@@ -132,13 +132,13 @@ class _Trainer:
                 self._save_model()
             if self.step > first:
                 self._save_last_step()
-            if self._stops():
-                self._release()
-                raise Interrupted("stopped after the last step, before the report; continue with --resume")
+        if self._stops():
+            self._release()
+            raise Interrupted(f"stopped after the last step, before the report; {self._remedy()}")
         try:
             line = self._report(seconds)
         except KeyboardInterrupt:
-            raise Interrupted("stopped in the report after the last step; continue with --resume") from None
+            raise Interrupted(f"stopped in the report after the last step; {self._remedy()}") from None
         if not self.arguments.save_steps:
             self.checkpoints.remove(self.step)
         self._release()
@@ -265,7 +265,16 @@ class _Trainer:
         except OSError as error:
             if self.accelerator.num_processes > 1:  # the others wait for this one
                 raise
-            logger.warning(f"{error} The model of the last step is saved.")
+            logger.warning(
+                f"The model of the last step is saved, but its checkpoint could not be written ({error.__cause__}): if "
+                "the report is interrupted, it cannot be made again."
+            )
+
+    def _remedy(self) -> str:
+        """What to do after an interruption: the last checkpoint may be missing."""
+        if self.checkpoints.last is not None:
+            return "continue with --resume"
+        return f"there is no checkpoint to continue from, but the model is saved: evaluate {str(self.folder)!r}"
 
     def _load_checkpoint(self) -> None:
         progress = self.checkpoints.load()

@@ -388,7 +388,7 @@ def test_an_explicit_baseline_trains_and_its_recipe_is_the_run(corpus, tmp_path)
     assert generated.returncode == 0 and "3 tokens in" in generated.stderr, generated.stderr[-2000:]
     assert "evaluations" not in generated.stderr
     generated = script("generate.py", tmp_path / "one", "--prompt", "s", "--max_new_tokens", 100)
-    limit = "n_positions=32 must cover the prompt and max_new_tokens (100): lower max_new_tokens"
+    limit = "n_positions=32 must cover what the prompt and max_new_tokens need (100): lower max_new_tokens"
     assert generated.returncode == 1 and limit in generated.stderr
     flags = ["--budgets", 3, "--tolerances", 0.3, "--batch_size", 9, "--output", tmp_path / "new" / "results.json"]
     evaluated = script("evaluate.py", tmp_path / "one", *flags)  # the sweeps give all their models the same flags
@@ -471,6 +471,8 @@ def test_a_decoder_becomes_a_model_folder_and_no_folder_is_written_over(trained,
     sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=2)
     LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(trained[0]).save_pretrained(folder)
+    out.mkdir()
+    (out / ".training").touch()  # the lock of a training that was refused
     finished = script("retrofit.py", folder, *flags, out)
     assert finished.returncode == 0 and "deq_attractor of" in finished.stdout, finished.stderr
     assert AutoModelForCausalLM.from_pretrained(out).config.num_prelude_layers == 1

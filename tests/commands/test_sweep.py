@@ -290,6 +290,7 @@ def test_only_final_runs_that_are_at_hand_are_measured(reports, tmp_path, capsys
     assert "lost is not in" in capsys.readouterr().out
     with pytest.raises(ValueError, match="has no final run of this sweep"):
         reports.at_hand({"lost": lines["lost"]}, tmp_path)
+    assert reports.at_hand({}, tmp_path) == {}  # no final run has a score yet
 
 
 def test_measurements_of_an_earlier_version_are_made_again(reports):

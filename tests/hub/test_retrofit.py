@@ -104,10 +104,16 @@ def test_fields_that_would_change_the_copy_are_refused(fields):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("initializer_range", [0.02, 0.3])
 def test_half_precision_is_no_difference(dtype, initializer_range):
-    """Neither where a layer adds little to its input, nor where rounded rotary frequencies show."""
-    sizes = SIZES | dict(hidden_size=128, head_dim=32, initializer_range=initializer_range)
+    """Neither where a layer adds little to its input, nor where rounded rotary frequencies or weights of norms show."""
+    one_head = dict(num_attention_heads=1, num_key_value_heads=1, head_dim=128)
     torch.manual_seed(0)
-    original = AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).to(dtype)
+    original = AutoModelForCausalLM.from_config(
+        LlamaConfig(**SIZES | one_head | dict(hidden_size=128, initializer_range=initializer_range))
+    )
+    for name, weight in original.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(weight, 1, 0.5)
+    original = original.to(dtype)
     model = retrofit(original, 2, 1)
     assert model.dtype == dtype and original.dtype == dtype
     weight = original.model.layers[0].mlp.down_proj.weight

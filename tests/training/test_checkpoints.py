@@ -246,7 +246,19 @@ def test_a_last_checkpoint_that_cannot_be_written_does_not_cost_the_report(tmp_p
 
     monkeypatch.setattr("hf_deq.training.checkpoints.write_manifest", full)
     assert run(tmp_path, save_steps=0)["step"] == STEPS
-    assert "could not be written" in caplog.text and (tmp_path / "model.safetensors").is_file()
+    assert "could not be written ([Errno 28] No space left" in caplog.text and "resume" not in caplog.text
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not [*(tmp_path / "checkpoints").iterdir()]  # what was written of it would take the space of the report
+
+
+def test_an_interruption_without_a_checkpoint_promises_none(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise KeyboardInterrupt if arguments else OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_deq.training.checkpoints.write_manifest", lambda folder: fail())
+    monkeypatch.setattr("hf_deq.tasks.copy_memory.HeldOutSequences.score", lambda *arguments, **how: fail(1))
+    with pytest.raises(Interrupted, match="no checkpoint to continue from, but the model is saved: evaluate"):
+        run(tmp_path, save_steps=0)
 
 
 def test_a_stop_while_the_model_is_saved_ends_the_run_before_the_report(tmp_path, whole, monkeypatch):
