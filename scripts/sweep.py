@@ -200,7 +200,7 @@ def main(file: str, arguments: SweepArguments) -> None:
             run_all(sweep, worker, arguments.workers)
     print(format_table(sweep.table()) if sweep.results else "no run is finished")
     for model in sweep.stuck():
-        print(f"\n{model} has no final runs: every setting diverged")
+        print(f"\n{model} has no final runs: no setting has a finite score")
     left = sweep.ready()
     print(f"\n{len(left)} runs can start next, {[run.key for run in left]}" if left else "\nevery run is finished")
 

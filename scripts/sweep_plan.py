@@ -101,7 +101,7 @@ class Sweep:
         return {model: list(self.rounds_of(model))[-1] for model in self.plan["models"]}
 
     def stuck(self) -> list[str]:
-        """The models that have no final runs, because every setting diverged."""
+        """The models that have no final runs, because no setting has a finite score."""
         latest = self.latest().items()
         return [model for model, runs in latest if runs[0].round != "final" and all(map(self.is_done, runs))]
 
