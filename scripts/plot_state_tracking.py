@@ -3,8 +3,8 @@
     python scripts/plot_state_tracking.py model_cards/state-tracking --figure docs/state_tracking.png
 
 Reads results.jsonl, which `scripts/sweep.py` writes: final runs whose model is called group-model, such as
-`s3-deq-trellisnet`. A column is a group, a row is a model, and a line is a budget of the solver. The table of the same
-numbers is printed, and put into a page by --page.
+`s3-deq-trellisnet`. A column is a group, a row is a model, and a line is a budget of the solver; the lines are those of
+the first seed. The table of the same numbers, for every seed, is printed, and put into a page by --page.
 """
 
 import math
@@ -38,7 +38,7 @@ def main(folder: str, arguments: PlotStateTrackingArguments) -> None:
     for model in good.keys() - finals.keys():
         print(f"{model} is left out: every seed diverged")
     draw(finals).savefig(arguments.figure, dpi=150)
-    rows = [best_row(name, line) for name, line in finals.items()]
+    rows = [best_row(name, line) for name, lines in good.items() for line in lines]
     rows = sorted(rows, key=lambda row: list(MOVED).index(row["group"]))
     report("state_tracking", rows, arguments, footer="")  # nothing was measured here
 
@@ -54,6 +54,7 @@ def best_row(name: str, line: dict) -> dict:
     return {
         "group": group,
         "model": model,
+        "seed": line["flags"]["seed"],
         "parameters": line["result"]["num_parameters"],
         "minutes": round(line["result"]["seconds"] / 60, 1),
         "budget": row.get("solver_max_evaluations"),
