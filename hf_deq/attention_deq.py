@@ -35,9 +35,12 @@ def eager_attention_forward(
         key, value = (heads.repeat_interleave(module.num_key_value_groups, 1) for heads in (key, value))
     scores = query @ key.transpose(-2, -1) * scaling
     if attention_mask is not None:
-        # A masked score is replaced. In half precision it can be larger than the mask is negative.
-        hidden = attention_mask < torch.finfo(attention_mask.dtype).min / 4
-        scores = torch.where(hidden, torch.finfo(scores.dtype).min, scores + attention_mask)
+        scores = scores + attention_mask
+        if (
+            scores.dtype == torch.float16
+        ):  # whose range is so small that a score can be larger than the mask is negative
+            lowest = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(attention_mask < lowest / 4, lowest)
     weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     return (apply_mask(weights, dropout_mask) @ value).transpose(1, 2), weights
 
