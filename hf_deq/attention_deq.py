@@ -36,9 +36,7 @@ def eager_attention_forward(
     scores = query @ key.transpose(-2, -1) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-        if (
-            scores.dtype == torch.float16
-        ):  # whose range is so small that a score can be larger than the mask is negative
+        if scores.dtype == torch.float16:  # a score can be larger than the mask is negative
             lowest = torch.finfo(scores.dtype).min
             scores = scores.masked_fill(attention_mask < lowest / 4, lowest)
     weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
