@@ -77,18 +77,20 @@ def check_memory(layer: DEQLayer, memory, batch: int, length: int, attention_mas
         remedy = "set memory_length in its configuration" if hasattr(layer.config, "memory_length") else "use a cache"
         raise ValueError(f"memory was given to a model that remembers nothing: {remedy}.")
     lengths = layer.memory_lengths or [state.shape[1] for state in memory[:1]] * len(sizes)
-    shapes = [(batch, length, size) for length, size in zip(lengths, sizes, strict=False)]
+    shapes = [(batch, positions, size) for positions, size in zip(lengths, sizes, strict=False)]
     if isinstance(memory, Tensor) or not memory or [tuple(state.shape) for state in memory] != shapes:
         raise ValueError(
             f"memory must be the output of this model for the same {batch} rows, a tuple of states of shapes {shapes}; "
             f"got {[tuple(state.shape) for state in memory]}."
         )
-    if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.shape[-1] != length:
+    if attention_mask is None:
+        return
+    if attention_mask.dim() == 4 and attention_mask.shape[-1] != length:
         raise ValueError(
             f"a 4D attention_mask after a memory is for the new positions only, ({batch}, heads, {length}, {length}): "
             f"every token sees the whole memory. Got {tuple(attention_mask.shape)}."
         )
-    if attention_mask is not None and not bool(_tokens(attention_mask, batch, length).all()):
+    if not bool(_tokens(attention_mask, batch, length).all()):
         raise ValueError(
             "memory goes on where a text stopped, so there can be no padding: pass segments of one length, without "
             "zeros in attention_mask, or leave the mask out."

@@ -23,8 +23,8 @@ A sweep is a YAML file:
           - [{resid_pdrop: 0.0}]
 
 A run has these flags and no others: no recipe adds to them. The models take their turns independently. All runs of a
-model's round end before its next round starts. A training that diverges is a result, too, and never the best. If every
-setting so far has diverged, a model has no further runs.
+model's round end before its next round starts. A training that diverges is a result, too, and never the best. If no
+setting so far has a finite score, a model has no further runs.
 """
 
 import json

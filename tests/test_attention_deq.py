@@ -16,13 +16,11 @@ CAUSAL = torch.ones(LENGTH, LENGTH).tril().bool()[None, None]
 
 def attention_of(heads, implementation, mask):
     """The output for queries, keys and values `(1, sequence, 3 heads, size)`, as a layer computes it."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
     config = SimpleNamespace(
-        _attn_implementation=implementation, sliding_window=None, head_dim=SIZE,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip
-    module = SimpleNamespace(
-        config=config, scaling=SIZE**-0.5, num_key_value_groups=1, is_causal=True, training=False
-    )  # fmt: skip
+        _attn_implementation=implementation, sliding_window=None, head_dim=SIZE, rope_parameters=rope
+    )
+    module = SimpleNamespace(config=config, scaling=SIZE**-0.5, num_key_value_groups=1, is_causal=True, training=False)
     heads, holds = contain_failures(heads)
     query, key, value = heads.chunk(3, 2)
     positions = RotaryPositions.make(config, torch.arange(LENGTH)[None], heads.dtype)

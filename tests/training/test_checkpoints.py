@@ -240,10 +240,11 @@ def test_a_resume_after_the_last_step_leaves_its_checkpoint_alone(tmp_path, monk
     assert run(tmp_path, save_steps=5, resume=True)["step"] == STEPS
 
 
-def test_a_last_checkpoint_that_cannot_be_written_does_not_cost_the_report(tmp_path, monkeypatch, caplog):
-    def full(folder):
-        raise OSError(28, "No space left on device")
+def full(folder):
+    raise OSError(28, "No space left on device")
 
+
+def test_a_last_checkpoint_that_cannot_be_written_does_not_cost_the_report(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("hf_deq.training.checkpoints.write_manifest", full)
     assert run(tmp_path, save_steps=0)["step"] == STEPS
     assert "could not be written ([Errno 28] No space left" in caplog.text and "resume" not in caplog.text
@@ -252,11 +253,11 @@ def test_a_last_checkpoint_that_cannot_be_written_does_not_cost_the_report(tmp_p
 
 
 def test_an_interruption_without_a_checkpoint_promises_none(tmp_path, monkeypatch):
-    def fail(*arguments):
-        raise KeyboardInterrupt if arguments else OSError(28, "No space left on device")
+    def interrupted(*arguments, **how):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_deq.training.checkpoints.write_manifest", lambda folder: fail())
-    monkeypatch.setattr("hf_deq.tasks.copy_memory.HeldOutSequences.score", lambda *arguments, **how: fail(1))
+    monkeypatch.setattr("hf_deq.training.checkpoints.write_manifest", full)
+    monkeypatch.setattr("hf_deq.tasks.copy_memory.HeldOutSequences.score", interrupted)
     with pytest.raises(Interrupted, match="no checkpoint to continue from, but the model is saved: evaluate"):
         run(tmp_path, save_steps=0)
 
