@@ -24,7 +24,8 @@ def eager_attention_forward(
         module: its `num_key_value_groups` is the number of query heads that share a key/value head.
         query: `(batch, heads, sequence, size)`.
         key, value: `(batch, key/value heads, keys, size)`.
-        attention_mask: is added to the scores; `None` if nothing is masked.
+        attention_mask: is added to the scores; in float16, the scores that it hides are replaced. `None` if nothing is
+            masked.
         scaling: factor of the scores.
         dropout_mask: is multiplied with the attention weights; `None` if dropout is off.
 
@@ -36,7 +37,7 @@ def eager_attention_forward(
     scores = query @ key.transpose(-2, -1) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-        if scores.dtype == torch.float16:  # a score can be larger than the mask is negative
+        if scores.dtype == torch.float16:  # a large score can outweigh the mask
             lowest = torch.finfo(scores.dtype).min
             scores = scores.masked_fill(attention_mask < lowest / 4, lowest)
     weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
@@ -92,7 +93,7 @@ def contain_failures(heads: Tensor) -> tuple[Tensor, Tensor]:
         heads: `(batch, sequence, heads, size)`.
 
     Returns:
-        The heads, and whether they are as they were, bool `(batch, sequence, 1, 1)`.
+        The heads, and `holds`, bool `(batch, sequence, 1, 1)`: True where they were small enough, and are unchanged.
     """
     # A product with zero would find NaN, too, but a compiler may take it for zero.
     largest = torch.linalg.vector_norm(heads.detach(), float("inf"), (2, 3), keepdim=True)
@@ -103,14 +104,15 @@ def contain_failures(heads: Tensor) -> tuple[Tensor, Tensor]:
 def largest_head(dtype: torch.dtype, size: int) -> float:
     """Return the largest number that queries, keys and values of this size may have.
 
-    Then neither a rotation overflows nor a score: kernels add up scores in single precision or wider.
+    Then neither a rotation overflows nor a score: kernels add up scores in single precision or wider. In float16, it is
+    16,376.
     """
     scores = torch.finfo(torch.promote_types(dtype, torch.float32))
     return min(torch.finfo(dtype).max / 4, (scores.max / (8 * size)) ** 0.5)
 
 
 def let_fail(output: Tensor, holds: Tensor) -> Tensor:
-    """Return the output of the attention `(batch, sequence, heads, size)` with NaN where heads do not hold."""
+    """Return the output of the attention `(batch, sequence, heads, size)` with NaN where `holds` is False."""
     return torch.where(holds, output, float("nan"))
 
 

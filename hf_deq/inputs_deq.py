@@ -76,7 +76,7 @@ def check_memory(layer: DEQLayer, memory, batch: int, length: int, attention_mas
     if not sizes:
         remedy = "set memory_length in its configuration" if hasattr(layer.config, "memory_length") else "use a cache"
         raise ValueError(f"memory was given to a model that remembers nothing: {remedy}.")
-    lengths = layer.memory_lengths or [state.shape[1] for state in memory[:1]] * len(sizes)
+    lengths = layer.memory_lengths or [state.shape[1] for state in memory[:1] if state.dim() == 3] * len(sizes)
     shapes = [(batch, positions, size) for positions, size in zip(lengths, sizes, strict=False)]
     if isinstance(memory, Tensor) or not memory or [tuple(state.shape) for state in memory] != shapes:
         raise ValueError(

@@ -84,7 +84,9 @@ def draw(finals: dict[str, dict]) -> Figure:
             axes.set_visible(line is not None)
             if line is not None:
                 draw_panel(axes, line)
-        row[0].set_ylabel(f"{model}\naccuracy", fontsize=9)
+        first = next(axes for axes in row if axes.get_visible())
+        first.set_ylabel(f"{model}\naccuracy", fontsize=9)
+        first.tick_params(labelleft=True)
     for group, axes in zip(groups, panels[0], strict=True):
         axes.set_title(group, fontsize=10)
     for axes in panels[-1]:

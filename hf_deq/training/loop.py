@@ -132,7 +132,7 @@ class _Trainer:
                 self._save_model()
             if self.step > first:
                 self._save_last_step()
-        if self._stops():
+        if self._stops():  # also for a signal that came since the last step was saved
             self._release()
             raise Interrupted(f"stopped after the last step, before the report; {self._remedy()}")
         try:
@@ -274,7 +274,7 @@ class _Trainer:
         """What to do after an interruption: the last checkpoint may be missing."""
         if self.checkpoints.last is not None:
             return "continue with --resume"
-        return f"there is no checkpoint to continue from, but the model is saved: evaluate {str(self.folder)!r}"
+        return f"there is no checkpoint to continue from, but the model is saved: hf-deq evaluate {self.folder}"
 
     def _load_checkpoint(self) -> None:
         progress = self.checkpoints.load()

@@ -258,7 +258,7 @@ def test_an_interruption_without_a_checkpoint_promises_none(tmp_path, monkeypatc
 
     monkeypatch.setattr("hf_deq.training.checkpoints.write_manifest", full)
     monkeypatch.setattr("hf_deq.tasks.copy_memory.HeldOutSequences.score", interrupted)
-    with pytest.raises(Interrupted, match="no checkpoint to continue from, but the model is saved: evaluate"):
+    with pytest.raises(Interrupted, match="no checkpoint to continue from, but the model is saved: hf-deq evaluate "):
         run(tmp_path, save_steps=0)
 
 
