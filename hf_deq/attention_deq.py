@@ -9,6 +9,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_deq import DEQConfig
+from .masking_deq import attends
 from .weight_tying import apply_mask
 
 
@@ -24,8 +25,7 @@ def eager_attention_forward(
         module: its `num_key_value_groups` is the number of query heads that share a key/value head.
         query: `(batch, heads, sequence, size)`.
         key, value: `(batch, key/value heads, keys, size)`.
-        attention_mask: is added to the scores; in float16, the scores that it hides are replaced. `None` if nothing is
-            masked.
+        attention_mask: is added to the scores, see `add_scores`. `None` if nothing is masked.
         scaling: factor of the scores.
         dropout_mask: is multiplied with the attention weights; `None` if dropout is off.
 
@@ -36,10 +36,7 @@ def eager_attention_forward(
         key, value = (heads.repeat_interleave(module.num_key_value_groups, 1) for heads in (key, value))
     scores = query @ key.transpose(-2, -1) * scaling
     if attention_mask is not None:
-        scores = scores + attention_mask
-        if scores.dtype == torch.float16:  # a large score can outweigh the mask
-            lowest = torch.finfo(scores.dtype).min
-            scores = scores.masked_fill(attention_mask < lowest / 4, lowest)
+        scores = add_scores(attention_mask, scores)
     weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     return (apply_mask(weights, dropout_mask) @ value).transpose(1, 2), weights
 
@@ -64,9 +61,7 @@ def attend(
     Returns:
         The output `(batch, sequence, heads, size)`, and the attention weights if the function returns them.
     """
-    # Transformers' own "paged|eager" rounds the softmax to single precision.
-    name = module.config._attn_implementation.removeprefix("paged|")
-    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention_name(module.config), eager_attention_forward)
     if dropout_mask is not None:  # only our own function takes a mask that stays fixed during the solve
         attention, kernel_arguments = eager_attention_forward, {"dropout_mask": dropout_mask}
     return attention(
@@ -80,6 +75,11 @@ def attend(
         sliding_window=module.config.sliding_window,
         **kernel_arguments,
     )
+
+
+def attention_name(config: DEQConfig) -> str:
+    """Return the name of the attention function. Transformers' "paged|eager" rounds the softmax to single precision."""
+    return config._attn_implementation.removeprefix("paged|")
 
 
 def contain_failures(heads: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ def make_causal_mask(
     Args:
         config: supplies `sliding_window` and the name of the attention function.
         inputs_embeds: `(batch, sequence, features)`.
-        attention_mask: the checked mask of the caller, see `check_mask`.
+        attention_mask: the checked mask of the caller, see `check_mask`. One for each query and key is used as it is.
         position_ids: positions of packed texts; `None` if every row is one text.
         cache: the cache that precedes the new positions.
         additive: whether a mask of numbers is needed in any case, because scores will be added to it.
@@ -143,13 +143,22 @@ def make_causal_mask(
     make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
     no_skip = {"allow_is_causal_skip": False} if additive else {}
     mask = make_mask(config, inputs_embeds, attention_mask, cache, position_ids=position_ids, **no_skip)
-    if mask is not None and (additive or config._attn_implementation == "eager"):
-        mask = additive_mask(mask, inputs_embeds.dtype)
+    if mask is not None and (additive or attention_name(config) == "eager"):
+        mask = additive_mask(attends(mask), inputs_embeds.dtype)
     return mask
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a boolean (True attends) or additive mask as an additive mask, halved to leave room for added scores."""
-    if mask.dtype != torch.bool:
-        return mask.clamp_min(torch.finfo(mask.dtype).min) / 2  # a row of -inf would have no softmax
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min / 2)
+    """Return a boolean mask (True attends) as numbers to be added to scores.
+
+    They are 0 and -inf, which no score can outweigh. Queries that see no key (padding) see all of them, because a
+    softmax of -inf alone is NaN.
+    """
+    hides = ~mask & mask.any(-1, keepdim=True)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(hides, -torch.inf)
+
+
+def add_scores(mask: Tensor, scores: Tensor) -> Tensor:
+    """Return the sum of an additive mask and scores. In float16, scores can be infinite: hidden ones stay hidden."""
+    total = mask + scores
+    return total.masked_fill(mask == -torch.inf, -torch.inf) if total.dtype == torch.float16 else total

@@ -262,9 +262,6 @@ class DEQAttractorModel(DEQAttractorPreTrainedModel, DEQModel):
         return self.embedding_dropout(inputs_embeds * self.config.embedding_multiplier)
 
     def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs) -> dict:
-        if isinstance(cache, PagedTexts):  # its mask is ready
-            positions = RotaryPositions.make(self.config, position_ids, inputs_embeds.dtype)
-            return {"positions": positions, "attention_mask": attention_mask, "kernel_arguments": {}}
         if position_ids is None:
             position_ids = positions_after(cache, inputs_embeds)
         # The library looks for packed texts in position_ids, which rows have found already.

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.utils.output_capturing import OutputRecorder
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from .attention_deq import additive_mask, attend, contain_failures, let_fail, make_causal_mask, positions_after
+from .attention_deq import attend, attention_name, contain_failures, let_fail, make_causal_mask, positions_after
 from .classification_deq import DEQForSequenceClassification
 from .configuration_deq_transformer import DEQTransformerConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
@@ -308,8 +308,6 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         return self.embedding_dropout(inputs_embeds * self.config.hidden_size**0.5)
 
     def _context(self, inputs_embeds, attention_mask, position_ids, cache, memory, rows, **kwargs) -> dict:
-        if isinstance(cache, PagedTexts):
-            return self._paged_context(inputs_embeds, attention_mask, position_ids, cache)
         if memory is not None:
             cache = _cache_as_long_as(memory, self.config)
         if position_ids is None:
@@ -334,25 +332,15 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             "kernel_arguments": kwargs,
         }
 
-    def _relative_positions(self, inputs_embeds: Tensor, cache: Cache | None, keys: int) -> RelativePositions:
+    def _relative_positions(
+        self, inputs_embeds: Tensor, cache: Cache | PagedTexts | None, keys: int
+    ) -> RelativePositions:
         """Return the relative positions of inputs that follow a cache, and so attend to this number of keys."""
+        if isinstance(cache, PagedTexts):
+            return RelativePositions.make(inputs_embeds, cache.places, keys)
         # A sliding cache has dropped the keys before its first key.
         first_key = 0 if cache is None else cache.get_mask_sizes(inputs_embeds.shape[1], 0)[1]
         return RelativePositions.make(inputs_embeds, positions_after(cache, inputs_embeds)[0] - first_key, keys)
-
-    def _paged_context(self, inputs_embeds, attention_mask, position_ids, paged: PagedTexts) -> dict:
-        """Return the context of a row of requests. Its mask is ready: additive, for every new token and key."""
-        if self.config.position_embedding_type == "relative":
-            attention_mask = additive_mask(attention_mask, inputs_embeds.dtype)
-            positions = RelativePositions.make(inputs_embeds, paged.places, paged.num_keys)
-        else:
-            positions = RotaryPositions.make(self.config, position_ids, inputs_embeds.dtype)
-        return {
-            "positions": positions,
-            "memory_positions": None,
-            "attention_mask": attention_mask,
-            "kernel_arguments": {},
-        }
 
     def _make_mask(self, inputs_embeds, attention_mask, position_ids, cache) -> Tensor | None:
         """Return the mask for the attention function; `None` if the attention function masks by itself.
@@ -364,7 +352,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
         config = self.config
         additive = config.position_embedding_type == "relative"
         additive |= self.layers[0].training and config.attention_dropout > 0
-        if additive and config._attn_implementation not in ("sdpa", "eager"):
+        if additive and attention_name(config) not in ("sdpa", "eager"):
             raise ValueError(
                 'position_embedding_type="relative" and attention_dropout change the attention weights, which '
                 f'{config._attn_implementation!r} cannot: use attn_implementation="sdpa" or "eager".'

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .attention_deq import add_scores
 from .configuration_deq import DEQConfig, require_one_of
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -110,7 +111,7 @@ class RelativePositions:
         """
         by_distance = (query + self.attention.position_bias[:, None]) @ self.keys * self.attention.scaling
         scores = by_distance.gather(-1, self.distances.expand(*by_distance.shape[:2], -1, -1))
-        return query + self.attention.content_bias[:, None], mask + scores
+        return query + self.attention.content_bias[:, None], add_scores(mask, scores)
 
 
 Positions = RotaryPositions | RelativePositions

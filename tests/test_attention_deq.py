@@ -8,13 +8,20 @@ import torch
 from families import ATTRACTOR, TRANSFORMER, random_ids
 
 from hf_deq.attention_deq import additive_mask, attend, contain_failures, let_fail
-from hf_deq.positions_deq import RotaryPositions
+from hf_deq.positions_deq import RelativePositions, RotaryPositions
 
 LENGTH, HEADS, SIZE, BAD = 6, 2, 8, 4
 CAUSAL = torch.ones(LENGTH, LENGTH).tril().bool()[None, None]
 
 
-def attention_of(heads, implementation, mask):
+def relative_positions(dtype):
+    bias = torch.ones(HEADS, SIZE, dtype=dtype)
+    distances = (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).clamp_min(0)
+    attention = SimpleNamespace(position_bias=bias, content_bias=bias, scaling=SIZE**-0.5)
+    return RelativePositions(torch.empty(0), distances, attention, torch.ones(HEADS, SIZE, LENGTH, dtype=dtype))
+
+
+def attention_of(heads, implementation, mask, relative=False):
     """The output for queries, keys and values `(1, sequence, 3 heads, size)`, as a layer computes it."""
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     config = SimpleNamespace(
@@ -24,7 +31,10 @@ def attention_of(heads, implementation, mask):
     heads, holds = contain_failures(heads)
     query, key, value = heads.chunk(3, 2)
     positions = RotaryPositions.make(config, torch.arange(LENGTH)[None], heads.dtype)
+    if relative:
+        positions = relative_positions(heads.dtype)
     query, key = positions.rotate(query).transpose(1, 2), positions.rotate(key).transpose(1, 2)
+    query, mask = positions.score(query, mask)
     return let_fail(attend(module, query, key, value.transpose(1, 2), mask, {})[0], holds)
 
 
@@ -35,12 +45,15 @@ def test_a_large_number_reaches_no_position_that_may_not_see_it(share, dtype, im
     """`share` is the part of the largest number of the dtype."""
     torch.manual_seed(0)
     heads = torch.randn(1, LENGTH, 3 * HEADS, SIZE, dtype=dtype).abs()
-    masks = [CAUSAL, None] if implementation == "sdpa" else [additive_mask(CAUSAL, dtype)]
+    additive = additive_mask(CAUSAL, dtype)
+    ways = [(additive, False), (additive, True)]
+    if implementation == "sdpa":
+        ways += [(CAUSAL, False), (None, False)]
     queries, keys, values, every = slice(0, 2), slice(2, 4), slice(4, 6), slice(0, 6)
-    for mask, part in product(masks, (queries, keys, values, every)):
+    for (mask, relative), part in product(ways, (queries, keys, values, every)):
         large = heads.clone()
         large[:, BAD, part] = share * torch.finfo(dtype).max
-        before, after = attention_of(heads, implementation, mask), attention_of(large, implementation, mask)
+        before, after = (attention_of(states, implementation, mask, relative) for states in (heads, large))
         assert torch.equal(before[:, :BAD], after[:, :BAD])
         assert before.isfinite().all() and after[:, :BAD].isfinite().all()
         if not share <= 0.25:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..attention_deq import additive_mask
 from ..configuration_deq import fits_given_weights
 from ..configuration_deq_attractor import DEQAttractorConfig
 from ..modeling_deq_attractor import DEQAttractorBlock, DEQAttractorForCausalLM
@@ -223,12 +224,12 @@ def _compare_layers(model: PreTrainedModel, layers: nn.ModuleList, blocks: list[
     if model.dtype.itemsize == 2:  # a cast of the model has rounded its frequencies
         rotary = type(rotary)(config=model.config).to(model.device)
     theirs = rotary(states, positions)
-    causal = torch.full((12, 12), torch.finfo(precise).min / 2, dtype=precise, device=states.device).triu(1)
+    causal = additive_mask(torch.ones(1, 1, 12, 12, dtype=torch.bool, device=states.device).tril(), precise)
     for i, (layer, block) in enumerate(zip(layers, blocks, strict=False)):
         layer, block = copy.deepcopy(layer).to(precise), copy.deepcopy(block).to(precise)
-        output = layer(states, attention_mask=causal[None, None], position_ids=positions, position_embeddings=theirs)
+        output = layer(states, attention_mask=causal, position_ids=positions, position_embeddings=theirs)
         expected = (output[0] if isinstance(output, tuple) else output) - states
-        added = _without_gates(block)(states, ours, causal[None, None], None, {})
+        added = _without_gates(block)(states, ours, causal, None, {})
         _require_equal(model, f"layer {i}", added, expected, "Norms, the scaling of scores or residual sums differ.")
 
 
