@@ -97,11 +97,14 @@ def parse_metrics(text: str) -> list[dict]:
 class Clock:
     """Counts the seconds spent on training. It does not count within `paused`, and can continue from a checkpoint."""
 
+    spent: float
+    started: float | None  # None while it is paused
+
     def __init__(self):
         self.resume(0.0)
 
     def seconds(self) -> float:
-        return self.spent + time.perf_counter() - self.started
+        return self.spent + (0 if self.started is None else time.perf_counter() - self.started)
 
     def resume(self, spent: float) -> None:
         """Continue from this number of seconds."""
@@ -112,9 +115,9 @@ class Clock:
         """Within this context, the clock does not count. It gives the seconds until here."""
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # the pending work of the device still belongs to training
-        spent = self.seconds()
-        yield spent
-        self.resume(spent)
+        self.spent, self.started = self.seconds(), None
+        yield self.spent
+        self.resume(self.spent)
 
 
 class Meter:

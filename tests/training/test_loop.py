@@ -165,6 +165,17 @@ def test_an_explicit_model_takes_the_same_steps(corpus, tmp_path, capsys):
     assert model.config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path).eos_token_id
 
 
+def test_a_paused_clock_stands_still(monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr(log, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    clock = log.Clock()
+    assert clock.seconds() == 1
+    with clock.paused() as seconds:
+        assert seconds == clock.seconds() == clock.seconds() == 2
+        next(ticks)
+    assert clock.seconds() == 3
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 def test_size_tokens_and_time_are_reported(model_type, corpus, tmp_path, capsys, monkeypatch):
     """Time is that of training, without the validations in between, which take hours here."""
