@@ -181,6 +181,11 @@ ATTRACTOR = Family(
 
 FAMILIES = {"transformer": TRANSFORMER, "trellisnet": TRELLISNET, "attractor": ATTRACTOR}
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+a_family = pytest.mark.parametrize(  # where the others differ little, and a test takes long
+    "family",
+    [TRANSFORMER, *(pytest.param(family, marks=pytest.mark.slow) for family in (TRELLISNET, ATTRACTOR))],
+    ids=FAMILIES.keys(),
+)
 every_remembering_family = pytest.mark.parametrize(
     "family", [family for family in FAMILIES.values() if family.remembers]
 )

@@ -117,11 +117,11 @@ class ModelLaws:
             ids, alone, ways = self.packed()
             labels = ids.clone()
             labels[:, [0, 5, 6, 14]] = -100  # no text predicts the next one
+            # The text of one token has nothing to predict.
+            texts = [(text, dict(labels=text, num_items_in_batch=1)) for text in alone if text.shape[1] > 1]
+            apart = self._parameter_gradients(model, texts)
             for way in ways:
                 packed = self._parameter_gradients(model, [(ids, dict(labels=labels, num_items_in_batch=1, **way))])
-                # The text of one token has nothing to predict.
-                texts = [(text, dict(labels=text, num_items_in_batch=1)) for text in alone if text.shape[1] > 1]
-                apart = self._parameter_gradients(model, texts)
                 assert (packed - apart).abs().max() <= 1e-10 * apart.abs().max()
 
     def _parameter_gradients(self, model, batches) -> torch.Tensor:
@@ -275,12 +275,12 @@ class ModelLaws:
         for ours, exact in zip(*gradients, strict=True):
             torch.testing.assert_close(ours, exact, rtol=0, atol=1e-8)
 
-    def test_implicit_gradient_equals_200_unrolled_steps(self, fields):
+    def test_implicit_gradient_equals_120_unrolled_steps(self, fields):
         """For every parameter and the input, at the start of a text and where a memory goes in."""
         ids, before = random_ids(2, 6), random_ids(2, 5)
         for previous in (None, before) if self.family.remembers else (None,):
             implicit = self._gradients(ids, previous, fields)
-            unrolled = self._gradients(ids, previous, fields, gradient="unrolled", solver_max_evaluations=200)
+            unrolled = self._gradients(ids, previous, fields, gradient="unrolled", solver_max_evaluations=120)
             assert implicit.keys() == unrolled.keys()
             assert len(implicit) == 1 + sum(1 for _ in self.family.model(**fields).parameters())
             for name, exact in unrolled.items():
@@ -561,7 +561,8 @@ class ModelLaws:
 
     def test_jacobian_loss_shrinks_the_jacobian(self):
         def jacobian_after_training(weight):
-            model = self.family.model(jacobian_loss_weight=weight, solver_max_evaluations=30).train()
+            loose = dict(solver_max_evaluations=30, solver_tolerance=1e-3, backward_tolerance=1e-2)
+            model = self.family.model(jacobian_loss_weight=weight, **loose).train()
             optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
             for _ in range(30):
                 optimizer.zero_grad()

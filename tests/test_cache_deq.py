@@ -150,7 +150,8 @@ GIVEN = [("without config", {}), *((kind, fields) for kind in ("dynamic", "stati
 )
 def test_gradients_do_not_depend_on_a_cache_that_is_written(family, gradient, kind, fields, checkpointing):
     """Backward calls f again for some gradients. By then, the cache has the new keys already."""
-    model = family.model(gradient=gradient, reversible_steps=20, **fields)
+    loose = dict(solver_tolerance=1e-2, backward_tolerance=1e-2, reversible_steps=8)
+    model = family.model(gradient=gradient, **loose, **fields)
     ids, past = random_ids(2, 5), random_ids(2, 3)
     model.train()
     if checkpointing:

@@ -8,7 +8,7 @@ from families import ATTRACTOR, TRANSFORMER, TRELLISNET, random_ids
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-NEW_TOKENS = 6
+NEW_TOKENS = 4
 LENGTHS = (3, 30, 1, 7)
 # Small pages, and parts of at most 16 tokens: the prompt of 30 tokens is solved in parts, beside other requests.
 PAGES = dict(page_size=4, num_blocks=64, max_batch_tokens=16)

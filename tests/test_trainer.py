@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from families import TRANSFORMER, every_family, random_ids
+from families import TRANSFORMER, a_family, every_family, random_ids
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -76,7 +76,7 @@ def test_loss_is_that_of_a_plain_forward(family, tmp_path):
     assert logged(trainer, "loss")[0] == pytest.approx(inside.item(), rel=1e-4)
 
 
-@every_family
+@a_family
 def test_label_smoothing_learns_the_next_token(family, tmp_path):
     """Trainer shifts the labels of models that it knows as causal. Others would learn to copy their input."""
     start = torch.randint(3, 61, (16, 1))
@@ -323,7 +323,7 @@ def test_dpo_from_a_path_makes_its_own_reference_model(family, exported, words, 
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
-@every_family
+@a_family
 def test_grpo_rewards_what_was_generated(family, words, tmp_path):
     """Completions are rewarded for a word; after some steps there are more of it."""
     from trl import GRPOConfig, GRPOTrainer

@@ -85,14 +85,11 @@ def test_a_run_keeps_as_many_as_it_is_told(tmp_path):
     assert names(tmp_path) == ["step-00000006", "step-00000009", "step-00000012"]
 
 
-@pytest.mark.parametrize(
-    "file",
-    ["model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "run.json", "manifest.json"],
-)
-@pytest.mark.parametrize("harm", ["missing", "shorter", "flipped"])
-def test_a_damaged_checkpoint_is_passed_over(finished, whole, file, harm, caplog):
-    """The run goes on from the one before, says why, and ends where the undamaged one ended."""
-    path = finished / "checkpoints" / "step-00000012" / file
+FILES = ("model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "run.json", "manifest.json")
+HARMS = ("missing", "shorter", "flipped")
+
+
+def damage(path: Path, harm: str) -> None:
     content = bytearray(path.read_bytes())
     if harm == "missing":
         path.unlink()
@@ -101,9 +98,23 @@ def test_a_damaged_checkpoint_is_passed_over(finished, whole, file, harm, caplog
     else:
         content[len(content) // 2] ^= 0x5A
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("harm", HARMS)
+def test_damage_is_found(finished, file, harm):
+    damage(finished / "checkpoints" / "step-00000012" / file, harm)
+    fault = find_fault(finished / "checkpoints" / "step-00000012")
+    assert fault and (file in fault or file == "manifest.json")  # a wrong manifest says something of another file
+
+
+@pytest.mark.parametrize("file, harm", zip(FILES, HARMS * 2, strict=True))
+def test_a_damaged_checkpoint_is_passed_over(finished, whole, file, harm, caplog):
+    """The run goes on from the one before, says why, and ends where the undamaged one ended."""
+    damage(finished / "checkpoints" / "step-00000012" / file, harm)
     run(finished, resume=True)
     assert "passing over" in caplog.text and "step-00000012" in caplog.text
-    assert file in caplog.text or file == "manifest.json"  # what a wrong manifest says of another file is its fault
+    assert file in caplog.text or file == "manifest.json"
     assert_same(finished, whole)
 
 

@@ -254,7 +254,7 @@ def test_shallow_pretraining_switches_to_the_equilibrium(corpus, tmp_path):
         ("deq_transformer", False, 2, 1),
         ("deq_transformer", True, 9, 5),
         ("deq_trellisnet", True, 2, 1),
-        ("deq_trellisnet", False, 9, 5),
+        pytest.param("deq_trellisnet", False, 9, 5, marks=pytest.mark.slow),
         pytest.param("deq_transformer", False, 9, 5, marks=pytest.mark.slow),
         pytest.param("deq_transformer", True, 2, 1, marks=pytest.mark.slow),
         pytest.param("deq_trellisnet", True, 9, 5, marks=pytest.mark.slow),
