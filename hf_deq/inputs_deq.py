@@ -76,8 +76,9 @@ def check_memory(layer: DEQLayer, memory, batch: int, length: int, attention_mas
     if not sizes:
         remedy = "set memory_length in its configuration" if hasattr(layer.config, "memory_length") else "use a cache"
         raise ValueError(f"memory was given to a model that remembers nothing: {remedy}.")
-    lengths = layer.memory_lengths or [state.shape[1] for state in memory[:1] if state.dim() == 3] * len(sizes)
-    shapes = [(batch, positions, size) for positions, size in zip(lengths, sizes, strict=False)]
+    any_length = memory[0].shape[1] if len(memory) and memory[0].dim() == 3 else "positions"
+    lengths = layer.memory_lengths or [any_length] * len(sizes)
+    shapes = [(batch, positions, size) for positions, size in zip(lengths, sizes, strict=True)]
     if isinstance(memory, Tensor) or not memory or [tuple(state.shape) for state in memory] != shapes:
         raise ValueError(
             f"memory must be the output of this model for the same {batch} rows, a tuple of states of shapes {shapes}; "

@@ -57,8 +57,9 @@ class MemoryLaws:
         with pytest.raises(ValueError, match="output of this model for the same 3 rows"):
             model(random_ids(3, 4), memory=memory)
         parts = (memory[0], memory[1][..., :-1]), (memory[0], memory[1][:, :-1])
-        for other in ((), memory[:1], memory[0], *parts):
-            with pytest.raises(ValueError, match="output of this model.*states of shapes"):
+        flat = tuple(state[0, 0] for state in memory)
+        for other in ((), memory[:1], memory[0], flat, *parts):
+            with pytest.raises(ValueError, match=r"output of this model.*states of shapes \[\(2, .*, \d+\)\]; got"):
                 model(ids, memory=other)
         with pytest.raises(ValueError, match="attention_mask must be"):
             model(ids, memory=memory, attention_mask=torch.ones(1, 3))

@@ -266,8 +266,8 @@ class _Trainer:
             if self.accelerator.num_processes > 1:  # the others wait for this one
                 raise
             logger.warning(
-                f"The model of the last step is saved, but its checkpoint could not be written ({error.__cause__}): if "
-                "the report is interrupted, it cannot be made again."
+                "The model of the last step is saved, but its checkpoint could not be written "
+                f"({error.__cause__ or error}). If the report is interrupted: {self._remedy()}."
             )
 
     def _remedy(self) -> str:

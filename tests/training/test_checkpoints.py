@@ -258,9 +258,18 @@ def full(folder):
 def test_a_last_checkpoint_that_cannot_be_written_does_not_cost_the_report(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("hf_deq.training.checkpoints.write_manifest", full)
     assert run(tmp_path, save_steps=0)["step"] == STEPS
-    assert "could not be written ([Errno 28] No space left" in caplog.text and "resume" not in caplog.text
+    assert "could not be written ([Errno 28] No space left" in caplog.text
+    assert "If the report is interrupted: there is no checkpoint to continue from" in caplog.text
     assert (tmp_path / "model.safetensors").is_file()
     assert not [*(tmp_path / "checkpoints").iterdir()]  # what was written of it would take the space of the report
+
+
+def test_an_earlier_checkpoint_is_there_to_continue_from(tmp_path, monkeypatch, caplog):
+    writes = iter([write_manifest, write_manifest, full])
+    monkeypatch.setattr("hf_deq.training.checkpoints.write_manifest", lambda folder: next(writes)(folder))
+    assert run(tmp_path, save_steps=5)["step"] == STEPS
+    assert "If the report is interrupted: continue with --resume" in caplog.text
+    assert names(tmp_path) == ["step-00000005", "step-00000010"]
 
 
 def test_an_interruption_without_a_checkpoint_promises_none(tmp_path, monkeypatch):
