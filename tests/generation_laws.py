@@ -22,7 +22,9 @@ from transformers import (
 from hf_deq.generation_deq import _reports
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
-SHORT = GREEDY | {"max_new_tokens": 7}  # for the laws that run for every variant
+# For the laws that run for every variant. They compare tokens, which are the same at every tight tolerance.
+SHORT = GREEDY | {"max_new_tokens": 7}
+TIGHT = {"solver_tolerance": 1e-7}
 REPORTED = GREEDY | {"return_dict_in_generate": True}
 
 
@@ -58,11 +60,11 @@ class GenerationLaws:
 
     family: Family
 
-    @pytest.mark.parametrize("pieces", [[1] * 14, [6] + [1] * 8, [5, 4, 5]])
+    @pytest.mark.parametrize("pieces", [[1] * 10, [5] + [1] * 5, [4, 3, 3]])
     @torch.no_grad()
     def test_cached_logits_equal_uncached_ones(self, fields, pieces):
         model = self.family.model(**fields)
-        ids = random_ids(2, 14)
+        ids = random_ids(2, 10)
         full = model(ids, use_cache=False)
         cache, logits = None, []
         for piece in ids.split(pieces, 1):
@@ -129,13 +131,13 @@ class GenerationLaws:
         assert (logits - model(ids).logits).norm() < 0.05 * logits.norm()
 
     def test_greedy_generation_equals_decoding_without_cache(self, fields):
-        model, ids = self.family.model(**fields), random_ids(2, 5)
+        model, ids = self.family.model(**fields | TIGHT), random_ids(2, 5)
         expected = greedy_without_cache(model, ids, SHORT["max_new_tokens"])
         for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
             assert torch.equal(model.generate(ids, **SHORT, **cache), expected), cache
 
     def test_left_padded_batches(self, decoding_fields):
-        model = self.family.model(**decoding_fields)
+        model = self.family.model(**decoding_fields | TIGHT)
         rows = [random_ids(1, length) for length in (3, 7, 5)]
         expected = [model.generate(row, **SHORT)[0, row.shape[1] :] for row in rows]
         assert len(torch.stack(expected).unique()) > 1  # else every mask would do
@@ -146,7 +148,7 @@ class GenerationLaws:
             assert torch.equal(batch[:, 7:], torch.stack(expected)), cache
 
     def test_beam_search(self, decoding_fields):
-        model = self.family.model(**decoding_fields)
+        model = self.family.model(**decoding_fields | TIGHT)
         beams = dict(SHORT, num_beams=3, return_dict_in_generate=True, output_scores=True)
         cached, uncached = (
             model.generate(ids, **beams, use_cache=use) for ids in [random_ids(2, 4)] for use in (True, False)
@@ -155,12 +157,12 @@ class GenerationLaws:
         torch.testing.assert_close(cached.sequences_scores, uncached.sequences_scores, rtol=0, atol=1e-5)
 
     def test_prompt_lookup_and_assisted_decoding_crop_the_cache(self, decoding_fields):
-        model = self.family.model(**decoding_fields)
+        model = self.family.model(**decoding_fields | TIGHT)
         ids = random_ids(1, 4).repeat(1, 3)
         expected = greedy_without_cache(model, ids, SHORT["max_new_tokens"])
         assert torch.equal(model.generate(ids, **SHORT, prompt_lookup_num_tokens=3), expected)
         torch.manual_seed(1)
-        assistant = type(model)(self.family.config(**decoding_fields)).double().eval()
+        assistant = type(model)(model.config).double().eval()
         assert torch.equal(model.generate(ids, **SHORT, assistant_model=assistant), expected)
 
     def test_sampling_follows_the_seed(self):
