@@ -1,5 +1,6 @@
 """Attention of an f that contains attention: the mask of a call, and the attention function of the configuration."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ def eager_attention_forward(
         module: its `num_key_value_groups` is the number of query heads that share a key/value head.
         query: `(batch, heads, sequence, size)`.
         key, value: `(batch, key/value heads, keys, size)`.
-        attention_mask: is added to the scores, see `add_scores`. `None` if nothing is masked.
+        attention_mask: the result of `additive_mask`. `None` if nothing is masked.
         scaling: factor of the scores.
         dropout_mask: is multiplied with the attention weights; `None` if dropout is off.
 
@@ -78,7 +79,10 @@ def attend(
 
 
 def attention_name(config: DEQConfig) -> str:
-    """Return the name of the attention function. Transformers' "paged|eager" rounds the softmax to single precision."""
+    """Return the name of the attention function, without the prefix that Transformers gives it for paged rows.
+
+    (Transformers' own "paged|eager" rounds the softmax to single precision.)
+    """
     return config._attn_implementation.removeprefix("paged|")
 
 
@@ -135,17 +139,23 @@ def make_causal_mask(
     Args:
         config: supplies `sliding_window` and the name of the attention function.
         inputs_embeds: `(batch, sequence, features)`.
-        attention_mask: the checked mask of the caller, see `check_mask`. One for each query and key is used as it is.
+        attention_mask: the checked mask of the caller, see `check_mask`. A 4D mask says already what is causal.
         position_ids: positions of packed texts; `None` if every row is one text.
         cache: the cache that precedes the new positions.
         additive: whether a mask of numbers is needed in any case, because scores will be added to it.
     """
+    name = attention_name(config)
+    if name != config._attn_implementation:  # the library makes no mask for a name that it does not know
+        config = copy.copy(config)
+        config._attn_implementation = name
     make_mask = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
     no_skip = {"allow_is_causal_skip": False} if additive else {}
     mask = make_mask(config, inputs_embeds, attention_mask, cache, position_ids=position_ids, **no_skip)
-    if mask is not None and (additive or attention_name(config) == "eager"):
-        mask = additive_mask(attends(mask), inputs_embeds.dtype)
-    return mask
+    if mask is None:
+        return None
+    if additive or name == "eager":
+        return additive_mask(attends(mask), inputs_embeds.dtype)
+    return attends(mask) if name == "sdpa" else mask  # another function gets the mask that was made for it
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,6 +169,9 @@ def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_scores(mask: Tensor, scores: Tensor) -> Tensor:
-    """Return the sum of an additive mask and scores. In float16, scores can be infinite: hidden ones stay hidden."""
+    """Return the sum of the result of `additive_mask` and scores.
+
+    A score of float16 can be infinite, and inf - inf is NaN: so hidden scores are replaced.
+    """
     total = mask + scores
     return total.masked_fill(mask == -torch.inf, -torch.inf) if total.dtype == torch.float16 else total

@@ -32,33 +32,21 @@ def positions_of_texts(cumulative_lengths: Tensor) -> Tensor:
     return (positions - starts.repeat_interleave(lengths))[None]
 
 
-def attends(mask: Tensor) -> Tensor:
-    """Return a 4D mask, boolean or additive, as bool: True where a query attends to a key."""
-    return mask if mask.dtype == torch.bool else mask == 0
-
-
 def check_mask(attention_mask: Tensor | None, batch: int, length: int, past_length: int | Tensor) -> Tensor | None:
-    """Return the checked mask: 2D, or 4D and boolean.
-
-    A 2D mask is cut after column `past + sequence`: as in Llama, later columns are ignored.
+    """Return the checked mask. A 2D mask is cut after column `past + sequence`: as in Llama, later columns are ignored.
 
     Raises:
         ValueError: if the mask has a wrong shape, or is a 4D mask of integers.
     """
-    if attention_mask is None:
-        return None
-    is_4d = attention_mask.dim() == 4
-    if is_4d:
+    if attention_mask is None or (torch.compiler.is_compiling() and isinstance(past_length, Tensor)):
+        return attention_mask
+    shape, columns = tuple(attention_mask.shape), int(past_length) + length
+    if attention_mask.dim() == 4:
         if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
             raise ValueError(
                 f"a 4D attention_mask must be boolean (True attends) or additive floats, got {attention_mask.dtype}: "
                 "as numbers to be added, 0 and 1 would mean something else. Pass attention_mask.bool()."
             )
-        attention_mask = attends(attention_mask)
-    if torch.compiler.is_compiling() and isinstance(past_length, Tensor):
-        return attention_mask
-    shape, columns = tuple(attention_mask.shape), int(past_length) + length
-    if is_4d:
         if shape[0] not in (1, batch) or shape[2] != length:
             raise ValueError(f"a 4D attention_mask must be ({batch}, heads, {length}, keys), got {shape}.")
         return attention_mask.expand(batch, -1, -1, -1)
@@ -84,7 +72,7 @@ def read_rows(
     again, as in Transformers.
 
     Args:
-        attention_mask: `(batch, past + sequence)`, or 4D and boolean.
+        attention_mask: `(batch, past + sequence)`, or 4D.
         position_ids: `(batch, sequence)`, as the caller gave them.
         has_past: whether a cache or a memory precedes the new positions.
         first_query: column of the mask that belongs to the first new position.
@@ -100,7 +88,7 @@ def read_rows(
     else:
         tokens = token_mask(attention_mask, first_query, length)
         if attention_mask.dim() == 4 and length > 1:
-            texts = _blocks(attention_mask[..., first_query : first_query + length], tokens, sliding_window)
+            texts = _blocks(attends(attention_mask)[..., first_query : first_query + length], tokens, sliding_window)
     if texts is not None and has_past:
         raise ValueError(
             "position_ids start again, or attention_mask has blocks: several texts are packed into a row. Such a row "
@@ -114,9 +102,14 @@ def read_rows(
 def token_mask(attention_mask: Tensor, first_query: int | Tensor, length: int) -> Tensor:
     """Return which of the new positions are tokens, bool `(batch, length)`. Arguments as in `read_rows`."""
     if attention_mask.dim() == 4:  # a token attends to itself, padding does not
-        return attention_mask[:, 0].diagonal(int(first_query), -2, -1)[:, :length]
+        return attends(attention_mask)[:, 0].diagonal(int(first_query), -2, -1)[:, :length]
     columns = first_query + torch.arange(length, device=attention_mask.device)
     return attention_mask.index_select(1, columns).bool()
+
+
+def attends(mask: Tensor) -> Tensor:
+    """Return a 4D mask, boolean or additive, as bool: True where a query attends to a key."""
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 INNER_PADDING = (
@@ -140,7 +133,7 @@ def refuse_inner_padding(rows: Rows, attention_mask: Tensor | None, past_length:
         return
     tokens = None if rows.tokens is None else rows.tokens[..., 0]
     if past_length > 0 and not torch.compiler.is_compiling():  # compiled decoding has one graph
-        seen = attention_mask.bool() if attention_mask.dim() == 2 else attention_mask[:, 0].any(1)
+        seen = attention_mask.bool() if attention_mask.dim() == 2 else attends(attention_mask)[:, 0].any(1)
         new = seen[:, past_length:] if tokens is None else tokens
         tokens = torch.cat([seen[:, :past_length], new], 1)
     if tokens is not None and tokens.shape[1] > 1 and _has_inner_padding(tokens, rows.texts):

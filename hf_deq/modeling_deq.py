@@ -26,7 +26,7 @@ from .configuration_deq import DEQConfig
 from .generation_deq import DEQGenerationMixin
 from .inputs_deq import check_inputs, check_memory, check_position_ids, refuse_growing_cache, refuse_misspelt_dial
 from .layer_deq import DEQLayer, Dial
-from .masking_deq import Rows, attends, check_mask, positions_of_texts, read_rows
+from .masking_deq import Rows, check_mask, positions_of_texts, read_rows
 from .paging_deq import PagedTexts
 from .softmax_heads import LogProbabilityHead
 
@@ -265,7 +265,7 @@ class DEQModel(DEQPreTrainedModel):
             check_memory(self.layers[0], memory, *inputs_embeds.shape[:2], attention_mask, cache)
         if isinstance(cache, PagedAttentionCache):
             cache, kwargs = PagedTexts(cache, **kwargs), {}
-            mask, rows = attends(attention_mask), cache.rows
+            mask, rows = attention_mask, cache.rows
         else:
             if kwargs.get("cu_seq_lens_q") is not None:
                 if attention_mask is not None:

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import ATTRACTOR, TRANSFORMER, random_ids
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from hf_deq.attention_deq import additive_mask, attend, contain_failures, let_fail
 from hf_deq.positions_deq import RelativePositions, RotaryPositions
@@ -58,6 +60,42 @@ def test_a_large_number_reaches_no_position_that_may_not_see_it(share, dtype, im
         assert before.isfinite().all() and after[:, :BAD].isfinite().all()
         if not share <= 0.25:
             assert after[:, BAD].isnan().all()
+
+
+def adding(module, query, key, value, attention_mask, scaling, **kwargs):
+    """An attention function that somebody else might register."""
+    key, value = (heads.repeat_interleave(module.num_key_value_groups, 1) for heads in (key, value))
+    weights = (query @ key.transpose(-2, -1) * scaling + attention_mask).softmax(-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+@pytest.mark.parametrize("family", [TRANSFORMER, ATTRACTOR], ids=["transformer", "attractor"])
+def test_a_registered_function_gets_the_mask_that_was_made_for_it(family, monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "adding", adding)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "adding", eager_mask)
+    ids, padding = random_ids(2, LENGTH), torch.tensor([[0, 0] + [1] * 4, [1] * 6])
+    prepared = torch.zeros(2, 1, LENGTH, LENGTH, dtype=torch.float64)
+    prepared.masked_fill_(~CAUSAL, torch.finfo(torch.float64).min)
+    how = dict(attention_mask=padding, max_new_tokens=4, do_sample=False, eos_token_id=None, disable_compile=True)
+    logits, texts = [], []
+    for name in ("sdpa", "adding"):
+        model = family.model(attn_implementation=name)
+        logits.append(model(ids, attention_mask=prepared).logits)
+        texts.append(model.generate(ids * padding, cache_implementation="static", **how))
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-8)
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("fields", [{}, {"position_embedding_type": "relative"}, {"attention_dropout": 0.3}], ids=str)
+def test_a_model_is_causal_under_the_name_for_paged_rows(fields):
+    """Continuous batching gives it this name, and anybody can."""
+    ids, outputs = random_ids(1, LENGTH), []
+    for name in ("eager", "paged|eager"):
+        model = TRANSFORMER.model(**fields, attn_implementation="eager").train()
+        model.set_attn_implementation(name)
+        torch.manual_seed(1)
+        outputs.append(model(ids, use_cache=False).logits)
+    torch.testing.assert_close(*outputs)
 
 
 @pytest.mark.slow
