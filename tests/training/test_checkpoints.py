@@ -108,7 +108,7 @@ def test_damage_is_found(finished, file, harm):
     assert fault and (file in fault or file == "manifest.json")  # a wrong manifest says something of another file
 
 
-@pytest.mark.parametrize("file, harm", zip(FILES, HARMS * 2, strict=True))
+@pytest.mark.parametrize("file, harm", list(zip(FILES, HARMS * 2, strict=True)))
 def test_a_damaged_checkpoint_is_passed_over(finished, whole, file, harm, caplog):
     """The run goes on from the one before, says why, and ends where the undamaged one ended."""
     damage(finished / "checkpoints" / "step-00000012" / file, harm)
