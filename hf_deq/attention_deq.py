@@ -9,7 +9,7 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_deq import DEQConfig
+from .configuration_deq import DEQConfig, attention_name
 from .masking_deq import attends
 from .weight_tying import apply_mask
 
@@ -76,14 +76,6 @@ def attend(
         sliding_window=module.config.sliding_window,
         **kernel_arguments,
     )
-
-
-def attention_name(config: DEQConfig) -> str:
-    """Return the name of the attention function, without the prefix that Transformers gives it for paged rows.
-
-    (Transformers' own "paged|eager" rounds the softmax to single precision.)
-    """
-    return config._attn_implementation.removeprefix("paged|")
 
 
 def contain_failures(heads: Tensor) -> tuple[Tensor, Tensor]:

@@ -245,6 +245,14 @@ def _shared_start(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
+def attention_name(config: DEQConfig) -> str:
+    """Return the name of the attention function, without the prefix that Transformers gives it for paged rows.
+
+    (Transformers' own "paged|eager" rounds the softmax to single precision.)
+    """
+    return config._attn_implementation.removeprefix("paged|")
+
+
 def require_one_of(name: str, value: str, allowed) -> None:
     """Refuse a value that is not one of the allowed names.
 

@@ -14,6 +14,7 @@ from transformers import ContinuousBatchingConfig, ContinuousBatchingManager, Ge
 from transformers.utils import ModelOutput
 
 from .cache_deq import check_cacheable
+from .configuration_deq import attention_name
 from .layer_deq import Dial
 from .softmax_heads import check_ids
 from .weight_tying import keeping_weights
@@ -224,7 +225,7 @@ class DEQGenerationMixin(GenerationMixin):
                 f"num_beams={generation_config.num_beams}: continuous batching follows one beam for each request. "
                 "Leave num_beams out, or pass the requests to generate."
             )
-        if self.config._attn_implementation.removeprefix("paged|") not in ("eager", "sdpa"):
+        if attention_name(self.config) not in ("eager", "sdpa"):
             raise ValueError(
                 f"Continuous batching needs attn_implementation='sdpa' or 'eager', got "
                 f"{self.config._attn_implementation!r}: call model.set_attn_implementation('sdpa')."

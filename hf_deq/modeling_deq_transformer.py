@@ -10,8 +10,9 @@ from transformers.activations import ACT2FN
 from transformers.utils.output_capturing import OutputRecorder
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from .attention_deq import attend, attention_name, contain_failures, let_fail, make_causal_mask, positions_after
+from .attention_deq import attend, contain_failures, let_fail, make_causal_mask, positions_after
 from .classification_deq import DEQForSequenceClassification
+from .configuration_deq import attention_name
 from .configuration_deq_transformer import DEQTransformerConfig
 from .layer_deq import DEQLayer, DEQLayerOutput, Dial, latest
 from .masking_deq import Rows
@@ -332,9 +333,7 @@ class DEQTransformerModel(DEQTransformerPreTrainedModel, DEQModel):
             "kernel_arguments": kwargs,
         }
 
-    def _relative_positions(
-        self, inputs_embeds: Tensor, cache: Cache | PagedTexts | None, keys: int
-    ) -> RelativePositions:
+    def _relative_positions(self, inputs_embeds, cache, keys: int) -> RelativePositions:
         """Return the relative positions of inputs that follow a cache, and so attend to this number of keys."""
         if isinstance(cache, PagedTexts):
             return RelativePositions.make(inputs_embeds, cache.places, keys)

@@ -32,9 +32,8 @@ def attention_of(heads, implementation, mask, relative=False):
     module = SimpleNamespace(config=config, scaling=SIZE**-0.5, num_key_value_groups=1, is_causal=True, training=False)
     heads, holds = contain_failures(heads)
     query, key, value = heads.chunk(3, 2)
-    positions = RotaryPositions.make(config, torch.arange(LENGTH)[None], heads.dtype)
-    if relative:
-        positions = relative_positions(heads.dtype)
+    rotary = RotaryPositions.make(config, torch.arange(LENGTH)[None], heads.dtype)
+    positions = relative_positions(heads.dtype) if relative else rotary
     query, key = positions.rotate(query).transpose(1, 2), positions.rotate(key).transpose(1, 2)
     query, mask = positions.score(query, mask)
     return let_fail(attend(module, query, key, value.transpose(1, 2), mask, {})[0], holds)
