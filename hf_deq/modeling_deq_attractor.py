@@ -281,7 +281,8 @@ class DEQAttractorForCausalLM(DEQAttractorPreTrainedModel, DEQForCausalLM):
     model_class = DEQAttractorModel
 
     def _logits(self, states: Tensor) -> Tensor:
-        logits = super()._logits(states) * self.config.logit_scale
+        # The states are scaled, not the logits, because there are fewer of them.
+        logits = super()._logits(states * self.config.logit_scale)
         limit = self.config.final_logit_softcapping
         return logits if limit is None else limit * torch.tanh(logits / limit)
 
