@@ -20,6 +20,7 @@ stay the same, and the number of evaluations no longer depends on how many posit
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Cache
 from transformers import initialization as init
 from transformers.utils.output_capturing import OutputRecorder
@@ -199,15 +200,38 @@ def linear_recurrence(keep: Tensor, new: Tensor, start: Tensor, texts: Texts | N
         texts: the texts of packed rows; `None` if every row is one text. Every text except the first of a row starts
             with c = 0.
     """
-    values = torch.cat([new[:, :1] + keep[:, :1] * start, new[:, 1:]], 1)
-    reach, longest = 1, new.shape[1] if texts is None else texts.longest
-    while reach < longest:
-        # Here, `values` and `keep` of each position combine the last `reach` positions up to this position.
-        added, kept = (within_text(before[:, :-reach], reach, texts) for before in (values, keep))
-        values = torch.cat([values[:, :reach], values[:, reach:] + keep[:, reach:] * added], 1)
-        keep = torch.cat([keep[:, :reach], keep[:, reach:] * kept], 1)
-        reach *= 2
-    return values
+    from_start = F.pad(keep[:, :1] * start, (0, 0, 0, new.shape[1] - 1))
+    return _Scan.apply(keep, new + from_start, texts, False)
+
+
+class _Scan(torch.autograd.Function):
+    """The recurrence c_t = v_t + keep_t c_{t-1}, or backwards: c_t = v_t + keep_{t+1} c_{t+1}.
+
+    The gradient of each direction is the other direction. So the steps of the scan are not saved.
+    """
+
+    @staticmethod
+    def forward(ctx, keep, values, texts, backwards):
+        result, factors = values.clone(), keep[:, 1:]
+        reach, longest = 1, values.shape[1] if texts is None else texts.longest
+        while reach < longest:
+            # `result` combines `reach` positions, and `factors` leads from each position to the one `reach` later.
+            earlier, later = result[:, :-reach], result[:, reach:]
+            source, target = (later, earlier) if backwards else (earlier, later)
+            target += within_text(factors * source, reach, texts)
+            factors = factors[:, :-reach] * factors[:, reach:]
+            reach *= 2
+        ctx.save_for_backward(keep, result)
+        ctx.texts, ctx.backwards = texts, backwards
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        keep, result = ctx.saved_tensors
+        of_values = _Scan.apply(keep, grad, ctx.texts, not ctx.backwards)
+        earlier, later = (of_values, result) if ctx.backwards else (result, of_values)
+        of_keep = F.pad(within_text(earlier[:, :-1] * later[:, 1:], 1, ctx.texts), (0, 0, 1, 0))
+        return of_keep, of_values, None, None
 
 
 def _state_layer(cache: Cache) -> TrellisStateLayer:

@@ -9,6 +9,7 @@ from model_laws import ModelLaws
 from transformers import DynamicCache
 
 from hf_deq import modeling_deq_trellisnet
+from hf_deq.evaluation.activations import saved_bytes
 from hf_deq.evaluation.operation_counts import CountOperations
 from hf_deq.modeling_deq_trellisnet import linear_recurrence
 from hf_deq.packed_texts import Texts
@@ -52,6 +53,23 @@ def test_the_scan_of_packed_texts_is_as_long_as_the_longest_text():
         alone = torch.cat([linear_recurrence(*piece, start) for piece in pieces], 1)
         torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
     assert operations[1] == operations[5]
+
+
+@pytest.mark.parametrize("lengths", [[1], [7], [3, 1, 4]])
+def test_the_gradient_of_the_recurrence_is_exact(lengths):
+    numbers = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])[None]
+    texts = Texts(numbers) if len(lengths) > 1 else None
+    sizes = numbers.shape[1], numbers.shape[1], 1
+    arguments = [torch.randn(1, size, 2, dtype=torch.float64, requires_grad=True) for size in sizes]
+    assert torch.autograd.gradcheck(lambda *tensors: linear_recurrence(*tensors, texts), arguments)
+    assert torch.autograd.gradgradcheck(lambda *tensors: linear_recurrence(*tensors, texts), arguments)
+
+
+def test_the_gradient_of_the_recurrence_needs_only_its_factors_and_its_result():
+    keep, new = (torch.rand(2, 64, 3, requires_grad=True) for _ in range(2))
+    start = torch.zeros(2, 1, 3)
+    saved = saved_bytes(torch.nn.Module(), lambda: linear_recurrence(keep, new, start))
+    assert saved == keep.nbytes + new.nbytes + start.nbytes
 
 
 @pytest.mark.parametrize("fields", [{}, {"kernel_size": 3, "dilation": 2}])
