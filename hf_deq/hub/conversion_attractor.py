@@ -80,7 +80,7 @@ def attractor_config(arguments: dict, state_dict: dict, fields: dict) -> DEQAttr
         mlp_bias=bias,
         qk_norm="plain" if given("qk_norm", False) else None,
         rms_norm_eps=given("norm_eps", 1e-5),
-        rope_parameters=_rope_parameters(given("rope_settings", None) or {}),
+        rope_parameters=_rope_parameters(_settings(given, "rope_settings")),
         max_position_embeddings=given("block_size", 4096),
         layer_scale_init_value=gates,
         layer_scale_max=_gate_limit(given("gamma_max", None)),
@@ -100,7 +100,7 @@ def _refuse_unit_offset(given: Arguments) -> None:
     Raises:
         ValueError: if the name says so.
     """
-    own, of_the_hub = given("name", None), (given("hf_config", None) or {}).get("name")
+    own, of_the_hub = given("name", None), _settings(given, "hf_config").get("name")
     if "Gemma" in (name := own or of_the_hub or ""):
         raise ValueError(
             f"constructor_arguments: the name {name!r} has Gemma in it, so the norms of the original multiply by "
@@ -130,6 +130,18 @@ def _one_of(given: Arguments, name: str, known: dict, default: str):
     if value not in known:
         raise ValueError(f"constructor_arguments: {name}={value!r} cannot be converted; known are {sorted(known)}.")
     return known[value]
+
+
+def _settings(given: Arguments, name: str) -> dict:
+    """Return an argument that holds settings by name; empty if it is not given.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
+    settings = given(name, None) or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"constructor_arguments: {name}={settings!r} must be a dictionary.")
+    return settings
 
 
 def _rope_parameters(settings: dict) -> dict:

@@ -116,8 +116,10 @@ class Clock:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # the pending work of the device still belongs to training
         self.spent, self.started = self.seconds(), None
-        yield self.spent
-        self.resume(self.spent)
+        try:
+            yield self.spent
+        finally:
+            self.resume(self.spent)
 
 
 class Meter:

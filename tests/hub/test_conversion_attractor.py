@@ -192,6 +192,8 @@ def test_variants_that_no_fixture_shows(reference):
         ({"rope_settings": {"rope_theta": 10_000}}, r"rope_settings has \['rope_theta'\]; known are \['rope_base', "),
         ({"name": "Gemma-attractor"}, "the name 'Gemma-attractor' has Gemma in it, .* multiply by 1 [+] weight"),
         ({"name": "", "hf_config": {"name": "Gemma-2b"}}, "the name 'Gemma-2b' has Gemma in it"),
+        ({"name": "", "hf_config": "Gemma-2b"}, "hf_config='Gemma-2b' must be a dictionary"),
+        ({"rope_settings": "default"}, "rope_settings='default' must be a dictionary"),
         ({"nonlin_name": "Softplus"}, "nonlin_name='Softplus' cannot be converted"),
         ({"block_class_name": "SandwichBlock"}, "only 'TransformerPreNormBlock' can be converted"),
         ({"mlp_class_name": "GatedMLP"}, r"mlp.fc.weight is \(64, 32\), but should be \(128, 32\)"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,6 +175,9 @@ def test_a_paused_clock_stands_still(monkeypatch):
         assert seconds == clock.seconds() == clock.seconds() == 2
         next(ticks)
     assert clock.seconds() == 3
+    with suppress(KeyError), clock.paused():
+        raise KeyError
+    assert clock.seconds() == 5
 
 
 @pytest.mark.parametrize("model_type", MODELS)
