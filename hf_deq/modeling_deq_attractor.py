@@ -109,9 +109,9 @@ class LayerScale(nn.Module):
         self.largest, self.initial = config.layer_scale_max, config.layer_scale_init_value
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the gated output of a sub-layer, same shape."""
-        return x * (self.largest * self.weight.sigmoid())
+    def forward(self, mask: Tensor | None) -> Tensor:
+        """Return the gates `(hidden)`, multiplied with a dropout mask `(batch, sequence, hidden)` if there is one."""
+        return apply_mask(self.largest * self.weight.sigmoid(), mask)
 
     def initialize(self) -> None:
         """Initialise the parameter that was not loaded."""
@@ -136,21 +136,27 @@ class DEQAttractorBlock(nn.Module):
         self.feed_forward_scale = LayerScale(config) if gated else nn.Identity()
         self.dropout = config.hidden_dropout
 
-    def draw_masks(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Draw the dropout masks of the two sub-layers, with the shape of the states; `None` if dropout is off."""
-        attended, fed = (draw_dropout_mask(like, self.dropout, self.training) for _ in ("attention", "feed forward"))
+    def draw_factors(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the factors of the two sub-layers in one solve: gates, and dropout masks of the shape of the states.
+
+        A factor is `None` if there is neither.
+        """
+        attended, fed = (
+            scale(draw_dropout_mask(like, self.dropout, self.training))
+            for scale in (self.attention_scale, self.feed_forward_scale)
+        )
         return attended, fed
 
     def forward(
-        self, x: Tensor, masks: tuple[Tensor | None, Tensor | None], *arguments
+        self, x: Tensor, factors: tuple[Tensor | None, Tensor | None], *arguments
     ) -> tuple[Tensor, Tensor | None]:
         """Return what the layer adds to the states x `(batch, sequence, hidden)`, and the attention weights.
 
-        `masks` are those of `draw_masks`, and `arguments` those of the attention.
+        `factors` are those of `draw_factors`, and `arguments` those of the attention.
         """
         attended, weights = self.self_attn(self.attention_norm(x), *arguments)
-        attended = apply_mask(self.attention_scale(attended), masks[0])
-        fed = apply_mask(self.feed_forward_scale(self.mlp(self.feed_forward_norm(x + attended))), masks[1])
+        attended = apply_mask(attended, factors[0])
+        fed = apply_mask(self.mlp(self.feed_forward_norm(x + attended)), factors[1])
         return attended + fed, weights
 
 
@@ -159,7 +165,7 @@ class DEQAttractorPreludeLayer(DEQAttractorBlock):
 
     def forward(self, x: Tensor, *arguments) -> tuple[Tensor, Tensor | None]:
         """Map states `(batch, sequence, hidden)` to states of the same shape and the attention weights."""
-        added, weights = super().forward(x, self.draw_masks(x), *arguments)
+        added, weights = super().forward(x, self.draw_factors(x), *arguments)
         return x + added, weights
 
 
@@ -190,14 +196,14 @@ class DEQAttractorLayer(DEQLayer):
         context = self._propose(hidden_states, *arguments)
         if rows.tokens is not None:
             context = context.masked_fill(~rows.tokens, 0)
-        layers = [(block, block.draw_masks(context)) for block in self.head]
+        layers = [(block, block.draw_factors(context)) for block in self.head]
         weights = None
 
         def f(y: Tensor) -> Tensor:
             nonlocal weights
             image = context
-            for block, masks in layers:  # head(y + context) - y would be the same, but rounded more coarsely
-                added, weights = block(y + image, masks, *arguments)
+            for block, factors in layers:  # head(y + context) - y would be the same, but rounded more coarsely
+                added, weights = block(y + image, factors, *arguments)
                 image = image + added
             return image if rows.tokens is None else image.masked_fill(~rows.tokens, 0)
 

@@ -56,7 +56,7 @@ def gradients_and_masks(checkpointed: bool, **fields) -> tuple[list, list]:
     """The gradients of a training step, and the dropout masks that its layers drew."""
     model, ids, drawn = ATTRACTOR.model(**fields).train(), random_ids(2, 7), []
     for block in [*model.model.layers[0].prelude, *model.model.layers[0].head]:
-        block.draw_masks = lambda like, draw=block.draw_masks: drawn.append(draw(like)) or drawn[-1]
+        block.draw_factors = lambda like, draw=block.draw_factors: drawn.append(draw(like)) or drawn[-1]
     if checkpointed:
         model.activation_checkpointing_enable()
     torch.manual_seed(3)
