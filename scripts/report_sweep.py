@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from operator import itemgetter
 from pathlib import Path
 
@@ -230,11 +230,12 @@ def draw(finals: dict[str, list[dict]], measurements: dict) -> Figure:
     """Validation perplexity against training time, and test perplexity against depth. Explicit models are dashed."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    colors = {True: cycle(COLORS), False: cycle(COLORS)}  # of equilibria and of explicit models
+    looks = {solved: cycle(product("os^", COLORS)) for solved in (True, False)}  # of equilibria and of explicit models
     for model, lines in finals.items():
         solved = is_solved(lines[0])
-        look = {"color": next(colors[solved]), "marker": "o", "linestyle": "-" if solved else "--"}
-        look["markerfacecolor"] = look["color"] if solved else "white"
+        marker, color = next(looks[solved])
+        look = {"color": color, "marker": marker, "linestyle": "-" if solved else "--"}
+        look["markerfacecolor"] = color if solved else "white"
         left.plot(*zip(*learning_curve(lines, measurements.get(model, {})), strict=True), **look, label=model)
         right.plot(*zip(*depth_curve(lines), strict=True), **look)
     left.set(
