@@ -12,7 +12,6 @@ from accelerate import cpu_offload
 from families import ATTRACTOR, Family, random_ids
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.functional import cross_entropy, pad
-from torch.utils._pytree import tree_flatten
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from hf_deq import ConvergenceWarning
@@ -476,10 +475,9 @@ class ModelLaws:
         class Logits(CountingMode):
             made = set()
 
-            def note(self, operation, outputs):
-                for tensor in tree_flatten(outputs)[0]:
-                    if isinstance(tensor, torch.Tensor) and tensor.numel() == ids.numel() * 997:
-                        self.made.add(tensor.untyped_storage().data_ptr())
+            def note(self, operation, tensors):
+                sized = (tensor for tensor in tensors if tensor.numel() == ids.numel() * 997)
+                self.made.update(tensor.untyped_storage().data_ptr() for tensor in sized)
 
         with Logits() as logits:
             output = model(ids)

@@ -35,11 +35,11 @@ class CountingMode(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         outputs = operation(*args, **(kwargs or {}))
         if not self._paused:
-            self.note(operation, outputs)
+            self.note(operation, [output for output in tree_flatten(outputs)[0] if isinstance(output, torch.Tensor)])
         return outputs
 
-    def note(self, operation, outputs) -> None:
-        """Record an operation and its outputs."""
+    def note(self, operation, tensors: list[torch.Tensor]) -> None:
+        """Record an operation and the tensors that it returned."""
         raise NotImplementedError
 
 
@@ -59,7 +59,7 @@ class CountOperations(CountingMode):
     def total(self) -> int:
         return self.names.total()
 
-    def note(self, operation, outputs):
+    def note(self, operation, tensors):
         self.names[str(operation)] += 1
 
 
@@ -75,8 +75,8 @@ class LiveBytes(CountingMode):
         self._made = []
         self.most = 0
 
-    def note(self, operation, outputs):
+    def note(self, operation, tensors):
         self._made = [reference for reference in self._made if reference() is not None]
-        self._made += [weakref.ref(output) for output in tree_flatten(outputs)[0] if isinstance(output, torch.Tensor)]
+        self._made += map(weakref.ref, tensors)
         storages = [tensor.untyped_storage() for reference in self._made if (tensor := reference()) is not None]
         self.most = max(self.most, sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
